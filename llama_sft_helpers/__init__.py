@@ -1,0 +1,13 @@
+"""Look inside 8-bit quantization, LoRA and supervised fine-tuning while you run them.
+
+One module per notebook: ``environment``, ``login``, ``quantization``, ``lora``, ``data``, ``training``,
+``evaluation``, ``speed``; and ``memory``, ``profiles``, ``demo_model``, ``doctor`` and ``cli`` beside them.
+Importing this package imports nothing heavy; import the module that carries the name of your notebook.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("llama-sft-helpers")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"

