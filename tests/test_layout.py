@@ -1,0 +1,167 @@
+"""The rules of the house, checked on the files themselves."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "llama_sft_helpers"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+MODULES = sorted(PACKAGE.glob("*.py"))
+
+# A step's notebook -> the real calls that stand visible in it.
+REAL_CALLS = {
+    "01_environment": ["nvidia-smi", "nvcc"],
+    "02_login": ["login", "auth_check"],
+    "03_quantization": ["BitsAndBytesConfig", "AutoModelForCausalLM.from_pretrained"],
+    "04_lora": ["LoraConfig", "get_peft_model"],
+    "05_data": ["AutoTokenizer.from_pretrained", "load_dataset", ".map"],
+    "06_training": ["SFTConfig", "SFTTrainer", ".train", ".save_model"],
+    "07_evaluation": ["PeftModel.from_pretrained", ".generate", ".merge_and_unload", ".push_to_hub"],
+    "08_speed": ["SFTTrainer"],
+}
+# Steps act in notebooks; a helper that runs one of these hides the lesson.
+PIPELINE_CALLS = {"from_pretrained", "get_peft_model", "SFTTrainer", "train", "merge_and_unload"}
+# module -> what it may run after all, and why
+EXCEPTIONS = {
+    "demo_model": {"from_pretrained", "train"},  # the builder reads the GGUF and trains the tiny Llama
+    "cli": {"from_pretrained"},  # `chat` loads the adapter it talks to
+    "speed": set(),
+}
+SHARED_MODULES = {"profiles", "memory", "demo_model"}
+
+
+def notebook_code(path: Path) -> str:
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+
+
+def calls(tree: ast.AST) -> set[str]:
+    """Names that are called: ``f(...)`` gives f, ``a.b.f(...)`` gives f."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            function = node.func
+            if isinstance(function, ast.Attribute):
+                names.add(function.attr)
+            elif isinstance(function, ast.Name):
+                names.add(function.id)
+    return names
+
+
+def own_imports(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llama_sft_helpers"):
+            parts = (node.module or "").split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("llama_sft_helpers.")}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_helpers_do_not_run_the_pipeline(path):
+    # `model.train()` and `.train(mode)` switch a module's mode; only a trainer's `train` is meant, see below.
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    forbidden = PIPELINE_CALLS - EXCEPTIONS.get(path.stem, set())
+    mode_switches = {
+        node.func.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "train"
+        and "trainer" not in ast.unparse(node.func.value).lower()
+    }
+    used = (calls(tree) & forbidden) - mode_switches
+    # Reading a config or a processor is no pipeline step, loading a model is.
+    assert not used, f"{path.name} calls {sorted(used)}; those calls belong into a notebook"
+
+
+def test_the_pipeline_rule_can_fail():
+    tree = ast.parse("trainer = SFTTrainer(model)\ntrainer.train()\nM.from_pretrained('x')")
+    assert calls(tree) >= {"SFTTrainer", "train", "from_pretrained"}
+
+
+@pytest.mark.parametrize("name", list(REAL_CALLS))
+def test_step_modules_do_not_import_each_other(name):
+    step = name[3:]
+    path = PACKAGE / f"{step}.py"
+    steps = {other[3:] for other in REAL_CALLS}
+    imported = own_imports(ast.parse(path.read_text(encoding="utf-8")))
+    assert not imported & steps, f"{step} imports the step modules {sorted(imported & steps)}"
+    assert imported <= SHARED_MODULES, f"{step} imports {sorted(imported)}"
+
+
+def test_every_step_has_its_notebook_module_test_and_readme_row():
+    assert [path.stem for path in NOTEBOOKS] == list(REAL_CALLS)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| \[`(\d\d_\w+)`\]\(notebooks/(\w+)\.ipynb\).*?`(\w+)\.py`", readme, flags=re.MULTILINE
+    )
+    assert [row[0] for row in rows] == list(REAL_CALLS)
+    for notebook, file, module in rows:
+        assert notebook == file
+        assert notebook[3:] == module
+        assert (PACKAGE / f"{module}.py").is_file()
+        assert (ROOT / "tests" / f"test_{module}.py").is_file()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_show_the_real_calls(path):
+    code = notebook_code(path)
+    missing = [call for call in REAL_CALLS[path.stem] if call not in code]
+    assert not missing, f"{path.name} does not show {missing}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_keep_the_recipe_literal(path):
+    code = notebook_code(path)
+    if "LoraConfig(" in code and path.stem == "06_training":
+        recipe = re.sub(r"\s+", "", code)
+        for setting in ("r=16", "lora_alpha=16", "lora_dropout=0", 'bias="none"', 'task_type="CAUSAL_LM"'):
+            assert setting.replace(" ", "") in recipe
+        for target in ("q", "k", "v", "o", "gate", "up", "down"):
+            assert f'"{target}_proj"' in recipe
+    if "BitsAndBytesConfig(" in code:
+        assert "load_in_8bit=True" in code
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, llama_sft_helpers; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"torch", "transformers", "pandas", "matplotlib", "peft", "trl", "datasets"} & set(loaded)
+
+
+def test_no_remote_code_and_no_star_imports_anywhere():
+    for path in [*MODULES, *NOTEBOOKS, *(ROOT / "benchmarks").glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"trust_remote_code\s*=\s*True", text), path
+        assert not re.search(r"^\s*\"?from \S+ import \*", text, flags=re.MULTILINE), path
+        assert "if False:" not in text, path
+
+
+def test_one_version_and_one_repository_address():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    repository = project["urls"]["Repository"]
+    slug = repository.removeprefix("https://github.com/")
+    for path in [*NOTEBOOKS, ROOT / "README.md"]:
+        text = path.read_text(encoding="utf-8")
+        named = set(re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob", text))
+        named |= set(re.findall(r"git\+https://github\.com/([\w.-]+/[\w.-]+)", text))
+        assert named == {slug}, f"{path.name} names {named}"
+
+
+def test_colab_requirements_leave_torch_numpy_and_pandas_alone():
+    lines = (ROOT / "requirements-colab.txt").read_text(encoding="utf-8").splitlines()
+    required = [line for line in lines if line and not line.startswith("#")]
+    assert {re.split(r"[=<>;! ]", line)[0] for line in required}.isdisjoint({"torch", "numpy", "pandas"})
+    assert all(re.search(r"  # .{20,}", line) for line in required), "each line says why it is there"

@@ -1,0 +1,92 @@
+import tomllib
+
+import pytest
+
+from llama_sft_helpers import profiles
+from llama_sft_helpers.profiles import ProfileError, available_profiles, load_profile, read_profile
+
+SHIPPED = ["ci-tiny", "colab-a100", "colab-l4", "colab-t4", "cpu-demo"]
+
+
+def test_shipped_profiles_are_complete_and_every_setting_has_a_reason():
+    assert available_profiles() == SHIPPED
+    for name in SHIPPED:
+        frame = read_profile(name).to_frame()
+        assert frame["reason"].str.len().min() > 5, name
+        assert len(frame) == 20
+
+
+def test_environment_variable_picks_the_profile(monkeypatch):
+    monkeypatch.setenv("SFT_PROFILE", "colab-t4")
+    assert read_profile().name == "colab-t4"
+    assert read_profile("colab-l4").name == "colab-l4"  # an argument wins
+
+
+@pytest.mark.parametrize(
+    ("gib", "name"),
+    [(79.2, "colab-a100"), (39.6, "colab-a100"), (22.2, "colab-l4"), (14.6, "colab-t4"), (0.0, "cpu-demo")],
+)
+def test_gpu_memory_picks_the_profile(monkeypatch, gib, name):
+    monkeypatch.delenv("SFT_PROFILE")
+    monkeypatch.setattr(profiles, "_gpu_gib", lambda: gib)
+    assert read_profile().name == name
+
+
+def test_overrides_replace_values_and_say_so():
+    profile = read_profile("colab-t4", max_steps=60, learning_rate=1)
+    assert profile.max_steps == 60
+    assert profile.learning_rate == 1.0
+    assert profile.to_frame().loc["max_steps", "reason"] == "set by you"
+    assert "Profile colab-t4" in profile._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("colab-h900", {}, r"no profile 'colab-h900'. Valid profiles: ci-tiny, colab-a100"),
+        ("../../etc", {}, "no profile"),
+        ("ci-tiny", {"max_stepz": 3}, r"no setting 'max_stepz'. Valid settings: gpu_gib, model_id"),
+        ("ci-tiny", {"max_steps": "3"}, r"'max_steps': '3' is of type str, expected int"),
+        ("ci-tiny", {"max_steps": True}, "is of type bool, expected int"),
+        ("ci-tiny", {"packing": 1}, "is of type int, expected bool"),
+        ("ci-tiny", {"max_steps": 0}, "too small"),
+        ("ci-tiny", {"dtype": "float8"}, "not one of bfloat16, float16, float32"),
+        ("ci-tiny", {"activation_memory_budget": 1.5}, r"outside \(0, 1\]"),
+    ],
+)
+def test_bad_profiles_are_named_with_the_valid_ones(name, overrides, expected):
+    with pytest.raises(ProfileError, match=expected):
+        load_profile(name, **overrides)
+
+
+def test_a_toml_file_that_lacks_a_setting_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "profiles").mkdir()
+    text = (profiles._PACKAGE / "profiles" / "ci-tiny.toml").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("max_steps")]
+    (tmp_path / "profiles" / "mine.toml").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(profiles, "_PACKAGE", tmp_path)
+    with pytest.raises(ProfileError, match="lacks the setting 'max_steps'"):
+        read_profile("mine")
+
+
+def test_local_ids_become_folders_that_the_libraries_load(tiny_model_dir):
+    from datasets import load_dataset
+
+    profile = load_profile("ci-tiny")
+    assert profile.model_id == str(tiny_model_dir)
+    assert load_dataset(profile.dataset_id, split="train").column_names == ["instruction", "input", "output"]
+
+
+def test_output_dir_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("SFT_OUTPUT_DIR", str(tmp_path))
+    assert read_profile("ci-tiny").output_dir == tmp_path
+    monkeypatch.delenv("SFT_OUTPUT_DIR")
+    assert read_profile("ci-tiny").output_dir.parts[-2:] == ("outputs", "ci-tiny")
+
+
+def test_torch_dtype_is_the_named_one():
+    import torch
+
+    assert read_profile("colab-t4").torch_dtype is torch.float16
+    settings = tomllib.loads((profiles._PACKAGE / "profiles" / "colab-t4.toml").read_text(encoding="utf-8"))
+    assert settings["settings"]["dtype"]["value"] == "float16"
