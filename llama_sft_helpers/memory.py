@@ -1,0 +1,341 @@
+"""Notebooks 01 and 06: what a training step needs of the card's memory, planned before it is spent.
+
+Every component is counted from the model's shape, as the libraries of ``requirements-tested.txt`` allocate
+it; the measurements it is held against are in ``benchmarks/results``. Background: Korthikanti et al. 2022,
+https://arxiv.org/abs/2205.05198, and Hugging Face's model memory anatomy,
+https://huggingface.co/docs/transformers/model_memory_anatomy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from llama_sft_helpers.profiles import Profile
+
+GIB = 2**30
+CARDS_GIB = (16, 24, 40, 80)
+QUANTIZATIONS = ("int8", "nf4", "16-bit")
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+_TIGHT = 0.9  # above this share of the card the verdict is "tight"
+_OUTSIDE_ALLOCATED = ("allocator slack", "CUDA context")
+_CONTEXT_GIB = 0.6  # driver, kernels and cuBLAS handles: what nvidia-smi shows before the first tensor
+_SLACK = 0.03  # share of the peak that the caching allocator holds but does not use
+_LOSS_TILE = (4096, 32768)  # tokens x vocabulary entries that trl's chunked loss projects at once
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What the plan reads from a Llama configuration; widths are in elements."""
+
+    layers: int
+    hidden: int
+    heads: int
+    query: int
+    key_value: int
+    mlp: int
+    vocab: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: Any) -> _Shape:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            query=config.num_attention_heads * head_dim,
+            key_value=config.num_key_value_heads * head_dim,
+            mlp=config.intermediate_size,
+            vocab=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
+        )
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Name -> (in_features, out_features) of a decoder layer's linears."""
+        return {
+            "q_proj": (self.hidden, self.query),
+            "k_proj": (self.hidden, self.key_value),
+            "v_proj": (self.hidden, self.key_value),
+            "o_proj": (self.query, self.hidden),
+            "gate_proj": (self.hidden, self.mlp),
+            "up_proj": (self.hidden, self.mlp),
+            "down_proj": (self.mlp, self.hidden),
+        }
+
+
+def plan_memory(
+    config: Any,
+    profile: Profile,
+    *,
+    quantization: str = "int8",
+    lora_rank: int = 16,
+    target_modules: tuple[str, ...] = TARGET_MODULES,
+) -> pd.DataFrame:
+    """Predict the memory of a LoRA training step, component by component.
+
+    A micro-batch is taken as full: ``per_device_train_batch_size * max_length`` tokens.
+
+    Args:
+        config: A ``LlamaConfig`` (``AutoConfig.from_pretrained`` loads no weights).
+        profile: Gives batch, length, packing, checkpointing, precision, attention and speed switches.
+        quantization: ``int8`` (LLM.int8), ``nf4`` (QLoRA) or ``16-bit`` (none).
+        lora_rank: LoRA's ``r``.
+        target_modules: The linears that get an adapter.
+
+    Returns:
+        Columns ``component``, ``gib`` and ``how`` (what the figure is made of). The sum is what the card has
+        to hold; ``planned_peak_gib`` leaves out what PyTorch does not count as allocated.
+
+    Raises:
+        ValueError: Unknown quantization or target module, or a rank below 1.
+    """
+    import pandas as pd
+
+    _check_arguments(quantization, lora_rank, target_modules)
+    shape = _Shape.of(config)
+    rows = [
+        *_weight_rows(shape, profile, quantization),
+        *_adapter_rows(shape, lora_rank, target_modules),
+        *_activation_rows(shape, profile, quantization, lora_rank),
+    ]
+    allocated = sum(size for _, size, _ in rows)
+    on_gpu = profile.gpu_gib > 0
+    rows.append(("allocator slack", allocated * _SLACK * on_gpu, "blocks PyTorch holds between two uses"))
+    rows.append(("CUDA context", _CONTEXT_GIB * GIB * on_gpu, "driver, kernels and cuBLAS handles"))
+    table = [(component, size / GIB, how) for component, size, how in rows]
+    return pd.DataFrame(table, columns=["component", "gib", "how"])
+
+
+def planned_peak_gib(plan: pd.DataFrame) -> float:
+    """The plan's counterpart of ``torch.cuda.max_memory_allocated()``, in GiB: no context, no slack."""
+    return float(plan.loc[~plan["component"].isin(_OUTSIDE_ALLOCATED), "gib"].sum())
+
+
+def plan_fit(
+    config: Any, profile: Profile, *, quantization: str = "int8", cards_gib: tuple[float, ...] = CARDS_GIB
+) -> pd.DataFrame:
+    """Hold the plan against cards: does it fit, and if not, the first change that would make it fit.
+
+    Returns:
+        Columns ``card_gib``, ``planned_gib``, ``share``, ``verdict`` (fits, tight, does not fit), ``change``.
+    """
+    import pandas as pd
+
+    planned = float(plan_memory(config, profile, quantization=quantization)["gib"].sum())
+    rows = [
+        (
+            card,
+            planned,
+            planned / card,
+            _verdict(planned, card),
+            "" if planned <= card * _TIGHT else _change_that_fits(config, profile, quantization, card),
+        )
+        for card in cards_gib
+    ]
+    return pd.DataFrame(rows, columns=["card_gib", "planned_gib", "share", "verdict", "change"])
+
+
+def reconcile_memory(plan: pd.DataFrame, measured_gib: float) -> pd.DataFrame:
+    """Set the measured peak beside the predicted one.
+
+    Args:
+        plan: From ``plan_memory``.
+        measured_gib: ``torch.cuda.max_memory_allocated() / 2**30`` after training.
+
+    Returns:
+        One row: ``predicted_gib``, ``measured_gib``, ``difference_gib``, ``difference_percent``.
+
+    Raises:
+        ValueError: The measured peak is not a positive number.
+    """
+    import pandas as pd
+
+    if not measured_gib > 0:
+        raise ValueError(
+            f"The measured peak is {measured_gib!r} GiB, expected a positive number: "
+            "read torch.cuda.max_memory_allocated() / 2**30 after training."
+        )
+    predicted = planned_peak_gib(plan)
+    difference = measured_gib - predicted
+    row = (predicted, measured_gib, difference, 100 * difference / measured_gib)
+    columns = ["predicted_gib", "measured_gib", "difference_gib", "difference_percent"]
+    return pd.DataFrame([row], columns=columns)
+
+
+def plot_memory(plan: pd.DataFrame, card_gib: float | None = None, ax: Axes | None = None) -> Axes:
+    """Draw the plan as horizontal bars, one a component, with the card's size in the title if given."""
+    import matplotlib.pyplot as plt
+
+    ax = ax or plt.subplots(figsize=(7, 3.4), layout="constrained")[1]
+    shown = plan[plan["gib"] > 0].iloc[::-1]
+    bars = ax.barh(shown["component"], shown["gib"], color="#0072B2")
+    unit = 1024 if plan["gib"].sum() < 1 else 1
+    name = "MiB" if unit > 1 else "GiB"
+    ax.bar_label(bars, [f"{size * unit:.2f}" for size in shown["gib"]], padding=3, fontsize=8)
+    total = plan["gib"].sum()
+    of_card = f" of {card_gib:g} GiB" if card_gib else ""
+    ax.set_title(f"Planned memory of a training step: {total * unit:.2f} {name}{of_card}")
+    ax.set_xlabel("GiB (labels in MiB)" if unit > 1 else "GiB")
+    ax.margins(x=0.12)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def smaller_profiles(profile: Profile) -> list[tuple[str, Profile]]:
+    """Changes that need less memory, the mildest first: (what to change, the changed profile).
+
+    Checkpointing comes first, then half the micro-batch with twice the accumulation (the same effective
+    batch), and shorter rows last, as those cut text off.
+    """
+    changes: list[tuple[str, Profile]] = []
+    current = profile
+    for changed in _shrink(profile):
+        current = dataclasses.replace(current, **changed)
+        settings = _differences(profile, current).items()
+        changes.append((", ".join(f"{key}={value}" for key, value in settings), current))
+    return changes
+
+
+def _shrink(profile: Profile) -> Iterator[dict[str, Any]]:
+    if not profile.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}
+    batch, accumulation = profile.per_device_train_batch_size, profile.gradient_accumulation_steps
+    while batch > 1:
+        batch, accumulation = batch // 2, accumulation * batch // (batch // 2)
+        yield {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    length = profile.max_length
+    while length > 256:
+        length //= 2
+        yield {"max_length": length}
+
+
+def _differences(before: Profile, after: Profile) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(before) if field.compare]
+    return {name: getattr(after, name) for name in names if getattr(after, name) != getattr(before, name)}
+
+
+# --- The counts; sizes in bytes ---
+
+_Row = tuple[str, float, str]
+
+
+def _check_arguments(quantization: str, lora_rank: int, target_modules: tuple[str, ...]) -> None:
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}.")
+    if lora_rank < 1:
+        raise ValueError(f"lora_rank={lora_rank} is too small, expected at least 1.")
+    if unknown := sorted(set(target_modules) - set(TARGET_MODULES)):
+        raise ValueError(f"Unknown target modules {unknown}; a Llama layer has {', '.join(TARGET_MODULES)}.")
+
+
+def _bytes_per_element(profile: Profile) -> int:
+    return 4 if profile.dtype == "float32" else 2
+
+
+def _weight_rows(shape: _Shape, profile: Profile, quantization: str) -> list[_Row]:
+    element = _bytes_per_element(profile)
+    quantized = 0.0
+    for inputs, outputs in shape.linears.values():
+        codes = inputs * outputs
+        quantized += {"int8": codes + 4 * outputs, "nf4": codes * (0.5 + 4 / 64), "16-bit": 0}[quantization]
+    plain = shape.vocab * shape.hidden * (1 if shape.tied else 2) + shape.hidden * (2 * shape.layers + 1)
+    linears = sum(inputs * outputs for inputs, outputs in shape.linears.values())
+    if quantization == "16-bit":
+        plain += shape.layers * linears
+    bits = 8 * element
+    return [
+        ("quantized weights", quantized * shape.layers, f"{shape.layers * linears / 1e9:.3g} G weights"),
+        (f"{bits}-bit weights", plain * element, f"{plain / 1e9:.3g} G weights not quantized"),
+    ]
+
+
+def _adapter_rows(shape: _Shape, rank: int, target_modules: tuple[str, ...]) -> list[_Row]:
+    per_layer = sum(rank * sum(shape.linears[name]) for name in target_modules)
+    count = per_layer * shape.layers
+    how = f"{count:,} trainable weights"
+    return [
+        ("LoRA adapters", 4 * count, f"{how} in float32"),
+        ("gradients", 4 * count, f"{how}, 4 bytes each"),
+        ("optimizer state", 8 * count, f"{how}, AdamW's two averages in float32"),
+    ]
+
+
+def _activation_rows(shape: _Shape, profile: Profile, quantization: str, rank: int) -> list[_Row]:
+    tokens = profile.per_device_train_batch_size * profile.max_length
+    element = _bytes_per_element(profile)
+    layer = _kept_by_layer(shape, profile, rank)
+    if profile.gradient_checkpointing:
+        kept = element * shape.hidden * tokens
+        how = "the input of each layer"
+        if quantization == "int8" and not profile.fast_int8:
+            kept += _linear_inputs(shape, element) * tokens
+            how += " and, kept by LLM.int8 in spite of checkpointing, of each linear"
+    else:
+        kept, how = layer, "what the backward pass reads again"
+    working = layer * profile.gradient_checkpointing + _backward_temporaries(shape, element, tokens)
+    scored = min(tokens, _LOSS_TILE[0])
+    loss = scored * min(shape.vocab, _LOSS_TILE[1]) * element + 3 * 4 * tokens * shape.hidden
+    return [
+        ("activations", kept * shape.layers, f"{tokens:,} tokens x {shape.layers} layers: {how}"),
+        ("one layer at work", working, "a layer's activations, gradients and one dequantized weight"),
+        ("loss", loss, "one tile of logits and the last hidden states in float32"),
+    ]
+
+
+def _kept_by_layer(shape: _Shape, profile: Profile, rank: int) -> float:
+    """Bytes that autograd keeps of one decoder layer for one micro-batch."""
+    element = _bytes_per_element(profile)
+    tokens = profile.per_device_train_batch_size * profile.max_length
+    norms = 2 * 4 * shape.hidden  # RMSNorm computes in float32 and keeps that copy
+    mlp = 3 * element * shape.mlp  # gate, silu(gate), up
+    lora = 7 * element * rank
+    query_key_value = (
+        element * 3 * shape.query
+    )  # sdpa with a mask, and varlen, repeat the key and value heads
+    per_token = norms + mlp + lora + query_key_value + 4 * shape.heads + _linear_inputs(shape, element)
+    return per_token * tokens + _attention_mask(profile, element)
+
+
+def _linear_inputs(shape: _Shape, element: int) -> int:
+    """Bytes a token of the inputs of q/k/v (one tensor), o, gate/up (one tensor) and down."""
+    return element * (shape.hidden + shape.query + shape.hidden + shape.mlp)
+
+
+def _attention_mask(profile: Profile, element: int) -> float:
+    """Bytes of the additive mask that sdpa builds in every layer: all pairs of tokens of a row (or pack)."""
+    if profile.attn_implementation == "varlen":
+        return 0
+    rows = 1 if profile.packing else profile.per_device_train_batch_size
+    length = profile.max_length * (profile.per_device_train_batch_size if profile.packing else 1)
+    return element * rows * length**2
+
+
+def _backward_temporaries(shape: _Shape, element: int, tokens: int) -> float:
+    weight = max(inputs * outputs for inputs, outputs in shape.linears.values())
+    return element * (4 * tokens * shape.mlp + 2 * weight)
+
+
+def _verdict(planned_gib: float, card_gib: float) -> str:
+    if planned_gib > card_gib:
+        return "does not fit"
+    return "tight" if planned_gib > card_gib * _TIGHT else "fits"
+
+
+def _change_that_fits(config: Any, profile: Profile, quantization: str, card_gib: float) -> str:
+    for change, smaller in smaller_profiles(profile):
+        if plan_memory(config, smaller, quantization=quantization)["gib"].sum() <= card_gib * _TIGHT:
+            return change
+    if quantization != "nf4":
+        for change, smaller in [("", profile), *smaller_profiles(profile)]:
+            if plan_memory(config, smaller, quantization="nf4")["gib"].sum() <= card_gib * _TIGHT:
+                return ", ".join(part for part in ("4-bit weights (nf4)", change) if part)
+    return "a smaller model"
