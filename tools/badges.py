@@ -1,0 +1,50 @@
+"""Point every badge and install cell at one repository: ``python tools/badges.py owner/name``."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PLACES = (
+    "pyproject.toml",
+    "README.md",
+    "CONTRIBUTING.md",
+    "notebooks/*.ipynb",
+    "mkdocs.yml",
+    "llama_sft_helpers/*.py",
+)
+
+
+def current_repository() -> str:
+    """``owner/name`` as pyproject.toml has it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project["urls"]["Repository"].removeprefix("https://github.com/")
+
+
+def restamp(new: str) -> list[Path]:
+    """Replace the repository's name wherever a file names it; returns the files that changed.
+
+    Raises:
+        ValueError: ``new`` is not of the form ``owner/name``.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", new):
+        raise ValueError(f"REPO={new!r}: expected owner/name, for example llama-sft/llama-sft-notebooks.")
+    old = current_repository()
+    changed = []
+    for path in (path for pattern in PLACES for path in sorted(ROOT.glob(pattern))):
+        text = path.read_text(encoding="utf-8")
+        if old in text:
+            path.write_text(text.replace(old, new), encoding="utf-8")
+            changed.append(path)
+    return changed
+
+
+if __name__ == "__main__":
+    try:
+        for path in restamp(sys.argv[1] if len(sys.argv) > 1 else ""):
+            print(path.relative_to(ROOT))
+    except ValueError as error:
+        sys.exit(str(error))
