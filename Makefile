@@ -6,9 +6,8 @@ DEMO   := demo
 REQS   := pyproject.toml requirements-colab.txt requirements-tested.txt requirements-test.txt requirements-models.txt
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
-export MPLBACKEND := agg
 
-.PHONY: demo test test-slow test-gpu test-browser lint format clean
+.PHONY: demo test test-slow test-gpu test-browser lint format record badges docs clean
 
 $(VENV)/.installed: $(REQS)
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12"'
@@ -43,6 +42,19 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+record: $(VENV)/.installed  ## run the notebooks with cpu-demo and save their outputs, where code or versions changed
+	$(BIN)/python tools/record.py $(if $(FORCE),--force)
+
+badges: $(VENV)/.installed  ## point badges and install cells at another repository: make badges REPO=owner/name
+	$(BIN)/python tools/badges.py "$(REPO)"
+
+$(VENV)/.docs: $(VENV)/.installed requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-docs.txt
+	touch $@
+
+docs: $(VENV)/.docs  ## the static site in site/
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(DEMO) outputs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache test-artifacts
