@@ -50,7 +50,7 @@ def test_the_hash_follows_the_code_and_not_the_prose(record):
 
 def test_cleaning_drops_what_differs_for_no_reason_and_keeps_results(record):
     cell = nbformat.v4.new_code_cell(
-        "f()", execution_count=17, metadata={"execution": {"a": 1}, "alt": "Two bars"}
+        "f()", execution_count=17, metadata={"execution": {"shell.execute_reply": "12:00"}, "alt": "Two bars"}
     )
     cell.outputs = [
         nbformat.v4.new_output("stream", name="stderr", text="Loading: 100%|####| 3/3\n"),

@@ -72,8 +72,8 @@ def _first_line(module: str) -> str:
 def _benchmarks_page(blob: str) -> str:
     parts = [
         "# Benchmarks",
-        "Every figure here is read from a JSON file that a script in `benchmarks/` wrote; each names its card, "
-        "versions and command.",
+        "Every figure here is read from a JSON file that a script in `benchmarks/` wrote; "
+        "each names its card, versions and command.",
     ]
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
