@@ -55,6 +55,25 @@ def run(
         _fail(error)
 
 
+@app.command()
+def check(
+    profile: Annotated[
+        str | None, typer.Option(help="Profile name; default: by the GPU that is there.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Compare this machine with what the series is tested with; exit code 1 if something must be mended."""
+    from llama_sft_helpers.environment import print_environment
+    from llama_sft_helpers.profiles import ProfileError, read_profile
+
+    try:
+        fits = print_environment(read_profile(profile) if profile else None, as_json=as_json)
+    except ProfileError as error:
+        _fail(error)
+    else:
+        raise typer.Exit(0 if fits else 1)
+
+
 def _fail(error: Exception) -> None:
     from rich.console import Console
     from rich.text import Text
