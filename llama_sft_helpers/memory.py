@@ -205,6 +205,44 @@ def smaller_profiles(profile: Profile) -> list[tuple[str, Profile]]:
     return changes
 
 
+def explain_oom(config: Any, profile: Profile, *, quantization: str = "int8") -> str:
+    """Say what filled the card, by the plan's largest item, and what the next try changes.
+
+    Raises:
+        ValueError: As ``plan_smaller_batch``.
+    """
+    plan = plan_memory(config, profile, quantization=quantization)
+    largest = plan.loc[plan["gib"].idxmax()]
+    smaller = plan_smaller_batch(profile)
+    planned = planned_peak_gib(plan_memory(config, smaller, quantization=quantization))
+    return (
+        f"Out of GPU memory. Planned peak {planned_peak_gib(plan):.1f} GiB, its largest item: "
+        f"{largest['component']}, {largest['gib']:.1f} GiB ({largest['how']}). Next try, with the same "
+        f"effective batch: per_device_train_batch_size={smaller.per_device_train_batch_size}, "
+        f"gradient_accumulation_steps={smaller.gradient_accumulation_steps}, planned peak {planned:.1f} GiB."
+    )
+
+
+def plan_smaller_batch(profile: Profile) -> Profile:
+    """The profile with half the micro-batch and twice the accumulation: the same effective batch.
+
+    Raises:
+        ValueError: The micro-batch cannot be halved; the message names what is left to change.
+    """
+    batch = profile.per_device_train_batch_size
+    if batch % 2:
+        rest = [change for change, _ in smaller_profiles(profile) if "batch_size" not in change]
+        raise ValueError(
+            f"per_device_train_batch_size={batch} cannot be halved, expected an even number. What is left to "
+            f"change: {rest[0] if rest else 'a smaller model'}, or 4-bit weights."
+        )
+    return dataclasses.replace(
+        profile,
+        per_device_train_batch_size=batch // 2,
+        gradient_accumulation_steps=profile.gradient_accumulation_steps * 2,
+    )
+
+
 def _shrink(profile: Profile) -> Iterator[dict[str, Any]]:
     if not profile.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
@@ -246,7 +284,9 @@ def _weight_rows(shape: _Shape, profile: Profile, quantization: str) -> list[_Ro
     quantized = 0.0
     for inputs, outputs in shape.linears.values():
         codes = inputs * outputs
-        quantized += {"int8": codes + 4 * outputs, "nf4": codes * (0.5 + 4 / 64), "16-bit": 0}[quantization]
+        quantized += {"int8": float(codes) + 4 * outputs, "nf4": codes * (0.5 + 4 / 64), "16-bit": 0}[
+            quantization
+        ]
     plain = shape.vocab * shape.hidden * (1 if shape.tied else 2) + shape.hidden * (2 * shape.layers + 1)
     linears = sum(inputs * outputs for inputs, outputs in shape.linears.values())
     if quantization == "16-bit":
@@ -274,7 +314,7 @@ def _activation_rows(shape: _Shape, profile: Profile, quantization: str, rank: i
     element = _bytes_per_element(profile)
     layer = _kept_by_layer(shape, profile, rank)
     if profile.gradient_checkpointing:
-        kept = element * shape.hidden * tokens
+        kept = float(element * shape.hidden * tokens)
         how = "the input of each layer"
         if quantization == "int8" and not profile.fast_int8:
             kept += _linear_inputs(shape, element) * tokens
