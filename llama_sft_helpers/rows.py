@@ -1,0 +1,366 @@
+"""What a row of training data must look like: Alpaca, prompt-completion and chat rows, checked and templated.
+
+``data`` offers these functions beside its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+Row = Mapping[str, Any]
+
+# The two templates of Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca), to the letter. The line
+# break after "Response:" belongs to the prompt, so that the answer starts on a token of its own.
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+PROMPT_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+MAX_CELL_CHARACTERS = 100_000  # some 25,000 tokens, three times Llama 3's context of 8192
+_COLUMNS = {
+    "messages": ("messages",),
+    "prompt-completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+}
+_PROBLEMS = {
+    "missing-column": "rename_column() to one of the known layouts",
+    "null-cell": "fill it, or leave the row out",
+    "wrong-type": "convert it to text",
+    "empty-output": "write an answer, or leave the row out: it would teach to answer nothing",
+    "cell-too-long": f"cut or split cells of more than {MAX_CELL_CHARACTERS:,} characters",
+    "lone-surrogate": "repair the text: half a UTF-16 pair cannot be encoded",
+    "special-token": "remove it: the tokenizer reads it as a control token",
+    "duplicate": "keep the first: the others count its loss again",
+    "too-long": "raise max_length or leave the row out: cut rows lose their EOS",
+}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_CHUNK_ROWS = 1000
+
+
+class DataError(ValueError):
+    """Rows or a file that cannot be trained on as they are.
+
+    Attributes:
+        reason: A key of the table that ``summarize_rows`` shows, or ``bad-json``, ``bad-csv``,
+            ``wrong-encoding``, ``no-rows``, ``unknown-file``, ``no-pad-token``.
+        row: 0-based index of the first row concerned; None where no row is to blame.
+    """
+
+    def __init__(self, reason: str, message: str, row: int | None = None) -> None:
+        super().__init__(f"[{reason}] {message}")
+        self.reason = reason
+        self.row = row
+
+
+def to_prompt_completion(row: Row, index: int | None = None) -> dict[str, str]:
+    """Turn a row into trl's prompt-completion form with Alpaca's template.
+
+    Alpaca rows (``instruction``, ``output``, perhaps ``input``) fill the template. Chat rows (``messages``)
+    too: the last user turn is the instruction, what came before is the input, the last answer the completion.
+    ``prompt``/``completion`` rows stay as they are. White space around instruction, input and output goes: a
+    line break in front of the answer would merge with the prompt's. EOS is not written here, SFTTrainer adds
+    it.
+
+    Args:
+        row: One row.
+        index: Its number for the error message, as ``map(..., with_indices=True)`` gives it.
+
+    Returns:
+        ``prompt`` (ends in ``### Response:`` and a line break) and ``completion``.
+
+    Raises:
+        DataError: A column is missing, or a cell is null, of the wrong type, empty, too long or not text.
+    """
+    layout = _layout(row)
+    for reason, detail in _row_problems(row, layout):
+        raise DataError(
+            reason, f"Row {'?' if index is None else index}: {detail}; {_PROBLEMS[reason]}.", index
+        )
+    if layout == "prompt-completion":
+        return {"prompt": row["prompt"], "completion": row["completion"]}
+    instruction, context, answer = _alpaca_parts(row, layout)
+    template = PROMPT_WITH_INPUT if context else PROMPT_WITHOUT_INPUT
+    return {"prompt": template.format(instruction=instruction, input=context), "completion": answer}
+
+
+def summarize_rows(dataset: Any, tokenizer: Any = None, max_length: int | None = None) -> pd.DataFrame:
+    """Count what is wrong with the rows; nothing is changed or left out.
+
+    Args:
+        dataset: A ``Dataset`` or a list of rows; Alpaca, prompt-completion or ``messages`` columns.
+        tokenizer: With it, special tokens written out in the text are found too.
+        max_length: With it and a tokenizer, rows of more tokens (EOS counted) are found too.
+
+    Returns:
+        One line for each problem looked for: rows, share, first_indices, what_to_do.
+        ``attrs["indices"]`` maps each problem to all its row numbers; ``attrs["usable"]`` lists the rows
+        without any, ready for ``dataset.select``.
+
+    Raises:
+        DataError: No row at all, or columns of no known layout.
+    """
+    if len(dataset) == 0:
+        raise DataError("no-rows", "The data set has no rows; check the file or the filter before this.")
+    indices = _find_problems(dataset, tokenizer, max_length)
+    lines = [
+        (name, len(found), len(found) / len(dataset), found[:5], _PROBLEMS[name])
+        for name, found in indices.items()
+    ]
+    table = pd.DataFrame(lines, columns=["problem", "rows", "share", "first_indices", "what_to_do"])
+    bad = {index for found in indices.values() for index in found}
+    table.attrs["indices"] = indices
+    table.attrs["usable"] = [index for index in range(len(dataset)) if index not in bad]
+    return table.set_index("problem")
+
+
+def check_rows(dataset: Any, tokenizer: Any = None, max_length: int | None = None) -> None:
+    """Raise if ``summarize_rows`` finds anything.
+
+    Raises:
+        DataError: With the count and the first indices of every problem found.
+    """
+    table = summarize_rows(dataset, tokenizer, max_length)
+    found = table[table["rows"] > 0]
+    if found.empty:
+        return
+    lines = [
+        f"{name}: {line['rows']:,} of {len(dataset):,} rows, first {line['first_indices']}; "
+        f"{line['what_to_do']}"
+        for name, line in found.iterrows()
+    ]
+    raise DataError(str(found.index[0]), "\n".join(lines), found["first_indices"].iloc[0][0])
+
+
+def check_file(path: str | Path) -> None:
+    """Read a CSV, JSON or JSONL file cell by cell before ``load_dataset`` does.
+
+    Raises:
+        DataError: Names the first row that is broken, and how: ``bad-json``, ``bad-csv``,
+            ``wrong-encoding``, ``missing-column``, ``null-cell``, ``cell-too-long``, ``lone-surrogate``, ...
+        FileNotFoundError: There is no such file.
+    """
+    path = Path(path)
+    text = _decode(path)
+    readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}
+    if path.suffix.lower() not in readers:
+        raise DataError("unknown-file", f"{path.name}: expected one of {', '.join(readers)}.")
+    index = -1
+    layout = ""
+    for index, (line, row) in enumerate(readers[path.suffix.lower()](path.name, text)):
+        where = f"{path.name}, line {line} (row {index})"
+        if not isinstance(row, dict):
+            raise DataError("wrong-type", f"{where}: {type(row).__name__}, expected an object.", index)
+        layout = layout or _layout(row)
+        for reason, detail in _row_problems(row, layout):
+            raise DataError(reason, f"{where}: {detail}; {_PROBLEMS[reason]}.", index)
+    if index < 0:
+        raise DataError("no-rows", f"{path.name} holds no rows.")
+
+
+def count_tokens(batch: Mapping[str, list[str]], tokenizer: Any) -> dict[str, list[int]]:
+    """Count tokens, for ``map(..., batched=True)``.
+
+    Args:
+        batch: Lists ``prompt`` and ``completion``.
+        tokenizer: A fast tokenizer.
+
+    Returns:
+        ``prompt_tokens`` (BOS counted if the tokenizer writes it), ``completion_tokens`` (EOS counted) and
+        their sum ``tokens``.
+    """
+    prompts = tokenizer(batch["prompt"], return_attention_mask=False)["input_ids"]
+    completions = tokenizer(batch["completion"], return_attention_mask=False, add_special_tokens=False)[
+        "input_ids"
+    ]
+    prompt_tokens = [len(ids) for ids in prompts]
+    completion_tokens = [len(ids) + 1 for ids in completions]
+    tokens = [p + c for p, c in zip(prompt_tokens, completion_tokens, strict=True)]
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "tokens": tokens}
+
+
+def _layout(columns: Iterable[str]) -> str:
+    names = list(columns)
+    for layout, needed in _COLUMNS.items():
+        if all(name in names for name in needed):
+            return layout
+    expected = "; ".join(" + ".join(needed) for needed in _COLUMNS.values())
+    raise DataError(
+        "missing-column",
+        f"Columns {names}: expected {expected}. Rename yours, for instance "
+        'dataset.rename_column("question", "instruction").',
+        0,
+    )
+
+
+def _row_problems(row: Row, layout: str) -> Iterator[tuple[str, str]]:
+    missing = [name for name in _COLUMNS[layout] if name not in row]
+    if missing:
+        yield "missing-column", f"has no {', '.join(missing)} (its columns: {', '.join(row)})"
+        return
+    if layout == "messages" and (fault := _dialogue_fault(row["messages"])):
+        yield fault
+        return
+    cells = _cells(row, layout)
+    for name, cell in cells.items():
+        if cell is None:
+            yield "null-cell", f"{name} is null, expected text"
+        elif not isinstance(cell, str):
+            yield "wrong-type", f"{name} is {type(cell).__name__}, expected text"
+        elif len(cell) > MAX_CELL_CHARACTERS:
+            yield "cell-too-long", f"{name} has {len(cell):,} characters"
+        elif _SURROGATE.search(cell):
+            yield "lone-surrogate", f"{name} holds U+{ord(_SURROGATE.search(cell).group()):04X}"  # type: ignore[union-attr]
+    answer = list(cells.values())[-1]
+    if isinstance(answer, str) and not answer.strip():
+        yield "empty-output", f"{list(cells)[-1]} is empty"
+
+
+def _dialogue_fault(messages: Any) -> tuple[str, str] | None:
+    """What is wrong with the shape of a chat; its texts are looked at as cells."""
+    if messages is None:
+        return "null-cell", "messages is null, expected a list"
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and "content" in m for m in messages):
+        return "wrong-type", "messages is no list of {'role': ..., 'content': ...}"
+    roles = [message.get("role") for message in messages]
+    if roles[-2:] != ["user", "assistant"]:
+        return "wrong-type", f"messages end with the roles {roles[-2:]}, expected user, assistant"
+    return None
+
+
+def _cells(row: Row, layout: str) -> dict[str, Any]:
+    """The texts of a row by name, the answer last."""
+    if layout == "messages":
+        return {f"messages[{n}].content": message["content"] for n, message in enumerate(row["messages"])}
+    if layout == "prompt-completion":
+        return {name: row[name] for name in _COLUMNS[layout]}
+    context = row.get("input")
+    cells = {"instruction": row["instruction"], "input": "" if context is None else context}
+    return {**cells, "output": row["output"]}
+
+
+def _alpaca_parts(row: Row, layout: str) -> tuple[str, str, str]:
+    """Instruction, input, output."""
+    if layout == "alpaca":
+        instruction, context, answer = _cells(row, layout).values()
+    else:
+        *earlier, question, reply = row["messages"]
+        instruction, answer = question["content"], reply["content"]
+        context = "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in earlier)
+    return instruction.strip(), context.strip(), answer.strip()
+
+
+def _find_problems(dataset: Any, tokenizer: Any, max_length: int | None) -> dict[str, list[int]]:
+    layout = _layout(dataset[0])
+    found: dict[str, list[int]] = {name: [] for name in _PROBLEMS}
+    seen: set[tuple[str, str]] = set()
+    good: list[tuple[int, dict[str, str]]] = []
+    for index, row in enumerate(dataset):
+        reasons = {reason for reason, _ in _row_problems(row, layout)}
+        for reason in reasons:
+            found[reason].append(index)
+        if reasons:
+            continue
+        example = to_prompt_completion(row)
+        key = (example["prompt"], example["completion"])
+        if key in seen:
+            found["duplicate"].append(index)
+        seen.add(key)
+        good.append((index, example))
+    if tokenizer is not None:
+        _find_token_problems(good, tokenizer, max_length, found)
+    return found
+
+
+def _find_token_problems(
+    good: list[tuple[int, dict[str, str]]],
+    tokenizer: Any,
+    max_length: int | None,
+    found: dict[str, list[int]],
+) -> None:
+    """Rows with control tokens in their text, and rows longer than max_length, in chunks."""
+    special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or "(?!)")
+    for start in range(0, len(good), _CHUNK_ROWS):
+        indices, examples = zip(*good[start : start + _CHUNK_ROWS], strict=True)
+        batch = {key: [example[key] for example in examples] for key in ("prompt", "completion")}
+        for index, example, tokens in zip(
+            indices, examples, count_tokens(batch, tokenizer)["tokens"], strict=True
+        ):
+            if special.search(example["prompt"]) or special.search(example["completion"]):
+                found["special-token"].append(index)
+            if max_length is not None and tokens > max_length:
+                found["too-long"].append(index)
+
+
+def _decode(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start]
+        line = before.count(b"\n") + 1
+        row = line - 1 - (path.suffix.lower() == ".csv")
+        raise DataError(
+            "wrong-encoding",
+            f"{path.name}, line {line}: byte 0x{raw[error.start]:02X} is not UTF-8. "
+            "Save the file as UTF-8, or convert it: "
+            f'Path("{path.name}").read_text(encoding="cp949") for Korean Windows, "cp1252" for Western.',
+            row,
+        ) from error
+
+
+def _json_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
+    """Line number and value of each JSON line, or of each element of one JSON array."""
+    if text.lstrip().startswith("["):
+        yield from enumerate(_parse(name, text, 1, 0), start=1)
+        return
+    row = 0
+    for line, content in enumerate(text.split("\n"), start=1):
+        if content.strip():
+            yield line, _parse(name, content, line, row)
+            row += 1
+
+
+def _parse(name: str, text: str, line: int, row: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            "bad-json",
+            f"{name}, line {line + error.lineno - 1} (row {row}), column {error.colno}: {error.msg}. "
+            "Each line must hold one complete JSON object.",
+            row,
+        ) from error
+
+
+def _csv_rows(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    row = 0
+    try:
+        for cells in reader:
+            if None in cells or None in cells.values():
+                raise csv.Error(f"expected {len(reader.fieldnames or ())} cells as in the header")
+            yield reader.line_num, cells
+            row += 1
+    except csv.Error as error:
+        too_long = "field larger" in str(error)
+        reason = "cell-too-long" if too_long else "bad-csv"
+        fix = (
+            _PROBLEMS["cell-too-long"] if too_long else "Quote cells that hold commas, quotes or line breaks"
+        )
+        raise DataError(
+            reason, f"{name}, line {reader.line_num} (row {row}): {error}. {fix}.", row
+        ) from error
