@@ -1,13 +1,14 @@
 """Notebook 03: what 8-bit quantization does to the weights, the bytes and the predictions.
 
-The formats are bitsandbytes' own: LLM.int8() (https://huggingface.co/papers/2208.07339) and the 4-bit NormalFloat
-with double quantization of QLoRA (https://huggingface.co/papers/2305.14314). Every function receives a model, a
-weight or a config that the notebook made, and only reads it.
+The formats are bitsandbytes' own: LLM.int8() (https://huggingface.co/papers/2208.07339), and the 4-bit
+NormalFloat with double quantization of QLoRA (https://huggingface.co/papers/2305.14314). Every function
+receives a model, a weight or a config that the notebook made, and only reads it.
 """
 
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import os
 import re
@@ -32,26 +33,26 @@ _OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", 
 _LOAD_INT8 = "from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_8bit=True))"
 
 
-# --- Absmax quantization -------------------------------------------------------------------------------------------
+# --- Absmax quantization ---
 
 
 def quantize_absmax(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a matrix row by row: the largest magnitude of a row becomes level 127 (symmetric, no zero point).
+    """Quantize a matrix row by row: a row's largest magnitude becomes level 127 (symmetric, no zero point).
 
-    ``codes = round(weight * (127 / absmax))``, so one step of a row is ``absmax / 127``. The arithmetic is that of
-    ``bitsandbytes.functional.int8_vectorwise_quant`` on the CPU, and equal to it bit for bit: weights are cast to
-    float16 first (bitsandbytes does so whatever the checkpoint's type), the scales are float32, a tie goes to the
-    even level, a row of zeros keeps zeros.
+    ``codes = round(weight * (127 / absmax))``, so one step of a row is ``absmax / 127``. This is what
+    ``bitsandbytes.functional.int8_vectorwise_quant`` computes on the CPU, bit for bit: weights are cast to
+    float16 first (whatever the checkpoint's type), the scales are float32, a tie goes to the even level, a row
+    of zeros keeps zeros.
 
-    The CUDA kernel differs in one place: it takes ``127 / absmax`` from a fast division that may be off in the last
-    digits. Scales are equal there too; a weight that lies on a tie (exactly half of its row's absmax is level 63.5)
-    can land one level away.
+    bitsandbytes' CUDA kernel differs in one place: it takes ``127 / absmax`` from a fast division that may
+    be off by two units in the last place. Scales are equal there too; a weight on a tie (exactly half of its
+    row's absmax is level 63.5) can land one level away.
 
     Args:
         weight: Floating-point matrix, shape (d_out, d_in).
 
     Returns:
-        The codes, int8, shape (d_out, d_in), in [-127, 127]; and the absmax of each row, float32, shape (d_out,).
+        The codes, int8, shape (d_out, d_in), in [-127, 127]; the absmax of each row, float32, shape (d_out,).
 
     Raises:
         ValueError: Not a floating-point matrix, an empty one, or one with values that float16 cannot hold.
@@ -66,8 +67,8 @@ def quantize_absmax(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     half = weight.detach().to(torch.float16)
     if not half.isfinite().all():
         raise ValueError(
-            f"The weight holds NaN, infinity or values beyond float16's 65504 (largest magnitude: "
-            f"{weight.detach().abs().max().item():g}), which bitsandbytes cannot quantize. Check the checkpoint."
+            f"The weight holds NaN, infinity or values beyond float16's 65504 (largest magnitude "
+            f"{weight.detach().abs().max().item():g}): bitsandbytes cannot quantize it. Check the checkpoint."
         )
     absmax = half.abs().amax(dim=1).float()
     scaled = half * (127.0 / absmax)[:, None]  # float16 * float32 is computed in float32
@@ -75,18 +76,21 @@ def quantize_absmax(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, absmax
 
 
-# --- Layers and bytes ----------------------------------------------------------------------------------------------
+# --- Layers and bytes ---
 
 
 def summarize_layers(model: nn.Module) -> pd.DataFrame:
     """Count a model's parameters and bytes by layer class and storage type.
 
-    Bytes include what quantization keeps beside the weights (int8: a float32 absmax a row; nf4: a scale a block
-    and its own quantization), which ``model.get_memory_footprint()`` leaves out. A matrix shared by two modules
-    counts where it comes first.
+    Bytes include the scales that quantization keeps beside the weights; ``model.get_memory_footprint()``
+    leaves them out. A matrix shared by two modules counts where it comes first.
 
     Returns:
-        One row per (class, dtype), largest first: class, dtype, modules, parameters, bytes, gib, example, why.
+        One row per (class, dtype), largest first: class, dtype, modules, parameters, bytes, gib, example
+        (a module's name), why (it is stored so).
+
+    Raises:
+        ValueError: The model has no parameters.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     seen: set[int] = set()
@@ -117,13 +121,13 @@ def summarize_layers(model: nn.Module) -> pd.DataFrame:
 def summarize_memory(config: Any, dtype: torch.dtype = torch.bfloat16) -> pd.DataFrame:
     """Predict a Llama model's bytes from its config alone, in five formats.
 
-    bitsandbytes quantizes the seven projections of each decoder layer. Embeddings, the output layer (``lm_head``)
-    and the norms stay in ``dtype``. Beside the codes it keeps:
+    bitsandbytes quantizes the seven projections of each decoder layer. Embeddings, the output layer
+    (``lm_head``) and the norms stay in ``dtype``. Beside the codes it keeps:
 
     - int8: one float32 absmax per row (``SCB``);
     - nf4: one float32 absmax per block of 64 weights and the table of 16 levels per matrix;
-    - nf4 with double quantization: those absmax values as uint8, in blocks of 256 with a float32 absmax each, and
-      per matrix their float32 offset and a table of 256 levels.
+    - nf4 with double quantization: those absmax values as uint8, in blocks of 256 with a float32 absmax each,
+      and per matrix their float32 offset and a table of 256 levels.
 
     Args:
         config: A ``LlamaConfig``.
@@ -164,11 +168,13 @@ def summarize_memory(config: Any, dtype: torch.dtype = torch.bfloat16) -> pd.Dat
 def summarize_forward_memory(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> pd.DataFrame:
     """Measure what one forward pass of a batch needs beside the weights.
 
-    The first pass is not measured, as it sets up buffers. On a GPU the allocator's peak is read; on the CPU every
-    allocation that PyTorch makes is added up by its profiler.
+    The first pass is not measured, as it sets up buffers. On a GPU the allocator's peak is read; on the CPU
+    PyTorch's profiler reports every allocation, and they are added up.
 
     Returns:
-        One row, in GiB: weights_gib, working_gib (the peak of activations, logits and temporary copies), total_gib.
+        One row, in GiB: weights_gib; layers_gib, the peak of activations and temporary copies when only the
+        last token's logits are computed; working_gib, the peak with all logits; total_gib, weights and
+        working.
 
     Raises:
         ValueError: The batch is empty or on another device than the model.
@@ -177,8 +183,14 @@ def summarize_forward_memory(model: nn.Module, batch: Mapping[str, torch.Tensor]
     weights = int(summarize_layers(model)["bytes"].sum())
     with _evaluating(model):
         model(**inputs, use_cache=False)
+        layers = _peak_bytes(model, inputs | {"logits_to_keep": 1})
         working = _peak_bytes(model, inputs)
-    sizes = {"weights_gib": weights, "working_gib": working, "total_gib": weights + working}
+    sizes = {
+        "weights_gib": weights,
+        "layers_gib": layers,
+        "working_gib": working,
+        "total_gib": weights + working,
+    }
     return pd.DataFrame([{name: size / _GIB for name, size in sizes.items()}])
 
 
@@ -198,7 +210,7 @@ def render_side_by_side(left: nn.Module, right: nn.Module, titles: tuple[str, st
     return HTML(f"<table><tr>{heads}</tr><tr>{cells}</tr></table>")
 
 
-# --- Error of the weights ------------------------------------------------------------------------------------------
+# --- Error of the weights ---
 
 
 def summarize_quantization_error(
@@ -206,8 +218,8 @@ def summarize_quantization_error(
 ) -> pd.DataFrame:
     """Compare each quantized weight with the one it was made from, one matrix at a time.
 
-    Only one matrix is held in float32 at once, so an 8B model can be checked beside its own checkpoint without a
-    second model in memory.
+    Only one matrix is held in float32 at once: an 8B model can be compared with its own checkpoint, and no
+    second model is in memory.
 
     Args:
         reference_model: The folder of the safetensors checkpoint that was quantized, or the model before
@@ -215,8 +227,8 @@ def summarize_quantization_error(
         quantized_model: The int8 or nf4 model, as loaded.
 
     Returns:
-        One row per projection: layer, module, format, relative_error (Frobenius norm of the difference over that of
-        the reference), worst_row (index of the output feature), worst_row_error (same ratio for that row), name.
+        One row per projection: layer, module, format, relative_error (Frobenius norm of the difference over
+        that of the reference), worst_row (its index), worst_row_error (the same ratio for that row), name.
 
     Raises:
         ValueError: Nothing is quantized, the reference is, or a weight is missing or of another shape.
@@ -247,10 +259,11 @@ def plot_quantization_error(errors: pd.DataFrame) -> Axes:
         errors: ``summarize_quantization_error``'s table, or several of them concatenated.
 
     Returns:
-        Axes: decoder layer against relative Frobenius error in %, log scale; a colour per module, a line style
-        per format.
+        Axes: decoder layer against relative Frobenius error in %, log scale; a colour per module, a line
+        style per format.
     """
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
     ax = _new_axes(7.2, 4.6)
     styles = dict(zip(errors["format"].unique(), (("-", "o"), ("--", "s"), (":", "^")), strict=False))
@@ -277,7 +290,7 @@ def plot_quantization_error(errors: pd.DataFrame) -> Axes:
         title=f"Error that quantization adds to each weight matrix ({', '.join(styles)})",
     )  # fmt: skip
     _percent_ticks(ax)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
 
@@ -294,6 +307,8 @@ def plot_weight_grid(weight: torch.Tensor, row: int = 0) -> Axes:
     Raises:
         ValueError: The matrix has no such row.
     """
+    import numpy as np
+
     codes, absmax = quantize_absmax(weight)
     if not 0 <= row < len(weight):
         raise ValueError(f"row={row} is not a row of this matrix; it has rows 0 to {len(weight) - 1}.")
@@ -309,7 +324,7 @@ def plot_weight_grid(weight: torch.Tensor, row: int = 0) -> Axes:
         title=f"Row {row}: {len(values)} weights on 255 levels, one step = {step:.3g}",
     )  # fmt: skip
     ax.margins(y=0.1)
-    top = ax.secondary_xaxis("top", functions=(lambda x: x / step, lambda x: x * step))
+    top = ax.secondary_xaxis("top", functions=(lambda x: np.divide(x, step), lambda x: np.multiply(x, step)))
     top.set_xlabel("int8 code")
     zoom = ax.inset_axes((0.66, 0.5, 0.33, 0.42))
     near = values[abs(values) < 3.5 * step]
@@ -322,7 +337,7 @@ def plot_weight_grid(weight: torch.Tensor, row: int = 0) -> Axes:
     return ax
 
 
-# --- Outliers of the activations -----------------------------------------------------------------------------------
+# --- Outliers of the activations ---
 
 
 def summarize_outliers(
@@ -330,9 +345,9 @@ def summarize_outliers(
 ) -> pd.DataFrame:
     """Find the activations that LLM.int8() keeps out of the 8-bit product.
 
-    A column of a ``Linear8bitLt``'s input in which any token reaches the threshold is an outlier channel: it is
-    multiplied in 16 bits. As in bitsandbytes, inputs are compared as float16 with ``>=``, and every position of the
-    batch counts, padding included.
+    A column of a ``Linear8bitLt``'s input in which any token reaches the threshold is an outlier channel: it
+    is multiplied without being quantized. As in bitsandbytes, inputs are compared as float16 with ``>=``,
+    and every position of the batch counts, padding included.
 
     Args:
         model: A model with ``Linear8bitLt`` layers, on any device.
@@ -344,7 +359,8 @@ def summarize_outliers(
         channels_share, largest_activation, channels (tuple of indices).
 
     Raises:
-        ValueError: No int8 layers, an empty batch, a batch on another device, or a threshold that is not positive.
+        ValueError: No int8 layers, an empty batch, one on another device, or a threshold that is not
+            positive.
 
     Paper: https://huggingface.co/papers/2208.07339, section 3.
     """
@@ -353,8 +369,8 @@ def summarize_outliers(
     modules = {n: m for n, m in model.named_modules() if _format(m) == "int8"}
     if not modules:
         raise ValueError(
-            f"{type(model).__name__} has no Linear8bitLt layer, and outliers are LLM.int8()'s. Pass a model loaded "
-            f"with {_LOAD_INT8}."
+            f"{type(model).__name__} has no Linear8bitLt layer, and the threshold is theirs. Pass a model "
+            f"loaded with {_LOAD_INT8}."
         )
     inputs = _checked(model, batch)
     rows: dict[str, dict[str, Any]] = {}
@@ -383,18 +399,20 @@ def plot_outliers(outliers: pd.DataFrame) -> Axes:
         outliers: ``summarize_outliers``'s table.
 
     Returns:
-        Axes: a heat map, decoder layer by module; colour is the share of channels in %, the number their count.
+        Axes: a heat map, decoder layer by module. Colour: share of channels in %; number: their count.
     """
+    from matplotlib.colors import PowerNorm
+
     order = sorted(outliers["module"].unique(), key=lambda m: (*_PROJECTIONS, m).index(m))
     shares = 100 * outliers.pivot_table(index="layer", columns="module", values="channels_share")[order]
     counts = outliers.pivot_table(index="layer", columns="module", values="outlier_channels")[order]
     ax = _new_axes(7.2, 1.6 + 0.26 * len(shares))
-    image = ax.imshow(shares, aspect="auto", cmap="cividis")
+    # a square root scale, so that one channel among hundreds differs from none
+    image = ax.imshow(shares, aspect="auto", cmap="cividis", norm=PowerNorm(0.5, vmin=0))
     ax.figure.colorbar(image, ax=ax, label="outlier channels (% of the input's channels)")
-    middle = (shares.to_numpy().max() + shares.to_numpy().min()) / 2
     for y in range(len(shares)):
         for x in range(len(order)):
-            dark = shares.iloc[y, x] <= middle
+            dark = image.norm(float(shares.to_numpy()[y, x])) < 0.5
             ax.text(
                 x, y, f"{counts.iloc[y, x]:.0f}", ha="center", va="center", fontsize=8,
                 color="white" if dark else "black",
@@ -407,22 +425,22 @@ def plot_outliers(outliers: pd.DataFrame) -> Axes:
     return ax
 
 
-# --- Effect on the predictions -------------------------------------------------------------------------------------
+# --- Effect on the predictions ---
 
 
 def summarize_predictions(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> pd.DataFrame:
     """Score every token of a batch from those before it.
 
-    Evaluation mode, whatever mode the model was in: on the CPU the int8 layers compute differently in training mode,
-    so losses of the two modes cannot be compared.
+    In evaluation mode, whatever mode the model was in: on the CPU int8 layers compute differently in training
+    mode, so losses of the two modes cannot be compared.
 
     Args:
         model: A causal language model.
         batch: ``input_ids`` and ``attention_mask``, each (rows, tokens), on the model's device.
 
     Returns:
-        One row per scored token: row, position, label (its id), nll (negative log-likelihood in nats), top1 (the
-        id that the model found likeliest). The mean of nll is the loss; its exponential the perplexity.
+        One row per scored token: row, position, label (its id), nll (negative log-likelihood in nats), top1
+        (the id that the model found likeliest). The mean of nll is the loss; its exponential the perplexity.
 
     Raises:
         ValueError: The batch is empty, or on another device than the model.
@@ -448,7 +466,7 @@ def summarize_predictions(model: nn.Module, batch: Mapping[str, torch.Tensor]) -
     return pd.concat(frames, ignore_index=True)
 
 
-# --- Shared pieces -------------------------------------------------------------------------------------------------
+# --- Shared pieces ---
 
 
 def _format(module: nn.Module) -> str | None:
@@ -467,7 +485,7 @@ def _is_quantized(module: nn.Module) -> bool:
 
 
 def _absmax(module: Any) -> torch.Tensor:
-    """An int8 layer's scales: bitsandbytes moves them from the weight to the state in the first forward pass."""
+    """An int8 layer's scales: the first forward pass moves them from the weight to the state."""
     return module.weight.SCB if module.weight.SCB is not None else module.state.SCB
 
 
@@ -489,19 +507,15 @@ def _count(parameter: Any) -> int:
 
 
 def _why(name: str, module: nn.Module, *, shared: bool, quantized: bool) -> str:
-    if _is_quantized(module):
-        return "quantized: nn.Linear inside a decoder layer"
-    if "lora_" in name:
-        return "LoRA factor: it is trained"
-    if shared:
-        return "shares the embedding's matrix, counted there"
-    if not quantized:
-        return "no quantization_config was given"
-    if isinstance(module, nn.Embedding):
-        return "a table that is looked up, not an nn.Linear"
-    if isinstance(module, nn.Linear):
-        return "output layer: transformers leaves it out, its error would go straight into the logits"
-    return "a vector, not an nn.Linear"
+    reasons = (
+        (_is_quantized(module), "quantized: an nn.Linear of a decoder layer"),
+        ("lora_" in name, "LoRA factor: it is trained"),
+        (shared, "shares the embedding's matrix, counted there"),
+        (not quantized, "no quantization_config was given"),
+        (isinstance(module, nn.Embedding), "a table that is looked up, not an nn.Linear"),
+        (isinstance(module, nn.Linear), "output layer: its error would go straight into the logits"),
+    )
+    return next((reason for holds, reason in reasons if holds), "a vector, not an nn.Linear")
 
 
 def _linear_shapes(config: Any) -> list[tuple[int, int]]:
@@ -530,8 +544,8 @@ def _rest_parameters(config: Any) -> int:
 def _require_llama(config: Any) -> None:
     if getattr(config, "model_type", None) != "llama":
         raise ValueError(
-            f"summarize_memory got a {type(config).__name__} (model_type {getattr(config, 'model_type', None)!r}); "
-            "it takes a LlamaConfig, for instance model.config or AutoConfig.from_pretrained(model_id)."
+            f"Got a {type(config).__name__} (model_type {getattr(config, 'model_type', None)!r}); expected a "
+            "LlamaConfig, for instance model.config or AutoConfig.from_pretrained(model_id)."
         )
 
 
@@ -549,8 +563,8 @@ def _quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
     modules = {name: module for name, module in model.named_modules() if _is_quantized(module)}
     if not modules:
         raise ValueError(
-            f"{type(model).__name__} has no bitsandbytes layer. Pass a model loaded with {_LOAD_INT8}, or with "
-            "load_in_4bit=True."
+            f"{type(model).__name__} has no bitsandbytes layer. Pass a model loaded with {_LOAD_INT8}, or "
+            "with load_in_4bit=True."
         )
     return modules
 
@@ -572,8 +586,8 @@ def _reference_reader(reference: nn.Module | str | Path) -> Iterator[Any]:
     if isinstance(reference, nn.Module):
         if any(_is_quantized(module) for module in reference.modules()):
             raise ValueError(
-                "reference_model is quantized itself. Pass the model before quantization, or the folder of its "
-                "safetensors checkpoint."
+                "reference_model is quantized itself. Pass the model before quantization, or the folder of "
+                "its safetensors checkpoint."
             )
         weights = dict(reference.named_parameters(remove_duplicate=False))
         yield lambda name: _found(name, weights.get(name))
@@ -625,8 +639,8 @@ def _dequantize(name: str, module: Any) -> torch.Tensor:
         return bnb.int8_vectorwise_dequant(weight.data, _absmax(module))
     if getattr(weight.quant_state, "packing_format_for_cpu", False):
         raise ValueError(
-            f"{name}: a forward pass on this CPU has repacked the 4-bit codes (bitsandbytes does so where the CPU "
-            "has AVX512-BF16). Load the model again and compare it before the first forward pass."
+            f"{name}: a forward pass on this CPU has repacked the 4-bit codes (bitsandbytes does so where "
+            "the CPU has AVX512-BF16). Load the model again and compare it before the first forward pass."
         )
     return bnb.dequantize_4bit(weight.data, weight.quant_state).float()
 
@@ -666,8 +680,8 @@ def _checked(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, t
             f"input_ids of shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
         )
         raise ValueError(
-            f"The batch is empty or not a batch ({got}). Pass tokenizer(texts, return_tensors='pt', padding=True) "
-            "of at least one text of two tokens."
+            f"The batch is empty or not a batch ({got}). Pass tokenizer(texts, return_tensors='pt', "
+            "padding=True) of at least one text of two tokens."
         )
     mask = inputs.get("attention_mask")
     if mask is not None and not mask[:, 1:].any():
@@ -690,21 +704,23 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _peak_bytes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+def _peak_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     if inputs["input_ids"].is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         model(**inputs, use_cache=False)
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would print a line at its start and its end
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler prints a line at its start and end
+    for module in model.modules():
+        if _format(module) == "int8":  # the last pass's indices: freed inside, they would bring a warning
+            module.state.idx = None  # type: ignore[union-attr]
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiler:
         model(**inputs, use_cache=False)
     events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    sizes = torch.tensor([0, *(size for _, size in changes)]).cumsum(0)
-    return int(sizes.max())
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
 
 
 def _new_axes(width: float, height: float) -> Axes:
