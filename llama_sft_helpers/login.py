@@ -144,6 +144,17 @@ def summarize_token_sources() -> pd.DataFrame:
     return pd.DataFrame(table, columns=["source", "place", "token", "used"])
 
 
+def summarize_reasons(repo_id: str) -> pd.DataFrame:
+    """Every reason that ``check_access`` tells apart: columns reason, case, page, action."""
+    import pandas as pd
+
+    rows = [
+        (reason, *(text.format(repo=repo_id, detail="the hub's words") for text in texts))
+        for reason, texts in _REMEDIES.items()
+    ]
+    return pd.DataFrame(rows, columns=["reason", "case", "page", "action"])
+
+
 def mask(token: str | None) -> str:
     """``ends in …abcd``: a token's last four characters, and only if it is long enough to hide the rest."""
     if not token:
