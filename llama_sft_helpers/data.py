@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -232,12 +232,9 @@ def render_loss_mask(batch: Batch, tokenizer: Any, rows: Sequence[int] = (0,)) -
     for row in rows:
         ids, labels, attended = documents[row]
         roles = _roles(ids, labels, attended, tokenizer.eos_token_id)
-        spans = [
-            _span(tokenizer, int(token), _STYLES[role][1], f"label {int(label)}, {_STYLES[role][0]}")
-            for token, label, role in zip(ids, labels, roles, strict=True)
-        ]
-        scored = int((labels != _IGNORED).sum())
-        lines.append(f"<div><b>Row {row}</b>: {scored} of {len(ids)} tokens scored<br>{''.join(spans)}</div>")
+        count = ", ".join(f"{roles.count(role)} {_STYLES[role][0]}" for role in _STYLES if role in roles)
+        spans = _spans(tokenizer, ids.tolist(), labels.tolist(), roles)
+        lines.append(f"<div><b>Row {row}</b>, {len(roles)} tokens: {count}<br>{''.join(spans)}</div>")
     return _page(lines)
 
 
@@ -288,6 +285,19 @@ def _roles(ids: torch.Tensor, labels: torch.Tensor, attended: list[bool], eos_to
     return roles
 
 
+def _spans(tokenizer: Any, ids: list[int], labels: list[int], roles: list[str]) -> Iterator[str]:
+    """One span a token; of several pad tokens in a row, the first and their number."""
+    position = 0
+    for role, run in itertools.groupby(roles):
+        length = len(list(run))
+        for place in range(position, position + (1 if role == "pad" else length)):
+            note = f"label {labels[place]}, {_STYLES[role][0]}"
+            yield _span(tokenizer, ids[place], _STYLES[role][1], note)
+        if role == "pad" and length > 1:
+            yield f'<span style="{_STYLES["pad"][1]}">&times; {length}</span>'
+        position += length
+
+
 def _span(tokenizer: Any, token: int, style: str, note: str) -> str:
     text = html.escape(_token_text(tokenizer, token)).replace("\n", "⏎<wbr>")
     end = "<br>" * _token_text(tokenizer, token).count("\n")
@@ -312,4 +322,4 @@ def _page(lines: Iterable[str]) -> HTML:
     from IPython.display import HTML
 
     style = "font-family:monospace;line-height:1.9;white-space:pre-wrap;overflow-wrap:anywhere;max-width:60em"
-    return HTML(f'<div style="{style}">{"<br>".join(lines)}</div>')
+    return HTML(f'<div style="{style}">{"".join(lines)}</div>')

@@ -37,15 +37,15 @@ _COLUMNS = {
     "alpaca": ("instruction", "output"),
 }
 _PROBLEMS = {
-    "missing-column": "rename_column() to one of the known layouts",
+    "missing-column": "rename a column, or leave the row out",
     "null-cell": "fill it, or leave the row out",
     "wrong-type": "convert it to text",
-    "empty-output": "write an answer, or leave the row out: it would teach to answer nothing",
-    "cell-too-long": f"cut or split cells of more than {MAX_CELL_CHARACTERS:,} characters",
-    "lone-surrogate": "repair the text: half a UTF-16 pair cannot be encoded",
-    "special-token": "remove it: the tokenizer reads it as a control token",
-    "duplicate": "keep the first: the others count its loss again",
-    "too-long": "raise max_length or leave the row out: cut rows lose their EOS",
+    "empty-output": "write an answer, or leave the row out",
+    "cell-too-long": f"cut or split it: {MAX_CELL_CHARACTERS:,} characters at most",
+    "lone-surrogate": "repair it: half a UTF-16 pair is no text",
+    "special-token": "remove it: it would be read as a control token",
+    "duplicate": "keep the first: the loss would count it twice",
+    "too-long": "raise max_length, or leave the row out",
 }
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CHUNK_ROWS = 1000
