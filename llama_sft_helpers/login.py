@@ -214,7 +214,7 @@ def login_widget(repo_id: str, login: Callable[..., None] | None = None) -> Any:
     import ipywidgets as widgets
 
     keep = login or huggingface_hub.login
-    field = widgets.Password(description="Token", placeholder="hf_…")
+    field = _password_field()
     button = widgets.Button(description="Log in", button_style="primary")
     status = widgets.HTML(_status(_describe(find_token()), "idle"))
 
@@ -235,7 +235,18 @@ def login_widget(repo_id: str, login: Callable[..., None] | None = None) -> Any:
     return widgets.VBox([widgets.HTML(note), widgets.HBox([field, button]), status])
 
 
-# --- The widget's answers ---
+# --- The widget's parts and answers ---
+
+
+def _password_field() -> Any:
+    """A password field whose text ipywidgets 8 does not send back to every front end (``echo_update``)."""
+    import ipywidgets as widgets
+    from traitlets import Unicode
+
+    class _TokenField(widgets.Password):
+        value = Unicode("").tag(sync=True, echo_update=False)
+
+    return _TokenField(description="Token", placeholder="hf_…")
 
 
 def _log_in(token: str, repo_id: str, keep: Callable[..., None]) -> tuple[str, str]:

@@ -1,12 +1,13 @@
 """A small hub on loopback for the tests: the real client talks to it through ``HF_ENDPOINT``.
 
 Answers carry the status codes and the headers ``X-Error-Code`` and ``X-Error-Message`` of the real hub.
-Other routes are added with ``hub.route(method, pattern)``; a handler gets the request and the pattern's groups
-and returns an ``Answer``. No token's text is kept: ``hub.requests`` records only whose token was sent.
+Other routes are added with ``hub.route(method, pattern)``; a handler gets the request and the groups of the
+pattern and returns an ``Answer``. No token is kept: ``hub.requests`` records only whose was sent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -130,8 +131,8 @@ class FakeHub:
     def _gate(self, repo_id: str, account: Account | None) -> Answer:
         name = f"model {repo_id}"
         if account is None:
-            text = f"Access to {name} is restricted. You must have access to it and be authenticated to access it."
-            return error(401, "GatedRepo", f"{text} Please log in.")
+            text = "You must have access to it and be authenticated to access it. Please log in."
+            return error(401, "GatedRepo", f"Access to {name} is restricted. {text}")
         if not account.gated_permission:
             text = "Please enable access to public gated repositories in your fine-grained token settings"
             return error(403, "", f"{text} to view this repository.")
@@ -193,13 +194,11 @@ class FakeHub:
                 if self.command != "HEAD":
                     self.wfile.write(data)
 
-            do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = _serve
+            do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = _serve  # noqa: N815
 
             def handle(self) -> None:
-                try:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a client gave up
                     super().handle()
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # a client that stopped waiting
 
             def log_message(self, *_: object) -> None:
                 """Log nothing."""

@@ -17,10 +17,10 @@ import httpx
 import huggingface_hub
 import nbformat
 import pytest
+from fake_hub import Account, Answer, FakeHub
 from huggingface_hub import constants, hf_api
 from nbclient import NotebookClient
 
-from fake_hub import Account, Answer, FakeHub
 from llama_sft_helpers import login
 from llama_sft_helpers.login import AccessError, check_access, check_token, find_token, login_widget, mask
 
@@ -443,14 +443,16 @@ class TestNotebook:
         assert "no-token" in output_of(notebook)
         assert "GatedRepoError" in output_of(notebook)
 
-    def test_token_shows_nowhere(self, hub, tmp_path, monkeypatch, processes, caplog, capfd):
+    def test_token_shows_nowhere(self, hub, no_token, monkeypatch, processes, caplog, capfd):  # noqa: PLR0917
         """Plant a token, run 02 and log in with it once more; then hunt for its text."""
+        tmp_path = no_token
         caplog.set_level(logging.DEBUG)
         log_in = (
             "import logging\n"
             "logging.basicConfig(level=logging.DEBUG, filename='kernel.log')\n"
             "field, button = widget.children[1].children\n"
-            "field.value = find_token().token\n"
+            "typed = {'method': 'update', 'state': {'value': find_token().token}, 'buffer_paths': []}\n"
+            "field._handle_msg({'content': {'data': typed}, 'buffers': []})  # as the browser sends it\n"
             "button.click()\n"
             "check_access(MODEL_ID)\n"
             "print(widget.children[2].value)\n"
@@ -494,6 +496,7 @@ class TestNotebook:
 
 
 def test_import_is_light():
-    heavy = "import llama_sft_helpers.login, sys; print([m for m in ('torch', 'pandas', 'ipywidgets') if m in sys.modules])"
-    answer = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    heavy = ("torch", "pandas", "ipywidgets", "huggingface_hub")
+    code = f"import llama_sft_helpers.login, sys; print([m for m in {heavy} if m in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
