@@ -27,7 +27,10 @@ TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 _TIGHT = 0.9  # above this share of the card the verdict is "tight"
 _OUTSIDE_ALLOCATED = ("allocator slack", "CUDA context")
 _CONTEXT_GIB = 0.6  # driver, kernels and cuBLAS handles: what nvidia-smi shows before the first tensor
-_SLACK = 0.03  # share of the peak that the caching allocator holds but does not use
+_SLACK = 0.06  # share of the peak that the caching allocator holds but does not use (measured: 2 to 9 %)
+_WORKSPACE = 2**26  # what cuBLAS asks of PyTorch's allocator
+# Tensors of the MLP's width alive at once in its backward pass, measured; LLM.int8 casts and quantizes too.
+_GRADIENTS_IN_MLP = {"int8": 3.2, "nf4": 2.0, "16-bit": 4.2}
 _LOSS_TILE = (4096, 32768)  # tokens x vocabulary entries that trl's chunked loss projects at once
 
 
@@ -104,7 +107,7 @@ def plan_memory(
     shape = _Shape.of(config)
     rows = [
         *_weight_rows(shape, profile, quantization),
-        *_adapter_rows(shape, lora_rank, target_modules),
+        *_adapter_rows(shape, profile, lora_rank, target_modules),
         *_activation_rows(shape, profile, quantization, lora_rank),
     ]
     allocated = sum(size for _, size, _ in rows)
@@ -298,70 +301,121 @@ def _weight_rows(shape: _Shape, profile: Profile, quantization: str) -> list[_Ro
     ]
 
 
-def _adapter_rows(shape: _Shape, rank: int, target_modules: tuple[str, ...]) -> list[_Row]:
-    per_layer = sum(rank * sum(shape.linears[name]) for name in target_modules)
-    count = per_layer * shape.layers
-    how = f"{count:,} trainable weights"
+def _adapter_rows(shape: _Shape, profile: Profile, rank: int, target_modules: tuple[str, ...]) -> list[_Row]:
+    count = shape.layers * sum(rank * sum(shape.linears[name]) for name in target_modules)
+    copies = 0 if profile.dtype == "float32" or profile.fast_int8 else 2 * count
+    weights = 4 * count + copies
+    also = ", and autocast's 16-bit copies" if copies else ""
+    accumulates = profile.gradient_accumulation_steps > 1
+    gradients = 4 * count if accumulates else 4 * count / shape.layers
+    when = "4 bytes each" if accumulates else "one layer's: without accumulation they come as activations go"
     return [
-        ("LoRA adapters", 4 * count, f"{how} in float32"),
-        ("gradients", 4 * count, f"{how}, 4 bytes each"),
-        ("optimizer state", 8 * count, f"{how}, AdamW's two averages in float32"),
+        ("LoRA adapters", weights, f"{count:,} trainable weights in float32{also}"),
+        ("gradients", gradients, when),
+        ("optimizer state", 8 * count, "AdamW's two averages in float32"),
     ]
 
 
 def _activation_rows(shape: _Shape, profile: Profile, quantization: str, rank: int) -> list[_Row]:
     tokens = profile.per_device_train_batch_size * profile.max_length
     element = _bytes_per_element(profile)
-    layer = _kept_by_layer(shape, profile, rank)
-    if profile.gradient_checkpointing:
-        kept = float(element * shape.hidden * tokens)
-        how = "the input of each layer"
-        if quantization == "int8" and not profile.fast_int8:
-            kept += _linear_inputs(shape, element) * tokens
-            how += " and, kept by LLM.int8 in spite of checkpointing, of each linear"
-    else:
-        kept, how = layer, "what the backward pass reads again"
-    working = layer * profile.gradient_checkpointing + _backward_temporaries(shape, element, tokens)
-    scored = min(tokens, _LOSS_TILE[0])
-    loss = scored * min(shape.vocab, _LOSS_TILE[1]) * element + 3 * 4 * tokens * shape.hidden
+    kept, how = _kept_by_layer(shape, profile, quantization, rank)
+    mask = _pairs(profile) * (profile.attn_implementation == "sdpa")  # one byte a pair, shared by all layers
+    loss = _loss(shape, element, tokens)
+    working = _working(shape, profile, quantization, rank)
     return [
-        ("activations", kept * shape.layers, f"{tokens:,} tokens x {shape.layers} layers: {how}"),
-        ("one layer at work", working, "a layer's activations, gradients and one dequantized weight"),
-        ("loss", loss, "one tile of logits and the last hidden states in float32"),
+        ("activations", kept * shape.layers + mask, f"{tokens:,} tokens x {shape.layers} layers: {how}"),
+        ("loss", loss, "the last hidden states and one tile of logits with its gradient"),
+        (
+            "one layer at work",
+            max(0.0, working - loss),
+            "what its backward pass needs beyond the loss's share",
+        ),
     ]
 
 
-def _kept_by_layer(shape: _Shape, profile: Profile, rank: int) -> float:
-    """Bytes that autograd keeps of one decoder layer for one micro-batch."""
+def _kept_by_layer(shape: _Shape, profile: Profile, quantization: str, rank: int) -> tuple[float, str]:
+    """Bytes that one decoder layer keeps from the forward to the backward pass, and what they are."""
+    tokens = profile.per_device_train_batch_size * profile.max_length
+    element = _bytes_per_element(profile)
+    held_by_bitsandbytes = quantization == "int8" and not profile.fast_int8
+    if profile.gradient_checkpointing:
+        kept, how = element * shape.hidden, "the input of each layer"
+        if held_by_bitsandbytes:
+            kept += _linear_inputs(shape, element, quantization)
+            how += " and, kept by LLM.int8 in spite of checkpointing, of each linear"
+        return kept * tokens, how
+    if profile.compile_layers:
+        return _kept_compiled(shape, profile), f"what a budget of {profile.activation_memory_budget:g} keeps"
+    return _saved_by_autograd(shape, profile, quantization, rank), "what the backward pass reads again"
+
+
+def _saved_by_autograd(shape: _Shape, profile: Profile, quantization: str, rank: int) -> float:
     element = _bytes_per_element(profile)
     tokens = profile.per_device_train_batch_size * profile.max_length
     norms = 2 * 4 * shape.hidden  # RMSNorm computes in float32 and keeps that copy
     mlp = 3 * element * shape.mlp  # gate, silu(gate), up
-    lora = 7 * element * rank
-    query_key_value = (
-        element * 3 * shape.query
-    )  # sdpa with a mask, and varlen, repeat the key and value heads
-    per_token = norms + mlp + lora + query_key_value + 4 * shape.heads + _linear_inputs(shape, element)
-    return per_token * tokens + _attention_mask(profile, element)
+    inputs = _linear_inputs(shape, element, quantization)
+    lora = 0 if profile.fast_int8 else 7 * element * rank
+    per_token = norms + mlp + inputs + lora + _attention(shape, profile, quantization)
+    return per_token * tokens + element * _pairs(profile) * (profile.attn_implementation == "sdpa")
 
 
-def _linear_inputs(shape: _Shape, element: int) -> int:
-    """Bytes a token of the inputs of q/k/v (one tensor), o, gate/up (one tensor) and down."""
+def _kept_compiled(shape: _Shape, profile: Profile) -> float:
+    """Compiled in two pieces around attention: their inputs always stay, the budget shares out the rest."""
+    element = _bytes_per_element(profile)
+    tokens = profile.per_device_train_batch_size * profile.max_length
+    always = element * 2 * shape.hidden + _attention(shape, profile, "int8") + element * shape.query
+    rest = element * (shape.hidden + 4 * shape.mlp)
+    return tokens * (always + profile.activation_memory_budget * rest)
+
+
+def _linear_inputs(shape: _Shape, element: int, quantization: str) -> int:
+    """Bytes a token of the inputs of q/k/v, o, gate/up and down.
+
+    On quantized weights one tensor serves every linear that reads it. On plain ones PEFT casts the input to
+    the adapter's float32 first, and autocast makes each adapter a 16-bit copy of its own.
+    """
+    if quantization == "16-bit" and element == 2:
+        return element * (3 * shape.hidden + shape.query + 2 * shape.hidden + shape.mlp)
     return element * (shape.hidden + shape.query + shape.hidden + shape.mlp)
 
 
-def _attention_mask(profile: Profile, element: int) -> float:
-    """Bytes of the additive mask that sdpa builds in every layer: all pairs of tokens of a row (or pack)."""
-    if profile.attn_implementation == "varlen":
-        return 0
-    rows = 1 if profile.packing else profile.per_device_train_batch_size
-    length = profile.max_length * (profile.per_device_train_batch_size if profile.packing else 1)
-    return element * rows * length**2
+def _attention(shape: _Shape, profile: Profile, quantization: str) -> int:
+    """Bytes a token of query, key, value and the softmax's log-sum; the output too where o_proj does not."""
+    element = _bytes_per_element(profile)
+    repeated = profile.attn_implementation == "varlen" or _pairs(profile) > 0  # key and value heads, then
+    key_value = 2 * (shape.query if repeated else shape.key_value)
+    output = shape.query if quantization == "16-bit" and element == 2 else 0
+    return element * (shape.query + key_value + output) + 4 * shape.heads
 
 
-def _backward_temporaries(shape: _Shape, element: int, tokens: int) -> float:
-    weight = max(inputs * outputs for inputs, outputs in shape.linears.values())
-    return element * (4 * tokens * shape.mlp + 2 * weight)
+def _pairs(profile: Profile) -> int:
+    """Entries of sdpa's mask: all pairs of tokens of a packed micro-batch, or of each padded row.
+
+    A single row needs none, as nothing is padded.
+    """
+    rows, length = profile.per_device_train_batch_size, profile.max_length
+    if profile.packing:
+        return (rows * length) ** 2
+    return rows * length**2 if rows > 1 else 0
+
+
+def _loss(shape: _Shape, element: int, tokens: int) -> float:
+    """What scoring holds: trl takes a tile of logits at a time; every token is taken as scored."""
+    tile = element * min(tokens, _LOSS_TILE[0]) * min(shape.vocab, _LOSS_TILE[1])
+    last_norm = tokens * shape.hidden * (4 + element)
+    return tile + last_norm + tokens * shape.hidden * (4 + element)  # the gradient, and the scored rows
+
+
+def _working(shape: _Shape, profile: Profile, quantization: str, rank: int) -> float:
+    """The layer whose backward pass runs: activations if computed anew, gradients, one 16-bit weight."""
+    element = _bytes_per_element(profile)
+    tokens = profile.per_device_train_batch_size * profile.max_length
+    again = _saved_by_autograd(shape, profile, quantization, rank) if profile.gradient_checkpointing else 0.0
+    gradients = _GRADIENTS_IN_MLP[quantization] * element * tokens * shape.mlp
+    weight = 0 if quantization == "16-bit" else element * shape.hidden * shape.mlp
+    return again + max(gradients, weight) + _WORKSPACE * (profile.gpu_gib > 0)
 
 
 def _verdict(planned_gib: float, card_gib: float) -> str:

@@ -1,0 +1,349 @@
+"""Measure the peak memory of LoRA training on Llama 3 8B's shape, and hold `plan_memory` against it.
+
+Needs one NVIDIA GPU with 80 GB and a RAM disk with 17 GB free. Random weights of the real shape are made on
+the card, saved, and loaded back with `from_pretrained` in 8, 4 and 16 bits; every setting then trains three
+steps with `SFTTrainer`. Standard deviation 0.01 keeps LLM.int8 free of outlier columns, as nearly all columns
+of a trained model are; at 0.02 random weights give nearly every input of `down_proj` one, and bitsandbytes
+keeps a second copy of those columns.
+
+    python benchmarks/calibrate_memory.py --out benchmarks/results/memory_h100.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from llama_sft_helpers.memory import plan_memory, planned_peak_gib  # noqa: E402
+from llama_sft_helpers.profiles import read_profile  # noqa: E402
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# quantization, rows, max_length, packing, checkpointing; then what else differs
+SETTINGS = [
+    ("int8", 1, 1024, True, True, {}),
+    ("int8", 2, 2048, True, True, {}),
+    ("int8", 2, 4096, True, True, {}),
+    ("int8", 8, 512, False, True, {}),
+    ("int8", 1, 1024, False, True, {}),
+    ("int8", 1, 1024, True, False, {}),
+    ("int8", 1, 4096, True, False, {}),
+    ("int8", 8, 512, False, False, {}),
+    ("int8", 1, 512, False, True, {"dtype": "float16"}),
+    ("nf4", 1, 4096, True, True, {}),
+    ("nf4", 1, 4096, True, False, {}),
+    ("nf4", 8, 1024, False, True, {}),
+    ("nf4", 4, 512, False, False, {}),
+    ("16-bit", 1, 4096, True, True, {}),
+    ("16-bit", 1, 4096, True, False, {}),
+    ("16-bit", 8, 1024, False, True, {}),
+    ("16-bit", 4, 512, False, False, {}),
+]
+_FAST = {"attn_implementation": "varlen", "fast_int8": True}
+_COMPILED = {**_FAST, "compile_layers": True}
+FAST_SETTINGS = [
+    ("int8", 1, 4096, True, False, _FAST),
+    ("int8", 2, 4096, True, True, _FAST),
+    ("int8", 1, 1024, True, True, _FAST),
+    ("int8", 1, 4096, True, False, {**_COMPILED, "activation_memory_budget": 0.5}),
+    ("int8", 2, 4096, True, False, {**_COMPILED, "activation_memory_budget": 0.3}),
+    ("int8", 1, 4096, True, False, {**_COMPILED, "activation_memory_budget": 1.0}),
+]
+
+
+def build_model(folder: Path, std: float) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    raw = json.loads((ROOT / "llama_sft_helpers/configs/llama3_8b.json").read_text())
+    config = LlamaConfig(**{key: value for key, value in raw.items() if not key.startswith("_")})
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device="cuda")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0) if "norm" in name else parameter.normal_(0, std)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    vocab = {f"t{i}": i for i in range(100)} | {"<eos>": 100}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>").save_pretrained(
+        folder
+    )
+
+
+def load(folder: Path, quantization: str, dtype: str):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    kind = {
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+        ),
+        "16-bit": None,
+    }[quantization]
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=kind, device_map={"": 0}, dtype=getattr(torch, dtype)
+    )
+    lora = LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM", target_modules=TARGETS)
+    return get_peft_model(model, lora)
+
+
+def rows_for(batch: int, length: int, packing: bool, steps: int):
+    """Rows that fill every micro-batch: whole documents of 256 tokens, or one full row among shorter ones."""
+    from datasets import Dataset
+
+    generator = torch.Generator().manual_seed(0)
+    if packing:
+        lengths = [256] * (batch * length // 256 * steps)
+    else:
+        lengths = [length if row == 0 else length * 3 // 4 for row in range(batch)] * steps
+    ids = [torch.randint(0, 128000, (n,), generator=generator).tolist() for n in lengths]
+    labels = [[-100] * (len(row) // 10) + row[len(row) // 10 :] for row in ids]
+    return Dataset.from_dict({"input_ids": ids, "labels": labels})
+
+
+class _Probe:
+    """Reads the allocator where the forward pass enters a layer, and at its end."""
+
+    def __init__(self, model):
+        self.entries: list[int] = []
+        self.after_forward = (0, 0)
+        layers = model.get_base_model().model.layers
+        self._hooks = [layer.register_forward_pre_hook(self._enter) for layer in layers]
+
+    def _enter(self, *_):
+        self.entries.append(torch.cuda.memory_allocated())
+
+    def per_layer(self, layers: int, checkpointing: bool) -> float:
+        """Bytes that a layer's forward pass left allocated, mean over the middle layers of the last step."""
+        last = self.entries[-layers * (1 + checkpointing) :][:layers]
+        return (last[-1] - last[0]) / (layers - 1)
+
+    def remove(self):
+        for hook in self._hooks:
+            hook.remove()
+
+
+def measure(model, folder: Path, setting, steps: int = 3, accumulation: int = 1) -> dict:
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    quantization, batch, length, packing, checkpointing, other = setting
+    profile = read_profile(
+        "colab-a100",
+        per_device_train_batch_size=batch,
+        max_length=length,
+        packing=packing,
+        gradient_checkpointing=checkpointing,
+        gradient_accumulation_steps=accumulation,
+        **other,
+    )
+    if not checkpointing:
+        model.gradient_checkpointing_disable()
+    config = SFTConfig(
+        output_dir="/tmp/calibrate",
+        max_length=length,
+        packing=packing,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps,
+        learning_rate=1e-4,
+        bf16=profile.dtype == "bfloat16",
+        fp16=profile.dtype == "float16",
+        gradient_checkpointing=checkpointing,
+        save_strategy="no",
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+    )
+    data = rows_for(batch, length, packing, steps * accumulation)
+    trainer = SFTTrainer(
+        model, config, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(folder)
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    probe = _Probe(model)
+    compute_loss, after_forward = trainer.compute_loss, []
+
+    def watched(*args, **kwargs):
+        loss = compute_loss(*args, **kwargs)
+        after_forward.append((torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()))
+        return loss
+
+    trainer.compute_loss = watched
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    started = time.perf_counter()
+    trainer.train()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    layers = model.config.num_hidden_layers
+    measured = torch.cuda.max_memory_allocated() / 2**30
+    result = {
+        "setting": {
+            "quantization": quantization,
+            "per_device_train_batch_size": batch,
+            "max_length": length,
+            "packing": packing,
+            "gradient_checkpointing": checkpointing,
+            **other,
+        },
+        "measured_gib": measured,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        "before_training_gib": before / 2**30,
+        "after_forward_gib": after_forward[-1][0] / 2**30,
+        "peak_until_forward_end_gib": after_forward[-1][1] / 2**30,
+        "kept_per_layer_mib": probe.per_layer(layers, checkpointing) / 2**20,
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "seconds": seconds,
+    }
+    probe.remove()
+    del trainer, probe
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return result
+
+
+def switch_on(model, setting) -> None:
+    from llama_sft_helpers import speed
+
+    options = setting[5]
+    if options.get("fast_int8"):
+        speed.use_fast_int8(model)
+    if options.get("attn_implementation") == "varlen":
+        speed.register_varlen_attention()
+        model.set_attn_implementation("varlen")
+    if options.get("compile_layers"):
+        speed.compile_decoder_layers(model, activation_memory_budget=options["activation_memory_budget"])
+
+
+def run_group(folder: Path, out: Path, indices: list[int], fast: bool) -> None:
+    import transformers
+
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    settings = FAST_SETTINGS if fast else SETTINGS
+    model, loaded = None, None
+    for index in indices:
+        setting = settings[index]
+        wanted = (
+            setting[0],
+            setting[5].get("dtype", "bfloat16"),
+            setting[5].get("compile_layers", False) and index,
+        )
+        try:
+            if loaded != wanted:
+                model = None
+                gc.collect()
+                torch.cuda.empty_cache()
+                model, loaded = load(folder, wanted[0], wanted[1]), wanted
+            if fast:
+                switch_on(model, setting)
+            result = measure(model, folder, setting)
+        except Exception as error:
+            result = {"setting": repr(setting), "error": f"{type(error).__name__}: {str(error)[:600]}"}
+            model, loaded = None, None
+        with out.open("a") as lines:
+            lines.write(json.dumps(result) + "\n")
+        print(json.dumps(result), flush=True)
+
+
+def compare(result: dict) -> str:
+    """One line: planned, measured, difference, setting."""
+    if "error" in result:
+        return f"{result['error']} {result['setting']}"
+    settings = dict(result["setting"])
+    quantization = settings.pop("quantization")
+    raw = json.loads((ROOT / "llama_sft_helpers/configs/llama3_8b.json").read_text())
+    settings.setdefault("gradient_accumulation_steps", 1)
+    plan = plan_memory(
+        SimpleNamespace(**raw), read_profile("colab-a100", **settings), quantization=quantization
+    )
+    planned, measured = planned_peak_gib(plan), result["measured_gib"]
+    return f"{planned:6.2f} {measured:6.2f} {100 * (planned / measured - 1):+5.1f} % {result['setting']}"
+
+
+def environment() -> dict:
+    names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
+    return {
+        "card": torch.cuda.get_device_name(0),
+        "card_gib": torch.cuda.get_device_properties(0).total_memory / 2**30,
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "command": "python benchmarks/calibrate_memory.py" + " --fast" * ("--fast" in sys.argv),
+    }
+
+
+def groups(fast: bool) -> list[list[int]]:
+    settings = FAST_SETTINGS if fast else SETTINGS
+    found: dict[tuple, list[int]] = {}
+    for index, setting in enumerate(settings):
+        found.setdefault((setting[0], setting[5].get("dtype"), setting[5].get("compile_layers")), []).append(
+            index
+        )
+    return list(found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/memory_h100.json")
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/llama3-8b-shape"))
+    parser.add_argument("--std", type=float, default=0.01, help="standard deviation of the random weights")
+    parser.add_argument("--fast", action="store_true", help="the settings of notebook 08 instead")
+    parser.add_argument("--keep", action="store_true", help="leave the model folder there")
+    parser.add_argument("--group", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    lines = args.out.with_suffix(".jsonl")
+    if args.build:
+        build_model(args.folder, args.std)
+        return
+    if args.group:
+        run_group(args.folder, lines, args.group, args.fast)
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    lines.unlink(missing_ok=True)
+    started = time.perf_counter()
+    common = [sys.executable, __file__, "--out", str(args.out), "--folder", str(args.folder)]
+    common += ["--fast"] * args.fast
+    if not (args.folder / "config.json").exists():
+        subprocess.run([*common, "--build", "--std", str(args.std)], check=True)
+    print(f"model built: {time.perf_counter() - started:.0f} s", flush=True)
+    env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    for group in groups(args.fast):
+        subprocess.run([*common, "--group", json.dumps(group)], env=env, check=False)
+        print(f"{time.perf_counter() - started:.0f} s", flush=True)
+    results = [json.loads(line) for line in lines.read_text().splitlines()]
+    content = {**environment(), "std": args.std, "results": results}
+    args.out.write_text(json.dumps(content, indent=1) + "\n")
+    lines.unlink()
+    if not args.keep:
+        shutil.rmtree(args.folder, ignore_errors=True)
+    for row in results:
+        print(compare(row))
+
+
+if __name__ == "__main__":
+    main()
