@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,6 +73,97 @@ def check(
         _fail(error)
     else:
         raise typer.Exit(0 if fits else 1)
+
+
+@app.command()
+def plan(
+    profile: Annotated[
+        str | None, typer.Option(help="Profile name; default: by the GPU that is there.")
+    ] = None,
+    gpu_gib: Annotated[
+        float | None, typer.Option(min=1, help="Your card's GiB; exit code 1 if the plan does not fit it.")
+    ] = None,
+    quantization: Annotated[str, typer.Option(help="int8, nf4 or 16-bit.")] = "int8",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Plan the GPU memory of a training step, component by component, before spending it."""
+    from llama_sft_helpers.memory import print_plan
+    from llama_sft_helpers.profiles import ProfileError, load_profile
+
+    try:
+        chosen = load_profile(profile)
+        config = _model_config(chosen.model_id)
+        fits = print_plan(config, chosen, quantization=quantization, gpu_gib=gpu_gib, as_json=as_json)
+    except (ProfileError, ValueError) as error:
+        _fail(error)
+    else:
+        raise typer.Exit(0 if fits or gpu_gib is None else 1)
+
+
+def _model_config(model_id: str) -> Any:
+    """A model's configuration; Llama 3 8B's comes with this package, as the hub's needs a token."""
+    from transformers import AutoConfig
+
+    from llama_sft_helpers.environment import load_llama3_config
+
+    if model_id.endswith("/Meta-Llama-3-8B"):
+        return load_llama3_config()
+    return AutoConfig.from_pretrained(model_id)
+
+
+@app.command()
+def chat(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder that notebook 06 wrote.")],
+    base_model: Annotated[
+        str | None, typer.Option(help="Base model; default: what the adapter names.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this one instruction and leave.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Start with the adapter switched off.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+) -> None:
+    """Talk to a trained adapter on its 8-bit base model; answers stream, and end at EOS."""
+    from llama_sft_helpers.adapter import AdapterError
+    from llama_sft_helpers.chat import ChatError, run_chat, stream_answer
+    from llama_sft_helpers.data import to_prompt_completion
+
+    def respond(instruction: str, tuned: bool) -> Generator[str, None, None]:
+        row = to_prompt_completion({"instruction": instruction, "output": "unused"})
+        return stream_answer(model, tokenizer, row["prompt"], tuned=tuned, max_new_tokens=max_new_tokens)
+
+    try:
+        model, tokenizer = _load_adapter(adapter, base_model)
+        run_chat(respond, tuned=not base, prompt=prompt)
+    except (AdapterError, ChatError) as error:
+        _fail(error)
+
+
+def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
+    """The adapter on a fresh 8-bit base, as notebook 07 loads it."""
+    import logging
+
+    import transformers
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+
+    from llama_sft_helpers.adapter import AdapterError, check_adapter, find_base_model
+    from llama_sft_helpers.environment import device_map
+
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    base_model = base_model or find_base_model(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base_model,
+            quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+            device_map=device_map(),
+            dtype="auto",
+        )
+        tokenizer = AutoTokenizer.from_pretrained(base_model)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"The base model {base_model!r} cannot be loaded: {error}") from error
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    check_adapter(folder, model, base_model)
+    return PeftModel.from_pretrained(model, folder), tokenizer
 
 
 def _fail(error: Exception) -> None:

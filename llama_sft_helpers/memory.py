@@ -9,6 +9,7 @@ https://huggingface.co/docs/transformers/model_memory_anatomy.
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -145,6 +146,41 @@ def plan_fit(
         for card in cards_gib
     ]
     return pd.DataFrame(rows, columns=["card_gib", "planned_gib", "share", "verdict", "change"])
+
+
+def print_plan(
+    config: Any,
+    profile: Profile,
+    *,
+    quantization: str = "int8",
+    gpu_gib: float | None = None,
+    as_json: bool = False,
+) -> bool:
+    """Print the plan and its verdict on cards: what ``llama-sft plan`` does.
+
+    Returns:
+        Whether the plan fits every card asked about.
+    """
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table
+
+    plan = plan_memory(config, profile, quantization=quantization)
+    cards = (gpu_gib,) if gpu_gib else CARDS_GIB
+    fit = plan_fit(config, profile, quantization=quantization, cards_gib=cards)
+    if as_json:
+        tables = {"plan": plan.to_dict("records"), "fit": fit.to_dict("records")}
+        content = {"profile": profile.name, "quantization": quantization, **tables}
+        sys.stdout.write(json.dumps(content, indent=1) + "\n")
+    else:
+        total = f"{plan['gib'].sum():.2f} GiB"
+        for frame, title in ((plan, f"{profile.name}, {quantization}: {total} in all"), (fit, "On a card")):
+            table = Table(*map(str, frame.columns), title=title)
+            for row in frame.itertuples(index=False):
+                table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
+            Console().print(table)
+    return bool((fit["verdict"] != "does not fit").all())
 
 
 def reconcile_memory(plan: pd.DataFrame, measured_gib: float) -> pd.DataFrame:
