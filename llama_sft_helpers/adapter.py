@@ -1,0 +1,204 @@
+"""Notebook 07: the adapter folder, checked before and after it is loaded, and why it is not merged into int8.
+
+Nothing here loads or merges: the notebook does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+class AdapterError(ValueError):
+    """The adapter folder is missing, damaged, belongs to another base model, or is not what was loaded."""
+
+
+def find_base_model(folder: str | Path) -> str:
+    """The base model that an adapter folder names.
+
+    Args:
+        folder: The adapter folder that notebook 06 wrote.
+
+    Raises:
+        AdapterError: Folder or file missing or damaged.
+    """
+    return str(_read_adapter_config(Path(folder)).get("base_model_name_or_path"))
+
+
+def check_adapter(folder: str | Path, model: torch.nn.Module, base_model_id: str) -> None:
+    """Check an adapter folder against the base model it is about to be loaded on.
+
+    ``PeftModel.from_pretrained`` only warns about missing tensors, and takes an adapter of any base whose
+    shapes happen to fit.
+
+    Args:
+        folder: The adapter folder that notebook 06 wrote.
+        model: The base model, without an adapter.
+        base_model_id: The id or folder the base model was loaded from.
+
+    Raises:
+        AdapterError: Folder or file missing or damaged, another base model, or shapes that do not fit.
+    """
+    folder = Path(folder)
+    trained_on = find_base_model(folder)
+    if not _same_model(trained_on, base_model_id):
+        raise AdapterError(
+            f"The adapter in {folder} was trained on {trained_on!r}, the model here is {base_model_id!r}. "
+            "Load the same base model, or run notebook 06 with this profile."
+        )
+    with _open_weights(folder) as tensors:
+        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    _check_shapes(folder, shapes, model)
+
+
+def check_adapter_loaded(model: torch.nn.Module, folder: str | Path) -> None:
+    """Check that the model holds every tensor of the adapter file, bit for bit, and no other LoRA weight.
+
+    With equal base weights, equal adapter weights make equal logits.
+
+    Args:
+        model: The ``PeftModel`` that was just loaded.
+        folder: Its adapter folder.
+
+    Raises:
+        AdapterError: A tensor is missing, differs, or was left at its initial value.
+    """
+    from peft import get_peft_model_state_dict
+
+    loaded = get_peft_model_state_dict(model)
+    with _open_weights(Path(folder)) as tensors:
+        saved = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    if odd := sorted(set(loaded) ^ set(saved)):
+        raise AdapterError(
+            f"{len(odd)} LoRA tensors are in the file or in the model only, the first: {odd[0]}."
+        )
+    for name, tensor in saved.items():
+        here = loaded[name].detach().cpu()
+        if not torch.equal(here, tensor.to(here.dtype)):
+            raise AdapterError(f"{name} differs from the file; load the adapter anew.")
+
+
+def _read_adapter_config(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    if not folder.is_dir():
+        raise AdapterError(f"There is no adapter folder {folder}. Run notebook 06 first: it writes it.")
+    if not path.is_file():
+        raise AdapterError(
+            f"{folder} is no adapter folder: it has no {path.name}. Give the folder that notebook 06 wrote."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(
+            f"{path} is damaged ({error}). Run notebook 06 again, or copy it again."
+        ) from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise AdapterError(f"{path} describes no LoRA adapter. Give the folder that notebook 06 wrote.")
+    return config
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Equal ids, or folders of the same name (the same model in another place)."""
+    return one == other or Path(one).name == Path(other).name
+
+
+@contextlib.contextmanager
+def _open_weights(folder: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / _WEIGHTS
+    if not path.is_file():
+        raise AdapterError(f"{folder} has no {_WEIGHTS}. Run notebook 06 again, or copy the whole folder.")
+    try:
+        with safe_open(str(path), framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise AdapterError(
+            f"{path} is damaged ({error}). Copy it again, or run notebook 06 again."
+        ) from error
+
+
+def _check_shapes(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: torch.nn.Module) -> None:
+    modules = dict(model.named_modules())
+    for name, shape in shapes.items():
+        path, _, kind = name.removeprefix("base_model.model.").rpartition(".lora_")
+        layer = modules.get(path)
+        if not path:
+            continue  # a tensor that is no LoRA factor (modules_to_save): PEFT checks it
+        if layer is None:
+            raise AdapterError(f"The adapter in {folder} has weights for {path}, which this model has not.")
+        expected = layer.in_features if kind.startswith("A") else layer.out_features
+        found = shape[1] if kind.startswith("A") else shape[0]
+        if found != expected:
+            raise AdapterError(
+                f"{name} in {folder} is made for a width of {found}, this model's {path} has {expected}: "
+                "it belongs to another base model. Load that one, or run notebook 06 with this profile."
+            )
+
+
+def summarize_int8_merge(model: torch.nn.Module, adapter_name: str = "default") -> pd.DataFrame:
+    """What merging into the int8 weights would keep of the adapter; the model is left as it is.
+
+    An int8 weight lies on a grid of 127 steps up to its row's maximum (https://arxiv.org/abs/2208.07339): an
+    update smaller than half a step rounds back to where it was.
+
+    Args:
+        model: A ``PeftModel`` on a base with ``Linear8bitLt`` layers.
+        adapter_name: The adapter's name.
+
+    Returns:
+        Index projection (``q_proj`` and so on) and ``all``: ``entries``; ``changed`` (int8 entries that
+        differ after the merge) and ``changed_share``; ``over_half_step_share`` (updates larger than half a
+        step: the prediction); ``mean_update_steps`` (mean absolute update, in steps); ``update_error`` (root
+        mean square of what rounding adds to or takes from the update, relative to the update's: 1 where it is
+        lost whole).
+
+    Raises:
+        ValueError: No 8-bit layer carries that adapter.
+    """
+    parts = []
+    for path, layer in model.named_modules():
+        weight = getattr(getattr(layer, "base_layer", None), "weight", None)
+        if type(weight).__name__ == "Int8Params" and adapter_name in getattr(layer, "lora_A", {}):
+            parts.append({"projection": path.rpartition(".")[2], **_int8_merge(layer, adapter_name)})
+    if not parts:
+        raise ValueError(
+            f"No 8-bit layer carries an adapter {adapter_name!r}. Load the base with load_in_8bit=True."
+        )
+    table = pd.DataFrame(parts).groupby("projection", sort=False).sum()
+    table.loc["all"] = table.sum()
+    shares = table[["changed", "over_half_step", "update_steps"]].div(table["entries"], axis=0)
+    shares.columns = pd.Index(["changed_share", "over_half_step_share", "mean_update_steps"])
+    shares["update_error"] = (table["error_squares"] / table["update_squares"]) ** 0.5
+    return table[["entries", "changed"]].astype(int).join(shares)
+
+
+@torch.no_grad()
+def _int8_merge(layer: Any, adapter_name: str) -> dict[str, float]:
+    """Counts of one layer; the arithmetic is that of PEFT's own ``merge`` for 8-bit layers."""
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    codes = layer.base_layer.weight.data
+    row_max = (
+        layer.base_layer.state.SCB if layer.base_layer.weight.SCB is None else layer.base_layer.weight.SCB
+    )
+    step = (row_max.float() / 127).to(codes.device)[:, None]
+    update = layer.get_delta_weight(adapter_name).float()
+    merged, merged_max, _ = int8_vectorwise_quant((codes * step + update).half())
+    kept = merged * (merged_max.float() / 127)[:, None] - codes * step
+    return {
+        "entries": codes.numel(),
+        "changed": int((merged != codes).sum()),
+        "over_half_step": int((update.abs() > step / 2).sum()),
+        "update_steps": float((update.abs() / step).sum()),
+        "update_squares": float(update.square().sum(dtype=torch.float64)),
+        "error_squares": float((kept - update).square().sum(dtype=torch.float64)),
+    }

@@ -1,0 +1,168 @@
+"""Talk to base and tuned model: the streamed answer, and the box that notebook 07 shows.
+
+Alpaca's template has one instruction and one answer, so each message stands alone: there is no history.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import threading
+import warnings
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Answer = Callable[[str, bool], Generator[str, None, None]]
+
+
+class ChatError(RuntimeError):
+    """The model could not answer; the message carries the cause."""
+
+
+def stream_answer(
+    model: Any, tokenizer: Any, prompt: str, *, tuned: bool = True, max_new_tokens: int = 256
+) -> Generator[str, None, None]:
+    """Generate an answer and yield it piece by piece, until EOS or ``max_new_tokens``.
+
+    Greedy. Closing the iterator early stops the generation at its next token.
+
+    Args:
+        model: A ``PeftModel``.
+        tokenizer: Its tokenizer.
+        prompt: The whole prompt, template included.
+        tuned: False switches the adapter off for this answer.
+        max_new_tokens: Longest answer, in tokens.
+
+    Yields:
+        Text, usually a word at a time.
+
+    Raises:
+        ChatError: Generation failed.
+    """
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    closed, errors = threading.Event(), list[Exception]()
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+
+    def generate() -> None:
+        try:
+            with contextlib.nullcontext() if tuned else model.disable_adapter():
+                model.generate(
+                    **inputs,
+                    streamer=streamer,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.eos_token_id,
+                    stopping_criteria=StoppingCriteriaList([lambda *_, **__: closed.is_set()]),
+                )
+        except Exception as error:
+            errors.append(error)
+            streamer.end()
+
+    worker = threading.Thread(target=generate, daemon=True)
+    worker.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        closed.set()
+        worker.join()
+    if errors:
+        raise ChatError(f"The model could not answer: {errors[0]}") from errors[0]
+
+
+def run_chat(answer: Answer, *, tuned: bool = True, prompt: str | None = None) -> None:
+    """Talk in a terminal: a line is an instruction; ``/base``, ``/tuned`` and ``/quit`` are commands.
+
+    Ctrl-C ends an answer, Ctrl-D or ``/quit`` the talk.
+
+    Args:
+        answer: Called with the message and whether the tuned model is chosen; yields text.
+        tuned: Whether to start with the adapter on.
+        prompt: One instruction to answer; None reads lines until the end of the input.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    if prompt is not None:
+        _print_answer(console, answer(prompt, tuned))
+        return
+    console.print("An instruction a line; /base and /tuned switch the adapter, /quit leaves.", style="dim")
+    while True:
+        try:
+            text = console.input(f"[bold]{'tuned' if tuned else 'base'}>[/bold] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if text == "/quit":
+            return
+        if text in ("/base", "/tuned"):
+            tuned = text == "/tuned"
+        elif text.startswith("/"):
+            console.print("Commands: /base, /tuned, /quit.", style="dim")
+        elif text:
+            _print_answer(console, answer(text, tuned))
+
+
+def _print_answer(console: Console, pieces: Generator[str, None, None]) -> None:
+    try:
+        for piece in pieces:
+            console.print(piece, end="", markup=False)
+    except KeyboardInterrupt:
+        console.print(" [stopped]", end="", markup=False)
+    finally:
+        pieces.close()
+    console.print()
+
+
+def chat_box(answer: Answer) -> Any:
+    """A box with a text field, a base/tuned toggle, and the conversation.
+
+    Nothing blocks: the box answers when a message is sent.
+
+    Args:
+        answer: Called with the message and whether the tuned model is chosen; yields text.
+
+    Returns:
+        An ``ipywidgets`` box to display.
+    """
+    import ipywidgets as widgets
+
+    message = widgets.Text(placeholder="An instruction, then Enter", layout=widgets.Layout(width="70%"))
+    choice = widgets.ToggleButtons(options=["tuned", "base"], layout=widgets.Layout(width="auto"))
+    send = widgets.Button(description="Send", button_style="primary")
+    page = widgets.HTML()
+    past: list[str] = []
+
+    def respond(_: Any) -> None:
+        text = message.value.strip()
+        if not text or send.disabled:
+            return
+        send.disabled, message.value = True, ""
+        said = f"<p><b>you</b>: {html.escape(text)}</p><p><b>{choice.value}</b>: "
+        reply = ""
+        try:
+            for piece in answer(text, choice.value == "tuned"):
+                reply += piece
+                page.value = "".join(past) + said + _as_html(reply)
+        except Exception as error:
+            reply += f" [{error}]"
+        finally:
+            past.append(f"{said}{_as_html(reply)}</p>")
+            page.value = "".join(past)
+            send.disabled = False
+
+    send.on_click(respond)
+    with warnings.catch_warnings():
+        # ipywidgets 8 would rather have us watch the value, but that also sends when the field loses focus
+        warnings.simplefilter("ignore", DeprecationWarning)
+        message.on_submit(respond)
+    return widgets.VBox([widgets.HBox([message, send]), choice, page])
+
+
+def _as_html(text: str) -> str:
+    return html.escape(text).replace("\n", "<br>")

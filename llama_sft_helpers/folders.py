@@ -1,0 +1,107 @@
+"""Folders that are written whole or not at all, and the hash of what lies in one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_STAMP = "written_by_llama_sft_helpers.txt"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class PublishError(RuntimeError):
+    """Something could not be written or uploaded; nothing that was there before has been changed."""
+
+
+@contextlib.contextmanager
+def new_folder(target: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
+    """Write a folder whole or not at all: files go to a hidden folder beside it, renamed when complete.
+
+    A folder that an earlier run wrote this way is replaced; any other is left alone.
+
+    Args:
+        target: The folder to write.
+        needed_bytes: What will be written; checked against the free disk space before anything is.
+
+    Yields:
+        The hidden folder to write into.
+
+    Raises:
+        PublishError: The target holds something else, or the disk is full.
+    """
+    target = Path(target)
+    _refuse_foreign(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if needed_bytes > free:
+        raise PublishError(
+            _no_room(target, f"{needed_bytes / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free")
+        )
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        building, old = Path(scratch) / "new", Path(scratch) / "old"
+        building.mkdir()
+        with full_disk_explained(target):
+            yield building
+            (building / _STAMP).write_text("This folder is replaced by the next run.\n", encoding="utf-8")
+        if target.exists():
+            target.rename(old)
+        building.rename(target)
+
+
+def _refuse_foreign(target: Path) -> None:
+    if not target.exists() or (target / _STAMP).is_file() or (target.is_dir() and not any(target.iterdir())):
+        return
+    raise PublishError(
+        f"{target} exists and was not written by this notebook; nothing was changed. Move it away, or choose "
+        "another folder."
+    )
+
+
+@contextlib.contextmanager
+def full_disk_explained(target: Path) -> Iterator[None]:
+    """Turn the system's and safetensors' errors about a full disk into a ``PublishError``."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors reports the system's error in its text only
+        number = error.errno if isinstance(error, OSError) else None
+        found = re.search(r"os error (\d+)", str(error))
+        if number in _NO_ROOM or (found and int(found.group(1)) in _NO_ROOM):
+            raise PublishError(_no_room(target, str(error))) from error
+        raise
+
+
+def _no_room(target: Path, detail: str) -> str:
+    return (
+        f"The disk is too full to write {target} ({detail}). Nothing was overwritten, and what was "
+        "half-written is gone. Free some space, or choose a folder on another disk."
+    )
+
+
+def hash_files(folder: str | Path, pattern: str = "*.safetensors") -> str:
+    """SHA-256 over the names and bytes of a folder's files, in the order of their names.
+
+    Args:
+        folder: The folder.
+        pattern: Which files.
+
+    Raises:
+        PublishError: No file matches.
+    """
+    digest = hashlib.sha256()
+    paths = sorted(Path(folder).glob(pattern))
+    if not paths:
+        raise PublishError(f"{folder} has no {pattern}.")
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

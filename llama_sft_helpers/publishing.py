@@ -1,0 +1,304 @@
+"""Notebook 07: the model card, and the hub's refusals explained."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_sft_helpers.folders import PublishError, full_disk_explained
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from llama_sft_helpers.profiles import Profile
+
+_CARD_MARK = "<!-- written by llama_sft_helpers, sha256 of the text below: {} -->"
+_SUMMARY_KEYS = (
+    "eval_loss_before",
+    "eval_loss_after",
+    "train_seconds",
+    "train_tokens",
+    "peak_gib",
+    "profile",
+    "versions",
+)
+_LLAMA3_NOTES = (
+    "Built with Meta Llama 3",
+    "The [Meta Llama 3 Community License](https://www.llama.com/llama3/license/) applies: whoever passes "
+    "this model on includes that license, shows “Built with Meta Llama 3” prominently, and gives the model "
+    "a name that begins with “Llama 3”.",
+)
+
+
+def hash_rows(rows: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 of rows as JSON lines with sorted keys, so that a card names its data exactly."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
+# --- The training summary ---
+
+
+def read_training_summary(path: str | Path) -> dict[str, Any]:
+    """What notebook 06 wrote beside the adapter.
+
+    Args:
+        path: ``training_summary.json``.
+
+    Raises:
+        PublishError: The file is missing or damaged, or lacks a key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PublishError(f"There is no {path}. Run notebook 06 first: it writes it.")
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PublishError(f"{path} is damaged ({error}). Run notebook 06 again.") from error
+    if missing := [key for key in _SUMMARY_KEYS if key not in summary]:
+        raise PublishError(f"{path} lacks {', '.join(missing)}. Run notebook 06 again.")
+    return dict(summary)
+
+
+# --- The model card ---
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    profile: Profile,
+    training_summary: Mapping[str, Any],
+    data_sha256: str,
+    losses: pd.DataFrame,
+    generations: pd.DataFrame,
+    device: str,
+) -> Path:
+    """Write ``README.md``: what the adapter is, what it was trained on, and what was measured.
+
+    Args:
+        folder: Where the card goes; made if missing.
+        profile: The run's profile.
+        training_summary: ``read_training_summary`` of the run.
+        data_sha256: ``hash_rows`` of the training rows.
+        losses: ``evaluation.summarize_perplexity``.
+        generations: ``evaluation.summarize_generations``.
+        device: Name of the GPU, or ``CPU``, that evaluated; the summary's own ``device`` names the trainer.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        PublishError: A card is there that this function did not write, or that was edited since.
+    """
+    path = Path(folder) / "README.md"
+    if path.is_file() and not _is_own_card(path.read_text(encoding="utf-8")):
+        raise PublishError(
+            f"{path} was not written by this function, or was edited since; it is left as it is. Move it "
+            "away, or choose another folder."
+        )
+    sections = [
+        _introduction(profile),
+        _run_section(profile, training_summary, data_sha256, device),
+        _loss_section(losses),
+        _answers_section(generations),
+    ]
+    body = "\n\n".join(sections) + "\n"
+    header = f"---\n{_metadata(profile)}\n---\n"
+    mark = _CARD_MARK.format(hashlib.sha256((header + body).encode()).hexdigest())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(".README.md.part")
+    try:
+        with full_disk_explained(path):
+            scratch.write_text(f"{header}{mark}\n{body}", encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return path
+
+
+def _is_own_card(text: str) -> bool:
+    """Whether the mark is there and its hash is that of the text around it."""
+    pattern = re.escape(_CARD_MARK).replace(re.escape("{}"), "([0-9a-f]{64})") + "\n"
+    found = re.search(pattern, text)
+    if not found:
+        return False
+    rest = text[: found.start()] + text[found.end() :]
+    return hashlib.sha256(rest.encode()).hexdigest() == found.group(1)
+
+
+def is_llama3(model_id: str) -> bool:
+    """Whether a model id names Meta's Llama 3, whose license asks for a certain name and notice."""
+    return bool(re.match(r"(meta-llama/)?(meta-)?llama-3-", model_id, flags=re.IGNORECASE))
+
+
+def _licence(model_id: str) -> str:
+    if is_llama3(model_id):
+        return "llama3"
+    return "apache-2.0" if Path(model_id).name in ("smollm2-135m-instruct", "tiny-llama") else "other"
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
+
+
+def _shown(name: str) -> str:
+    """A hub id, or a folder's own name: a card does not tell where its writer's files lie."""
+    if _is_hub_id(name):
+        return name
+    files = sorted(Path(name).glob("*.jsonl"))
+    return files[0].stem if len(files) == 1 else Path(name).name
+
+
+def _metadata(profile: Profile) -> str:
+    from huggingface_hub import ModelCardData
+
+    # The hub refuses a card whose base_model or datasets is no hub id: local demo names stay in the text.
+    data = ModelCardData(
+        base_model=profile.model_id if _is_hub_id(profile.model_id) else None,
+        datasets=[profile.dataset_id] if _is_hub_id(profile.dataset_id) else None,
+        license=_licence(profile.model_id),
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "sft"],
+    )
+    return str(data.to_yaml()).strip()
+
+
+def _introduction(profile: Profile) -> str:
+    lines = [f"# LoRA adapter for {_shown(profile.model_id)}", ""]
+    if is_llama3(profile.model_id):
+        lines += [f"**{_LLAMA3_NOTES[0]}**", "", _LLAMA3_NOTES[1], ""]
+    lines += [
+        f"Trained on {_shown(profile.dataset_id)} in Alpaca's template, on a base with 8-bit weights. "
+        "The licences of the base model and of the data set apply; Stanford's original Alpaca rows are "
+        "CC BY-NC 4.0.",
+    ]
+    return "\n".join(lines)
+
+
+def _run_section(profile: Profile, summary: Mapping[str, Any], data_sha256: str, device: str) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    rows = {
+        "base model": _shown(profile.model_id),
+        "data": _shown(profile.dataset_id),
+        "SHA-256 of the training rows": data_sha256,
+        "profile": summary["profile"],
+        "trained on": summary.get("device", device),
+        "evaluated on": device,
+        "training time, seconds": f"{summary['train_seconds']:.0f}",
+        "training tokens": f"{int(summary['train_tokens']):,}",
+        "peak memory, GiB": f"{summary['peak_gib']:.2f}",
+        "held-out loss before and after (trainer)": (
+            f"{summary['eval_loss_before']:.4f}, {summary['eval_loss_after']:.4f}"
+        ),
+        "versions": versions,
+    }
+    body = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
+    settings = "\n".join(
+        f"| `{key}` | {_cell(_shown(str(value)) if key.endswith('_id') else value)} |"
+        for key, value in zip(profile.to_frame().index.astype(str), profile.to_frame()["value"], strict=True)
+    )
+    return (
+        f"## The run\n\n| | |\n|---|---|\n{body}\n\n"
+        "<details><summary>Every setting of the profile</summary>\n\n"
+        f"| setting | value |\n|---|---|\n{settings}\n\n</details>"
+    )
+
+
+def _loss_section(losses: pd.DataFrame) -> str:
+    rows = "\n".join(
+        f"| {_cell(name)} | {row['loss_nats']:.4f} | {row['low']:.4f} to {row['high']:.4f} | "
+        f"{row['perplexity']:.3f} | {int(row['tokens']):,} |"
+        for name, row in losses.iterrows()
+    )
+    return (
+        "## Held-out loss\n\nNats per scored token; intervals are 95 %, by resampling rows; the last row's "
+        "perplexity is a ratio.\n\n"
+        f"| model | loss | interval | perplexity | tokens |\n|---|---|---|---|---|\n{rows}"
+    )
+
+
+def _answers_section(generations: pd.DataFrame) -> str:
+    names = [name for name in map(str, generations) if f"{name}_stopped" in generations]
+    parts = ["## Answers to fixed prompts", "Greedy decoding, the same prompts for each model."]
+    for number, row in enumerate(generations.to_dict("records"), start=1):
+        parts.append(f"### {number}\n\n{_fenced(row['prompt'])}")
+        for name in names:
+            ending = "stopped" if row[f"{name}_stopped"] else "cut"
+            parts.append(f"{name}, {ending} after {row[f'{name}_tokens']} tokens:\n\n{_fenced(row[name])}")
+    return "\n\n".join(parts)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def _fenced(text: Any) -> str:
+    """Text as a code block whose fence is longer than any run of backticks in it."""
+    text = str(text).strip()
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+# --- The hub ---
+
+
+def check_repo_id(repo_id: str, base_model_id: str) -> None:
+    """Check a name before a repository is made of it.
+
+    Args:
+        repo_id: ``your-name/model-name``.
+        base_model_id: The base model; Llama 3's license wants derived names to begin with "Llama 3".
+
+    Raises:
+        PublishError: The name is not valid, or not as the license asks.
+    """
+    if not _is_hub_id(repo_id):
+        raise PublishError(f"{repo_id!r} is no repository name; expected your-name/model-name.")
+    name = repo_id.rpartition("/")[2]
+    if is_llama3(base_model_id) and not re.match(r"llama[-_. ]?3", name, flags=re.IGNORECASE):
+        raise PublishError(
+            f"{name!r} must begin with 'Llama-3': the Meta Llama 3 license asks for it in derived names."
+        )
+
+
+@contextlib.contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn the hub's refusals into one sentence with a remedy.
+
+    Args:
+        repo_id: The repository that is created or written to.
+
+    Raises:
+        PublishError: 401, 403, 409, another refusal, no token, or no connection.
+    """
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise PublishError(_refusal(repo_id, error.response.status_code, str(error))) from error
+    except LocalTokenNotFoundError as error:
+        raise PublishError("There is no token. Log in first: notebook 02.") from error
+    except (httpx.TransportError, OfflineModeIsEnabled) as error:
+        raise PublishError(
+            f"The hub cannot be reached ({error}). Try again; nothing is lost here."
+        ) from error
+
+
+def _refusal(repo_id: str, status: int, detail: str) -> str:
+    remedies = {
+        401: "The hub does not accept the token. Make one with write access, and log in again: notebook 02.",
+        403: f"The token may not write to {repo_id}. Use your own name, and a token with write access.",
+        404: f"{repo_id} is not there, or the token may not see it. Create it first.",
+        409: f"{repo_id} exists already; nothing was uploaded. Choose another name, or delete it on the hub.",
+    }
+    return f"{remedies.get(status, f'The hub refused: {detail.strip()}')} (HTTP {status})"
