@@ -1,0 +1,428 @@
+"""From the plain recipe to the fast one, one change at a time, on one GPU.
+
+    python benchmarks/speed_ladder.py --cap-gib 40 --out benchmarks/results/speed_h100_40gib.json
+
+Builds Llama 3 8B's shape with random weights (some outlier channels, as real models have) in 8 bits, and
+rows of an Alpaca-like length distribution out of the shipped rows' tokens (Llama 3's own tokenizer, package
+``llama-models``). Each rung trains the same LoRA with TRL's ``SFTTrainer`` in a process of its own. Tokens a
+second count real tokens, never padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+FLOP_PER_TOKEN = 30.3e9  # products of the frozen weights forward and backward, lm_head too, and LoRA
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WARM_STEPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Rung:
+    """One recipe; ``same_data_as`` names the rung whose losses it must repeat."""
+
+    name: str
+    change: str
+    packing: bool = False
+    padding_free: bool = False
+    rows: int = 8
+    max_length: int = 2048
+    attn_implementation: str = "sdpa"
+    checkpointing: bool = True
+    fast_int8: bool = False
+    fuse_lora: bool = True
+    compile_layers: bool = False
+    budget: float = 1.0
+    same_data_as: str = ""
+
+
+_PACKED = {"packing": True, "rows": 3, "same_data_as": "packed"}
+_FAST = {**_PACKED, "attn_implementation": "varlen", "fast_int8": True}
+RUNGS = [
+    Rung("plain", "trl's defaults: 8 padded rows, checkpointing, LLM.int8"),
+    Rung("no checkpointing", "keep the activations", checkpointing=False, same_data_as="plain"),
+    Rung("padding-free", "the same 8 rows without padding, varlen attention", padding_free=True,
+         attn_implementation="varlen", same_data_as="plain"),
+    Rung("packed", "3 blocks of 2048 tokens of whole documents, sdpa", **{**_PACKED, "same_data_as": ""}),
+    Rung("varlen", "attention within each document only", attn_implementation="varlen", **_PACKED),
+    Rung("fast int8", "int8 codes dequantized inside a 16-bit product", **_FAST),
+    Rung("compiled", "each decoder layer compiled", compile_layers=True, **_FAST),
+    Rung("compiled, kept", "compiled, activations kept instead of checkpointing",
+         compile_layers=True, checkpointing=False, **_FAST),
+]  # fmt: skip
+
+
+def build_config(tiny: bool) -> Any:
+    from transformers import LlamaConfig
+
+    numbers = json.loads((ROOT / "llama_sft_helpers/configs/llama3_8b.json").read_text(encoding="utf-8"))
+    config = LlamaConfig(**{k: v for k, v in numbers.items() if not k.startswith("_")})
+    if tiny:
+        config.update({"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32})
+        config.update({"num_attention_heads": 4, "num_key_value_heads": 2})
+    return config
+
+
+def build_model(tiny: bool, attn_implementation: str, device: str, seed: int = 0) -> Any:
+    """Llama 3 8B's shape with random weights, its linears in int8, made on the device itself."""
+    import bitsandbytes as bnb
+    import torch
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.quantizers import AutoHfQuantizer
+
+    config = build_config(tiny)
+    dtype = torch.bfloat16
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(config, attn_implementation=attn_implementation, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(shape: Any) -> Any:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
+
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, torch.nn.Linear) and name != "lm_head":
+            out_features, in_features = linear.weight.shape
+            with torch.device("meta"):
+                int8 = bnb.nn.Linear8bitLt(
+                    in_features, out_features, bias=False, has_fp16_weights=False, threshold=6.0
+                )
+            codes, absmax, _ = bnb.functional.int8_vectorwise_quant(normal(linear.weight.shape).half())
+            int8.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False)
+            int8.weight.CB, int8.weight.SCB = codes, absmax
+            model.set_submodule(name, int8)
+    model.lm_head.weight = torch.nn.Parameter(normal(model.lm_head.weight.shape), requires_grad=False)
+    model.model.embed_tokens.weight = torch.nn.Parameter(
+        normal(model.model.embed_tokens.weight.shape), requires_grad=False
+    )
+    for name, norm in model.named_modules():
+        if type(norm).__name__ == "LlamaRMSNorm":
+            weight = torch.ones(config.hidden_size, dtype=dtype, device=device)
+            if name != "model.norm":
+                weight[torch.randperm(config.hidden_size, generator=generator, device=device)[:6]] = 12.0
+            norm.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with torch.device(device):
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    quantization = BitsAndBytesConfig(load_in_8bit=True)
+    model.config.quantization_config = quantization
+    model.hf_quantizer = AutoHfQuantizer.from_config(quantization)
+    model.is_quantized = model.is_loaded_in_8bit = True
+    model.quantization_method = quantization.quant_method
+    return model
+
+
+def build_rows(tokenizer: Any, count: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Rows with Alpaca-like lengths: prompt 30 + exponential(17.6), completion log-normal(4.31, 1.33) in [2, 560].
+
+    The tokens are those of the shipped rows, read in a circle. Loss on the completion only, as in notebook 06.
+    """
+    import numpy as np
+
+    from llama_sft_helpers.rows import to_prompt_completion
+
+    lines = (ROOT / "llama_sft_helpers/datasets/alpaca_mini.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [to_prompt_completion(json.loads(line)) for line in lines]
+    flat = np.array(tokenizer("\n".join(t["prompt"] + t["completion"] for t in texts))["input_ids"][1:])
+    random = np.random.default_rng(seed)
+    rows, place = [], 0
+    for _ in range(count):
+        prompt = 30 + int(random.exponential(17.6))
+        completion = int(np.clip(random.lognormal(4.31, 1.33), 2, 560))
+        body = np.take(flat, range(place, place + prompt + completion - 2), mode="wrap").tolist()
+        place += prompt + completion - 2
+        ids = [tokenizer.bos_token_id, *body, tokenizer.eos_token_id]
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
+
+
+def measure_matmul(device: str) -> float:
+    """Measured bf16 rate of an 8192 x 8192 x 8192 product on random data, in FLOP/s (median of 30)."""
+    import torch
+
+    size = 8192 if device == "cuda" else 256
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(35):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds[5:])
+
+
+def run_rung(rung: Rung, args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from datasets import Dataset
+    from llama3_tokenizer import build_llama3_tokenizer
+    from peft import LoraConfig, get_peft_model
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from llama_sft_helpers import speed
+
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    device = "cpu" if args.tiny else "cuda"
+    wait_for_turn(args.turn)
+    if device == "cuda" and args.cap_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total))
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if args.tiny else "default")
+        name = speed.register_varlen_attention()
+    attention = name if rung.attn_implementation == "varlen" else "sdpa"
+    torch.manual_seed(0)
+    model = build_model(args.tiny, attention, device)
+    built_seconds = time.perf_counter() - started
+    tokenizer = build_llama3_tokenizer()
+    tokenizer.pad_token = "<|reserved_special_token_0|>"
+    steps = args.steps
+    need = steps * rung.rows * (rung.max_length // 160 if rung.packing else 1) + 64
+    dataset = Dataset.from_list(build_rows(tokenizer, need))
+    torch.manual_seed(0)
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            r=16, lora_alpha=16, lora_dropout=0, bias="none", task_type="CAUSAL_LM", target_modules=TARGETS
+        ),
+    )
+    config = SFTConfig(
+        output_dir="outputs/speed", max_steps=steps, per_device_train_batch_size=rung.rows,
+        max_length=None if rung.padding_free else rung.max_length, packing=rung.packing,
+        padding_free=rung.padding_free,
+        gradient_checkpointing=rung.checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+        learning_rate=args.learning_rate, lr_scheduler_type="constant", logging_steps=1, report_to="none",
+        save_strategy="no", disable_tqdm=True, bf16=True, use_cpu=args.tiny, seed=0,
+    )  # fmt: skip
+    trainer = SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if rung.fast_int8:
+        speed.use_fast_int8(model)
+    if not rung.fuse_lora:
+        from peft.tuners.lora.bnb import Linear8bitLt
+
+        for module in model.modules():
+            if isinstance(module, Linear8bitLt):
+                module.__class__ = Linear8bitLt
+    compiled = speed.compile_decoder_layers(model, rung.budget) if rung.compile_layers else None
+
+    class Clock(TrainerCallback):
+        times: list[float] = []  # noqa: RUF012
+        losses: list[float] = []  # noqa: RUF012
+        tokens: list[int] = []  # noqa: RUF012
+        norms: list[float] = []  # noqa: RUF012
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if not self.times:
+                self.on_step_end()
+            if args.profile and len(self.times) == WARM_STEPS + 2:
+                profiler.start()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+            if args.profile and len(self.times) == WARM_STEPS + 4:
+                profiler.stop()
+
+        def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
+            if "loss" in logs:
+                self.losses.append(logs["loss"])
+                self.tokens.append(logs["num_tokens"])
+                self.norms.append(float(logs["grad_norm"]))
+
+    profiler: Any = torch.profiler.profile() if args.profile else None
+    clock = Clock()
+    trainer.add_callback(clock)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    result: dict[str, Any] = {
+        "rung": rung.name,
+        **{k: v for k, v in dataclasses.asdict(rung).items() if k != "name"},
+    }
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        return {**result, "error": f"out of memory: {str(error).splitlines()[0][:160]}"}
+    step_seconds = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
+    warm = min(WARM_STEPS, steps - 1)
+    real_tokens = clock.tokens[-1] - clock.tokens[warm - 1]
+    timed = sum(step_seconds[warm:])
+    per_second = real_tokens / timed
+    steady = statistics.median(step_seconds[warm:])
+    if args.profile:
+        (Path(args.profile)).write_text(
+            profiler.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90)
+        )
+        with contextlib.suppress(OSError):
+            profiler.export_chrome_trace(args.profile + ".trace.json")
+    memory = torch.cuda if device == "cuda" else None
+    return {
+        **result,
+        "tokens_per_second": round(per_second, 1),
+        "median_step_seconds": round(steady, 4),
+        "tokens_per_step": round(real_tokens / (steps - warm), 1),
+        "peak_allocated_gib": round(memory.max_memory_allocated() / 2**30, 2) if memory else None,
+        "peak_reserved_gib": round(memory.max_memory_reserved() / 2**30, 2) if memory else None,
+        "compile_seconds": round(compiled.seconds, 1) if compiled else 0.0,
+        "warm_up_seconds": round(sum(step_seconds[:warm]) - warm * steady, 1),
+        "graphs": compiled.graphs if compiled else 0,
+        "fallback": compiled.fallback if compiled else "",
+        "build_seconds": round(built_seconds, 1),
+        "losses": clock.losses,
+        "grad_norms": [round(n, 4) for n in clock.norms],
+    }
+
+
+def wait_for_turn(turn: str) -> None:
+    """Imports may overlap the rung before; the GPU is used by one process at a time."""
+    while turn and not Path(turn).exists():
+        time.sleep(0.05)
+
+
+def compare_losses(rungs: list[dict[str, Any]]) -> None:
+    """Add to each rung the largest relative difference of loss from the rung with the same data."""
+    losses = {rung["rung"]: rung["losses"] for rung in rungs if "losses" in rung}
+    for rung in rungs:
+        reference = losses.get(rung["same_data_as"])
+        if "losses" in rung and reference:
+            pairs = list(zip(rung["losses"], reference, strict=False))
+            rung["compared_steps"] = len(pairs)
+            rung["largest_loss_difference"] = round(max(abs(a - b) / b for a, b in pairs), 5)
+
+
+def run_all(args: argparse.Namespace, rungs: list[Rung]) -> list[dict[str, Any]]:
+    scratch = Path(args.out).parent / "scratch"
+    scratch.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for number, rung in enumerate(rungs):
+        paths = scratch / f"{number}.json", scratch / f"{number}.turn", scratch / f"{number}.log"
+        for path in paths:
+            path.unlink(missing_ok=True)
+        jobs.append((rung, *paths))
+
+    def start(number: int) -> subprocess.Popen[bytes]:
+        rung, result, turn, log = jobs[number]
+        command = [
+            sys.executable,
+            __file__,
+            "--rung",
+            json.dumps(dataclasses.asdict(rung)),
+            "--out",
+            str(result),
+        ]
+        command += ["--turn", str(turn), "--steps", str(args.steps), "--cap-gib", str(args.cap_gib)]
+        command += ["--learning-rate", str(args.learning_rate)]
+        command += ["--tiny"] if args.tiny else []
+        command += ["--profile", f"{args.profile}-{number}.txt"] if args.profile else []
+        return subprocess.Popen(command, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+
+    results = []
+    running = [start(0)]
+    for number, (rung, result, turn, log) in enumerate(jobs):
+        if number + 1 < len(jobs):
+            running.append(start(number + 1))
+        turn.touch()
+        running[number].wait()
+        if result.exists():
+            results.append(json.loads(result.read_text(encoding="utf-8")))
+        else:
+            results.append({"rung": rung.name, **dataclasses.asdict(rung), "error": log.read_text()[-1500:]})
+        show = {
+            k: results[-1].get(k)
+            for k in ("tokens_per_second", "peak_reserved_gib", "warm_up_seconds", "error")
+        }
+        print(rung.name, {k: v for k, v in show.items() if v is not None}, flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--cap-gib", type=float, default=0.0, help="memory the process may use; 0 for all")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--rungs", default="", help="names separated by ';'; all if left out")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, to try the script")
+    parser.add_argument("--profile", default="", help="write a profile of two steps under this name")
+    parser.add_argument("--rung", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--turn", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rung:
+        result = run_rung(Rung(**json.loads(args.rung)), args)
+        Path(args.out).write_text(json.dumps(result), encoding="utf-8")
+        return
+    import torch
+
+    wanted = [name.strip() for name in args.rungs.split(";") if name.strip()]
+    unknown = sorted(set(wanted) - {rung.name for rung in RUNGS})
+    if unknown:
+        parser.error(f"no rung {unknown}; there are {[rung.name for rung in RUNGS]}")
+    rungs = [rung for rung in RUNGS if not wanted or rung.name in wanted]
+    device = "cpu" if args.tiny else "cuda"
+    rate = measure_matmul(device)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    results = run_all(args, rungs)
+    compare_losses(results)
+    for rung in results:
+        if "tokens_per_second" in rung:
+            rung["share_of_floor"] = round(rung["tokens_per_second"] * FLOP_PER_TOKEN / rate, 4)
+    packages = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    report = {
+        "card": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "cap_gib": args.cap_gib or None,
+        "versions": versions,
+        "command": shlex.join(["python", "benchmarks/speed_ladder.py", *sys.argv[1:]]),
+        "matmul_flop_per_second": rate,
+        "flop_per_token": FLOP_PER_TOKEN,
+        "floor_tokens_per_second": round(rate / FLOP_PER_TOKEN),
+        "rungs": results,
+    }
+    temporary = Path(args.out).with_suffix(".part")
+    temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    os.replace(temporary, args.out)
+    print(
+        f"floor: {report['floor_tokens_per_second']} tokens/s at {rate / 1e12:.0f} TFLOP/s, {report['card']}"
+    )
+    for rung in results:
+        if "error" in rung:
+            print(f"{rung['rung']:>16}  {rung['error']}")
+            continue
+        print(
+            f"{rung['rung']:>16}  {rung['tokens_per_second']:>9.1f} tok/s  floor {rung['share_of_floor']:.1%}  "
+            f"reserved {rung['peak_reserved_gib']}  compile {rung['compile_seconds']} s  graphs {rung['graphs']}  "
+            f"loss {rung['losses'][0]:.3f}->{rung['losses'][-1]:.3f}  off {rung.get('largest_loss_difference')}"
+        )
+
+
+if __name__ == "__main__":
+    main()
