@@ -7,7 +7,7 @@ REQS   := pyproject.toml requirements-colab.txt requirements-tested.txt requirem
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-gpu test-browser lint format record badges docs clean
+.PHONY: colab-lookalike demo test test-slow test-gpu test-browser lint format record badges docs clean
 
 $(VENV)/.installed: $(REQS)
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12"'
@@ -33,6 +33,12 @@ test-gpu: $(VENV)/.installed  ## tests that need an NVIDIA GPU
 test-browser: $(VENV)/.installed  ## the login widget in JupyterLab and headless Chromium
 	$(BIN)/python -m pip install --quiet jupyterlab playwright
 	$(BIN)/python -m pytest -m browser
+
+# Colab's image has Python 3.13 and torch 2.11.0+cu128. Another pair can be tried where those are not at hand:
+# make colab-lookalike PYTHON=python3.11 TORCH=torch==2.13.0
+TORCH ?= torch==2.11.0
+colab-lookalike:  ## Colab's versions: does installing the series move torch, numpy or pandas, and does it run?
+	$(PYTHON) tests/colab_lookalike.py --torch "$(TORCH)"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -94,7 +94,7 @@ class AccessError(ValueError):
 
     def __init__(self, reason: str, repo_id: str, detail: str = "") -> None:
         case, page, action = (text.format(repo=repo_id, detail=detail) for text in _REMEDIES[reason])
-        super().__init__(f"{reason}: {case}.\nOpen {page}\nand {action}.")
+        super().__init__(f"{reason}: {case}.\nPage: {page}\nNext: {action}.")
         self.reason, self.repo_id, self.page, self.action = reason, repo_id, page, action
 
 
@@ -231,7 +231,8 @@ def login_widget(repo_id: str, login: Callable[..., None] | None = None) -> Any:
     # Enter: the message that both generations of the field send; on_submit warns in 8 and observe also fires
     # when the field loses the focus.
     field.on_msg(lambda _widget, content, _buffers: submit() if content.get("event") == "submit" else None)
-    note = f'<a href="{TOKENS_PAGE}" target="_blank">Make a token of type Read</a>, paste it, press Enter.'
+    link = f'<a href="{TOKENS_PAGE}" target="_blank" style="text-decoration:underline">settings page</a>'
+    note = f"Make a token of type Read on the {link}, paste it, press Enter."
     return widgets.VBox([widgets.HTML(note), widgets.HBox([field, button]), status])
 
 
