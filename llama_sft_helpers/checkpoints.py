@@ -33,7 +33,13 @@ _NEEDED = (
     "trainer_state.json",
 )
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_WRITE_FAILED = ("PytorchStreamWriter", "No space left", "os error 28", "Disk quota exceeded")
+_WRITE_FAILED = (
+    "PytorchStreamWriter",
+    "inline_container",
+    "No space left",
+    "os error 28",
+    "Disk quota exceeded",
+)
 
 
 class CheckpointError(ValueError):

@@ -256,7 +256,9 @@ def check_base_unchanged(model: torch.nn.Module, before: Mapping[str, int]) -> N
 
 def _int8_scales(module: torch.nn.Module) -> torch.Tensor | None:
     """The row scales of a ``Linear8bitLt``: bitsandbytes moves them from the weight at the first forward."""
-    at_weight = getattr(getattr(module, "weight", None), "SCB", None)
+    if not isinstance(module, torch.nn.Linear):  # PEFT's wrapper shows its base layer's weight as its own
+        return None
+    at_weight = getattr(module.weight, "SCB", None)
     at_state = getattr(getattr(module, "state", None), "SCB", None)
     scales = at_state if at_weight is None else at_weight
     return scales if isinstance(scales, torch.Tensor) else None
