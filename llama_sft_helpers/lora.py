@@ -246,6 +246,7 @@ def plot_update_spectrum(model: Any) -> Axes:
     axes.set_title("Singular values of the update B·A·α/r, median over the layers")
     axes.set(xlabel="index of the singular value", ylabel="singular value (units of W)")
     axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(ncols=2, title="projection")
     return axes
 
