@@ -21,6 +21,10 @@ class AdapterError(ValueError):
     """The adapter folder is missing, damaged, belongs to another base model, or is not what was loaded."""
 
 
+class MergeError(RuntimeError):
+    """There is no room to merge."""
+
+
 def find_base_model(folder: str | Path) -> str:
     """The base model that an adapter folder names.
 
@@ -142,6 +146,31 @@ def _check_shapes(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: to
                 f"{name} in {folder} is made for a width of {found}, this model's {path} has {expected}: "
                 "it belongs to another base model. Load that one, or run notebook 06 with this profile."
             )
+
+
+def merge_device_map(weight_bytes: int) -> dict[str, int | str]:
+    """Where a merge has room: ``{"": 0}`` for the GPU, else ``{"": "cpu"}``.
+
+    Args:
+        weight_bytes: The 16-bit model's weights; a tenth and 1 GiB are added for what passes through it.
+
+    Raises:
+        MergeError: Neither the GPU's nor the machine's free memory is enough.
+    """
+    import psutil
+
+    needed = 1.1 * weight_bytes + 2**30
+    on_gpu = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    in_ram = psutil.virtual_memory().available
+    if on_gpu >= needed:
+        return {"": 0}
+    if in_ram >= needed:
+        return {"": "cpu"}
+    raise MergeError(
+        f"A merge needs {needed / 2**30:.1f} GiB; free are {on_gpu / 2**30:.1f} GiB of GPU memory and "
+        f"{in_ram / 2**30:.1f} GiB of RAM. Choose a larger machine (Colab: Runtime > Change runtime type). "
+        "The adapter is complete without the merge."
+    )
 
 
 def summarize_int8_merge(model: torch.nn.Module, adapter_name: str = "default") -> pd.DataFrame:

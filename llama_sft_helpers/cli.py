@@ -148,7 +148,8 @@ def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
     from llama_sft_helpers.adapter import AdapterError, check_adapter, find_base_model
     from llama_sft_helpers.environment import device_map
 
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every int8 product
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     base_model = base_model or find_base_model(folder)
     try:

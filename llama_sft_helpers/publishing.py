@@ -301,4 +301,4 @@ def _refusal(repo_id: str, status: int, detail: str) -> str:
         404: f"{repo_id} is not there, or the token may not see it. Create it first.",
         409: f"{repo_id} exists already; nothing was uploaded. Choose another name, or delete it on the hub.",
     }
-    return f"{remedies.get(status, f'The hub refused: {detail.strip()}')} (HTTP {status})"
+    return f"{remedies.get(status, f'The hub refused: {detail.strip().splitlines()[0]}')} (HTTP {status})"

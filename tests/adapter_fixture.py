@@ -1,0 +1,104 @@
+"""A trained adapter in the layout of notebook 06: ``adapter/`` and ``training_summary.json``."""
+
+import importlib.metadata
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def load_int8(folder, dtype=torch.float32):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, device_map="cpu", dtype=dtype
+    )
+
+
+def train_adapter(profile, folder: Path, *, max_steps=None):
+    """Train with the recipe of the series and save as notebook 06 does.
+
+    Returns:
+        The trained model, its tokenizer, the training and the held-out rows, and the folder.
+    """
+    from datasets import load_dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer, set_seed
+    from trl import SFTConfig, SFTTrainer
+
+    from llama_sft_helpers.data import to_prompt_completion
+
+    set_seed(42)
+    rows = load_dataset(profile.dataset_id, split="train")
+    rows = rows.map(to_prompt_completion, remove_columns=rows.column_names)
+    split = rows.train_test_split(test_size=profile.eval_rows, seed=42)
+    train_rows = split["train"].select(range(profile.train_rows or len(split["train"])))
+    tokenizer = AutoTokenizer.from_pretrained(profile.model_id)
+    peft_config = LoraConfig(
+        r=16, lora_alpha=16, lora_dropout=0, bias="none", task_type="CAUSAL_LM", target_modules=TARGETS
+    )
+    model = get_peft_model(load_int8(profile.model_id), peft_config)
+    config = SFTConfig(
+        output_dir=str(folder / "checkpoints"),
+        max_length=profile.max_length,
+        per_device_train_batch_size=profile.per_device_train_batch_size,
+        per_device_eval_batch_size=profile.per_device_train_batch_size,
+        max_steps=max_steps or profile.max_steps,
+        learning_rate=profile.learning_rate,
+        lr_scheduler_type="linear",
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_steps=1,
+        seed=42,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        model, config, train_dataset=train_rows, eval_dataset=split["test"], processing_class=tokenizer
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    before = trainer.evaluate()["eval_loss"]
+    start = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - start
+    after = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(folder / "adapter"))
+    packages = ("torch", "transformers", "peft", "trl", "bitsandbytes")
+    summary = {
+        "eval_loss_before": before,
+        "eval_loss_after": after,
+        "train_seconds": seconds,
+        "train_tokens": 1234,
+        "peak_gib": 0.5,
+        "profile": profile.name,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+    (folder / "training_summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    return SimpleNamespace(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        trainer=trainer,
+        train_rows=train_rows,
+        eval_rows=split["test"],
+        folder=folder,
+        adapter=folder / "adapter",
+        summary=summary,
+        profile=profile,
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A tiny adapter, trained once for all tests; they must not change it."""
+    from llama_sft_helpers.profiles import load_profile
+
+    return train_adapter(load_profile("ci-tiny"), tmp_path_factory.mktemp("trained"))
