@@ -6,8 +6,23 @@ Importing this package imports nothing heavy; import the module that carries the
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 try:
     __version__ = version("llama-sft-helpers")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """``%load_ext llama_sft_helpers``: cause and fix under every traceback that the doctor knows."""
+    from llama_sft_helpers.doctor import attach
+
+    attach(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """``%unload_ext llama_sft_helpers``: tracebacks alone again."""
+    from llama_sft_helpers.doctor import detach
+
+    detach(shell)
