@@ -70,13 +70,13 @@ def summarize_layers(model: nn.Module) -> pd.DataFrame:
     leaves them out. A matrix shared by two modules counts where it comes first.
 
     Returns:
-        One row per (class, dtype), largest first: class, dtype, modules, parameters, bytes, gib, example
+        One row per class, dtype and reason, largest first: class, dtype, modules, parameters, bytes, gib, example
         (a module's name), why (it is stored so).
 
     Raises:
         ValueError: The model has no parameters.
     """
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     seen: set[int] = set()
     quantized = any(is_quantized(module) for module in model.modules())
     for name, module in model.named_modules():
@@ -84,20 +84,20 @@ def summarize_layers(model: nn.Module) -> pd.DataFrame:
         if not own:
             continue
         dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
-        key = (type(module).__name__, storage_format(module) or dtype)
-        row = rows.setdefault(key, {"modules": 0, "parameters": 0, "bytes": 0, "example": name, "why": ""})
-        row["modules"] += 1
         fresh = [parameter for parameter in own.values() if id(parameter) not in seen]
         seen.update(id(parameter) for parameter in fresh)
+        why = _why(name, module, shared=not fresh, quantized=quantized)
+        key = (type(module).__name__, storage_format(module) or dtype, why)
+        row = rows.setdefault(key, {"modules": 0, "parameters": 0, "bytes": 0, "example": name})
+        row["modules"] += 1
         row["parameters"] += sum(count_weights(parameter) for parameter in fresh)
         row["bytes"] += sum(p.numel() * p.element_size() for p in fresh)
         row["bytes"] += sum(t.numel() * t.element_size() for t in scale_tensors(module))
-        row["why"] = row["why"] or _why(name, module, shared=not fresh, quantized=quantized)
     if not rows:
         raise ValueError(
             f"{type(model).__name__} holds no parameters; pass a model that from_pretrained returned."
         )
-    table = pd.DataFrame([{"class": c, "dtype": d, **row} for (c, d), row in rows.items()])
+    table = pd.DataFrame([{"class": c, "dtype": d} | row | {"why": why} for (c, d, why), row in rows.items()])
     table.insert(5, "gib", table["bytes"] / _GIB)
     return table.sort_values("bytes", ascending=False, ignore_index=True)
 
@@ -339,15 +339,16 @@ def _checked(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, t
             f"The batch is empty or not a batch ({got}). Pass tokenizer(texts, return_tensors='pt', "
             "padding=True) of at least one text of two tokens."
         )
-    mask = inputs.get("attention_mask")
-    if mask is not None and not mask[:, 1:].any():
-        raise ValueError("The batch holds only padding (attention_mask is 0). Pass at least one text.")
     device = next((p.device for p in model.parameters() if not p.is_meta), ids.device)
     for name, tensor in inputs.items():
         if tensor.device != device:
             raise ValueError(
-                f"The batch's {name} is on {tensor.device}, the model on {device}. Pass batch.to(model.device)."
+                f"The batch's {name} is on {tensor.device}, the model on {device}. "
+                "Pass batch.to(model.device)."
             )
+    mask = inputs.get("attention_mask")
+    if mask is not None and not mask[:, 1:].any():
+        raise ValueError("The batch holds only padding (attention_mask is 0). Pass at least one text.")
     return inputs
 
 

@@ -111,7 +111,7 @@ def summarize_memory(config: Any, dtype: torch.dtype = torch.bfloat16) -> pd.Dat
 
 def storage_format(module: nn.Module) -> str | None:
     """``int8``, ``nf4`` or ``fp4`` for a bitsandbytes layer, None for any other."""
-    weight = getattr(module, "weight", None)
+    weight = module._parameters.get("weight")  # not getattr: PEFT's wrapper shows its base layer's weight
     kind = type(weight).__name__
     if kind == "Int8Params" and weight is not None and weight.dtype == torch.int8:
         return "int8"
