@@ -2,8 +2,8 @@
 
 ``make colab-lookalike`` builds a virtual environment from ``constraints-colab.txt`` (the image's versions),
 installs the series on top as its notebooks do, without any constraint, and fails if that moved torch, numpy
-or pandas. Then every notebook runs on the tiny model, and the tests of 01 and 02 run, the widget's on ipywidgets
-7.7 among them. Not collected by pytest: it downloads the image's packages.
+or pandas. Then every notebook runs on the tiny model, and the tests of 01 and 02 run, the widget's on
+ipywidgets 7.7 among them. Not collected by pytest: it downloads the image's packages.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> int:
     arguments = parser.parse_args()
     python = build_image(arguments.venv, arguments.torch)
     before = versions(python)
-    run(python, "-m", "pip", "install", "--quiet", f"{ROOT}[colab]")
+    run(python, "-m", "pip", "install", "--quiet", f"{ROOT}[colab]", *image_only_requirements())
     moved = compare(before, versions(python))
     if arguments.report:
         arguments.report.write_text(json.dumps(moved, indent=2) + "\n", encoding="utf-8")
@@ -48,6 +48,12 @@ def build_image(venv: Path, torch: str) -> Path:
     run(python, "-m", "pip", "install", "--quiet", IMAGE_PIP)
     run(python, "-m", "pip", "install", "--quiet", torch, "--requirement", IMAGE)
     return python
+
+
+def image_only_requirements() -> list[str]:
+    """What the series installs only on Python 3.13, the image's, freed of that marker."""
+    lines = (ROOT / "requirements-colab.txt").read_text(encoding="utf-8").splitlines()
+    return [line.split(";")[0] for line in lines if 'python_version >= "3.13"' in line.split("#")[0]]
 
 
 def versions(python: Path) -> dict[str, str]:
