@@ -70,8 +70,8 @@ def summarize_layers(model: nn.Module) -> pd.DataFrame:
     leaves them out. A matrix shared by two modules counts where it comes first.
 
     Returns:
-        One row per class, dtype and reason, largest first: class, dtype, modules, parameters, bytes, gib, example
-        (a module's name), why (it is stored so).
+        One row per class, dtype and reason, largest first: class, dtype, modules, parameters, bytes, gib,
+        example (a module's name), why (it is stored so).
 
     Raises:
         ValueError: The model has no parameters.
