@@ -16,19 +16,29 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
+from llama_sft_helpers.lora_sweep import COLOURS, MARKERS, plot_sweep, summarize_claims
 from llama_sft_helpers.memory import TARGET_MODULES, _Shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, told apart by every kind of colour vision; yellow is left out on white.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_SWEEP_COLUMNS = ("targets", "r", "parameters", "held_out_loss")
+__all__ = [
+    "AdapterNotNoopError",
+    "check_adapter_is_noop",
+    "plan_adapters",
+    "plot_sweep",
+    "plot_update_spectrum",
+    "summarize_adapters",
+    "summarize_claims",
+    "summarize_frozen",
+    "summarize_gradients",
+    "summarize_training_state",
+    "summarize_update",
+]
 
 
-class AdapterError(AssertionError):
-    """An adapter does not behave as it has to; the message says what was measured and what to do."""
+class AdapterNotNoopError(AssertionError):
+    """An adapter that has to change nothing changes the logits; the message says where and by how much."""
 
 
 # --- before the call: a prediction ---
@@ -172,7 +182,7 @@ def check_adapter_is_noop(model: Any, batch: Mapping[str, Any]) -> None:
             used if present.
 
     Raises:
-        AdapterError: A logit differs; the message gives how many, by how much and which B is not 0.
+        AdapterNotNoopError: A logit differs; the message gives how many, by how much and which B is not 0.
         ValueError: No adapter, a merged or switched-off adapter, or a batch that the model cannot take.
     """
     layers = list(_lora_layers(model))
@@ -190,7 +200,7 @@ def check_adapter_is_noop(model: Any, batch: Mapping[str, Any]) -> None:
     if torch.equal(adapted, base):
         return
     moved = [_short(name) for name, layer, adapter in layers if layer.lora_B[adapter].weight.any()]
-    raise AdapterError(
+    raise AdapterNotNoopError(
         f"{int((adapted != base).sum())} of {base.numel()} logits differ from the base model's, by up to "
         f"{(adapted.float() - base.float()).abs().max().item():.3g}; expected 0. B is not 0 in "
         f"{len(moved)} of {len(layers)} modules ({', '.join(moved[:3]) or 'none'}). An untrained adapter "
@@ -240,7 +250,7 @@ def plot_update_spectrum(model: Any) -> Axes:
     _, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     for i, (projection, group) in enumerate(spectra.items()):
         padded = torch.stack([torch.nn.functional.pad(v, (0, len(shown) - v.numel())) for v in group])
-        style = {"color": _COLOURS[i % 7], "marker": _MARKERS[i % 7], "markersize": 4, "linewidth": 1.2}
+        style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markersize": 4, "linewidth": 1.2}
         axes.plot(shown, padded.median(0).values, label=projection, **style)
     axes.axvline(r + 0.5, color="0.4", linestyle="--", linewidth=1, label=f"r = {r}: 0 beyond")
     axes.set_title("Singular values of the update B·A·α/r, median over the layers")
@@ -249,115 +259,6 @@ def plot_update_spectrum(model: Any) -> Axes:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(ncols=2, title="projection")
     return axes
-
-
-# --- the sweep over r and target_modules ---
-
-
-def plot_sweep(sweep: pd.DataFrame, base_loss: float) -> Axes:
-    """Held-out loss against trainable parameters, one line a target set, each point labelled with its r.
-
-    Args:
-        sweep: One row an adapter: ``targets``, ``r``, ``parameters``, ``held_out_loss`` (nats a token).
-        base_loss: Held-out loss of the base model, drawn as a line.
-
-    Raises:
-        ValueError: A column is missing, or nothing was trained.
-    """
-    import matplotlib.pyplot as plt
-
-    _check_sweep(sweep)
-    _, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
-    for i, (targets, rows) in enumerate(sweep.groupby("targets", sort=False)):
-        x, y = rows["parameters"], rows["held_out_loss"]
-        axes.plot(x, y, color=_COLOURS[i % 7], marker=_MARKERS[i % 7], label=targets)
-        for r, *point in zip(rows["r"], x, y, strict=True):
-            axes.annotate(f"r={r}", point, (0, 6), textcoords="offset points", ha="center", fontsize=8)
-    axes.axhline(base_loss, color="0.4", linestyle="--", label="base model, no adapter")
-    axes.set_xscale("log")
-    axes.margins(y=0.12)
-    axes.set_title("The same short training, by rank and target modules")
-    axes.set(xlabel="trainable parameters", ylabel="held-out loss (nats a token)")
-    axes.legend(title="target_modules")
-    return axes
-
-
-def summarize_claims(sweep: pd.DataFrame, noise: float) -> pd.DataFrame:
-    """Hold QLoRA's claim, adapters on all layers matter and r hardly does, against a sweep of one's own.
-
-    The claim is section 4 of Dettmers et al. 2023 (https://arxiv.org/abs/2305.14314). A difference smaller
-    than ``noise`` decides nothing.
-
-    Args:
-        sweep: A row for each pair of ``targets`` and ``r``: ``parameters``, ``held_out_loss`` (nats a token).
-        noise: Difference between runs that differ by their seed alone, in nats a token.
-
-    Returns:
-        Index ``statement``; ``measured`` (differences in nats a token; negative speaks for the statement) and
-        ``verdict``: "seen here", "the opposite is seen here" or "not decided here".
-
-    Raises:
-        ValueError: Columns or pairs are missing or double, fewer than two sets or ranks, or a negative noise.
-    """
-    _check_sweep(sweep)
-    if not noise >= 0:
-        raise ValueError(f"noise is {noise!r}; expected a difference of losses, 0 or more.")
-    loss = _pivot(sweep, "held_out_loss")
-    order = _pivot(sweep, "parameters").mean().sort_values().index
-    widest, narrowest = order[-1], order[0]
-    rows = [
-        (f"{widest} beats {other} at the same r", *_verdict(loss[widest] - loss[other], noise))
-        for other in order[:-1]
-    ]
-    rows.append(_same_budget(sweep, widest, narrowest, noise))
-    by_r = loss[widest].max() - loss[widest].min()
-    by_targets = (loss.max(axis=1) - loss.min(axis=1)).median()
-    gap = pd.Series([by_r - by_targets])
-    rows.append((f"r (in {widest}) matters less than the target set (median over r)", *_verdict(gap, noise)))
-    return pd.DataFrame(rows, columns=["statement", "measured", "verdict"]).set_index("statement")
-
-
-def _check_sweep(sweep: pd.DataFrame) -> None:
-    if missing := [column for column in _SWEEP_COLUMNS if column not in sweep.columns]:
-        raise ValueError(f"The sweep lacks {', '.join(missing)}; expected {', '.join(_SWEEP_COLUMNS)}.")
-    if sweep.empty:
-        raise ValueError("The sweep has no rows; pass one row for each trained adapter.")
-
-
-def _pivot(sweep: pd.DataFrame, value: str) -> pd.DataFrame:
-    if sweep.duplicated(["targets", "r"]).any():
-        raise ValueError(
-            "The sweep holds a pair of targets and r twice; pass one learning rate and seed each."
-        )
-    table = sweep.pivot(index="r", columns="targets", values=value)
-    if table.isna().any(axis=None) or min(table.shape) < 2:
-        raise ValueError(
-            f"The sweep has {int(table.notna().sum().sum())} losses for {table.shape[0]} ranks and "
-            f"{table.shape[1]} target sets; expected one for every pair, of at least two of each."
-        )
-    return table
-
-
-def _same_budget(sweep: pd.DataFrame, widest: str, narrowest: str, noise: float) -> tuple[str, str, str]:
-    """The narrow set at its largest r against the wide set with no more parameters."""
-    largest = sweep[sweep["targets"] == narrowest].nlargest(1, "parameters").iloc[0]
-    within = sweep[(sweep["targets"] == widest) & (sweep["parameters"] <= largest["parameters"])]
-    if within.empty:
-        return (f"{widest} beats {narrowest} with no more parameters", "no such pair", "not decided here")
-    rival = within.nlargest(1, "parameters").iloc[0]
-    statement = (
-        f"{widest} at r={rival['r']} ({rival['parameters']:,} parameters) beats "
-        f"{narrowest} at r={largest['r']} ({largest['parameters']:,})"
-    )
-    return (statement, *_verdict(pd.Series([rival["held_out_loss"] - largest["held_out_loss"]]), noise))
-
-
-def _verdict(differences: pd.Series[float], noise: float) -> tuple[str, str]:
-    low, high = differences.min(), differences.max()
-    measured = f"{low:+.3f}" if len(differences) == 1 else f"{low:+.3f} to {high:+.3f}"
-    if high < -noise:
-        return measured, "seen here"
-    return measured, "the opposite is seen here" if low > noise else "not decided here"
 
 
 # --- shared ---
@@ -425,7 +326,7 @@ def _update_row(name: str, layer: Any, adapter: str) -> dict[str, Any]:
     values = _singular_values(layer, adapter)
     largest, norm = values[0].item(), torch.linalg.vector_norm(values).item()
     rounding = max(layer.in_features, layer.out_features) * torch.finfo(values.dtype).eps
-    weight_norm = _weight_norm(layer.get_base_layer())
+    weight_norm = _weight_norm(_short(name), layer.get_base_layer())
     number = re.search(r"layers\.(\d+)\.", name)
     return {
         "module": _short(name),
@@ -437,28 +338,26 @@ def _update_row(name: str, layer: Any, adapter: str) -> dict[str, Any]:
         "largest_singular_value": largest,
         "update_norm": norm,
         "weight_norm": weight_norm,
-        "relative_size": norm / weight_norm,
+        "relative_size": norm / weight_norm if weight_norm else float("nan"),
     }
 
 
-def _weight_norm(linear: Any) -> float:
+def _weight_norm(name: str, linear: Any) -> float:
     """Frobenius norm of W, dequantized.
 
-    Not PEFT's ``dequantize_module_weight``: on a CPU it leaves an int8 layer that has run once unable to run.
+    Not by PEFT's ``dequantize_module_weight``: on a CPU, an int8 layer that has run once cannot run after it.
     """
+    import bitsandbytes.functional as bnb
+
     weight = linear.weight
-    kind = type(weight).__name__
-    if kind == "Int8Params":
-        from bitsandbytes.functional import int8_vectorwise_dequant
-
+    values = weight.detach()
+    if type(weight).__name__ == "Int8Params":
         scale = linear.state.SCB if linear.state.SCB is not None else weight.SCB
-        values = int8_vectorwise_dequant(weight.data, scale.to(weight.device))
-    elif kind == "Params4bit":
-        from bitsandbytes.functional import dequantize_4bit
-
-        values = dequantize_4bit(weight.data, weight.quant_state)
-    else:
-        values = weight.detach()
+        values = bnb.int8_vectorwise_dequant(values, scale.to(values.device))
+    elif type(weight).__name__ == "Params4bit":
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError(f"{name}: a pass on this CPU repacked the 4-bit codes; load the base in 8 bits.")
+        values = bnb.dequantize_4bit(values, weight.quant_state)
     return torch.linalg.vector_norm(values, dtype=torch.float64).item()
 
 
