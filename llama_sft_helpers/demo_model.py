@@ -128,6 +128,18 @@ def _refuse_foreign(target: Path) -> None:
 
 
 def _build(name: str, target: Path, stamp: dict[str, str]) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        _build_and_rename(name, target, stamp)
+    except (OSError, SafetensorError) as error:  # most often a full disk
+        raise ModelBuildError(
+            f"Cannot write the model to {target}: {error}. Nothing was left behind. Free some space, choose "
+            "another folder, or set SFT_MODELS_DIR."
+        ) from error
+
+
+def _build_and_rename(name: str, target: Path, stamp: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         building = Path(scratch) / "model"
         building.mkdir()

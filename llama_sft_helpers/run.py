@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import json
 import os
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +55,13 @@ def run_notebooks(
     Raises:
         RunError: Nothing to run, a folder that cannot be written or is in use, or the failing cell's message.
         ProfileError: The profile is not valid.
+        KeyboardInterrupt: Ctrl-C; the kernel is gone by then, and no file half-written.
     """
     from llama_sft_helpers.profiles import load_profile
 
     paths = find_notebooks(notebooks, only)
     out = out.expanduser().resolve()
-    with _output_folder(out):
+    with _output_folder(out), _terminable():
         (out / "index.html").unlink(missing_ok=True)  # it would speak of an earlier run
         profile = load_profile(profile_name)
         with _environment(SFT_PROFILE=profile.name, SFT_OUTPUT_DIR=str(out), MPLBACKEND=None):
@@ -114,6 +118,23 @@ def _output_folder(out: Path) -> Iterator[None]:
 
 
 @contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does: with the kernel shut down and scratch files removed."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def _environment(**values: str | None) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
     _set_environment(values)
@@ -166,10 +187,11 @@ def _execute(path: Path, out: Path, timeout: int | None, progress: Progress) -> 
         on_cell_complete=_advance(progress, task),
     )
     try:
-        client.execute()
+        _execute_interruptibly(client)
     except CellExecutionError as error:
         raise RunError(
             f"{path.name}: a cell failed with {error.ename}: {error.evalue}\n(see {out / path.name})"
+            f"{_explained(error)}"
         ) from error
     except CellTimeoutError as error:
         raise RunError(f"{path.name}: a cell took longer than {timeout} seconds.") from error
@@ -177,6 +199,51 @@ def _execute(path: Path, out: Path, timeout: int | None, progress: Progress) -> 
         raise RunError(f"{path.name}: the kernel died; most often the machine ran out of memory.") from error
     finally:
         _write_notebook(notebook, out / path.name)
+
+
+def _execute_interruptibly(client: Any) -> None:
+    """Execute in a second thread: in the main one, nbclient takes a Ctrl-C for the kernel's death."""
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(_execute_and_stop(client))
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            loop.run_until_complete(task)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            loop.close()
+
+    thread = threading.Thread(target=work, name="notebook", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)  # with a timeout, so that signals are seen
+    except BaseException:  # Ctrl-C or SIGTERM
+        client.shutdown_kernel = "immediate"
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join(10)
+        raise
+    if failures:
+        raise failures[0]
+
+
+async def _execute_and_stop(client: Any) -> None:
+    try:
+        await client.async_execute()
+    finally:
+        manager = client.km  # nbclient has stopped it, unless this was cancelled while it started
+        if manager is not None and manager.has_kernel:
+            await manager.shutdown_kernel(now=True)
+
+
+def _explained(error: Exception) -> str:
+    """Cause and fix, if the doctor knows the failure."""
+    from llama_sft_helpers.doctor import explain
+
+    found = explain(error)
+    return f"\n{found}" if found else ""
 
 
 def _advance(progress: Progress, task: TaskID) -> Any:
@@ -202,8 +269,10 @@ def _write(path: Path, text: str) -> None:
         scratch.write_text(text, encoding="utf-8")
         scratch.replace(path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise RunError(f"Cannot write {path}: {error.strerror}.") from error
+        raise RunError(f"Cannot write {path}: {error.strerror}.{_explained(error)}") from error
+    finally:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
 def _index_page(profile_name: str, pages: list[tuple[str, float]]) -> str:

@@ -42,7 +42,7 @@ def test_a_failing_build_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setitem(demo_model._BUILDERS, "tiny-llama", broken)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ModelBuildError, match="No space left"):
         ensure_model("tiny-llama", tmp_path / "model")
     assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
 
