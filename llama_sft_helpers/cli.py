@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_show_locals=False
@@ -64,15 +68,37 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare this machine with what the series is tested with; exit code 1 if something must be mended."""
-    from llama_sft_helpers.environment import print_environment
+    from llama_sft_helpers.environment import list_problems, summarize_environment
     from llama_sft_helpers.profiles import ProfileError, read_profile
 
     try:
-        fits = print_environment(read_profile(profile) if profile else None, as_json=as_json)
+        summary = summarize_environment(read_profile(profile) if profile else None)
     except ProfileError as error:
         _fail(error)
+    problems = list_problems(summary)
+    if as_json:
+        report = {"ok": not problems, "problems": problems, "components": summary.to_dict(orient="records")}
+        typer.echo(json.dumps(report, indent=2))
     else:
-        raise typer.Exit(0 if fits else 1)
+        _print_environment(summary, problems)
+    raise typer.Exit(1 if problems else 0)
+
+
+def _print_environment(summary: pd.DataFrame, problems: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from llama_sft_helpers.environment import MUST_MEND
+
+    table = Table(*summary.columns[:-1], title="This machine")
+    for *cells, status, _ in summary.itertuples(index=False):
+        style = "red" if status in MUST_MEND else "green" if status == "ok" else ""
+        table.add_row(*(Text(str(cell)) for cell in cells), Text(str(status), style))
+    console = Console(highlight=False)
+    console.print(table)
+    for problem in problems:
+        console.print(Text(problem, "red"), soft_wrap=True)
 
 
 @app.command()

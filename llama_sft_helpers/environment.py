@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from llama_sft_helpers.profiles import Profile, read_profile
 
@@ -61,44 +61,23 @@ class EnvironmentCheckError(AssertionError):
     """Something of this machine must be mended before the series can run."""
 
 
-class _Row(NamedTuple):
-    component: str
-    installed: str
-    tested: str
-    post_2025: str
-    status: str
-    fix: str
+_Row = tuple[str, str, str, str, str, str]  # in the order of COLUMNS
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What ``_measure`` saw. Sizes are in GiB; None means that it is not there.
-
-    Attributes:
-        python: Version of the interpreter.
-        on_disk: Package -> version that is installed.
-        in_memory: Package -> version that this process has imported.
-        driver_cuda: Newest CUDA the driver runs, by nvidia-smi; "no answer" if it hangs.
-        toolkit_cuda: CUDA of nvcc; "no answer" if it hangs.
-        gpu: Name of the first GPU that torch can use.
-        gpu_gib: Its memory.
-        capability: Its compute capability.
-        bf16: Whether it computes bfloat16 natively.
-        free_disk_gib: Free space where the hub's downloads go.
-        ram_gib: Memory of the machine.
-        colab: Whether this is a Colab session.
-    """
+    """What ``_measure`` saw. Sizes are in GiB; None means that it is not there."""
 
     python: str
-    on_disk: dict[str, str]
-    in_memory: dict[str, str]
-    driver_cuda: str | None
-    toolkit_cuda: str | None
-    gpu: str | None
+    on_disk: dict[str, str]  # package -> version that is installed
+    in_memory: dict[str, str]  # package -> version that this process has imported
+    driver_cuda: str | None  # newest CUDA the driver runs, by nvidia-smi; "no answer" if that hangs
+    toolkit_cuda: str | None  # CUDA of nvcc; "no answer" if it hangs
+    gpu: str | None  # the first GPU that torch can use
     gpu_gib: float
     capability: tuple[int, int] | None
-    bf16: bool
-    free_disk_gib: float
+    bf16: bool  # computes bfloat16 natively
+    free_disk_gib: float  # where the hub's downloads go
     ram_gib: float
     colab: bool
 
@@ -155,42 +134,6 @@ def list_problems(summary: pd.DataFrame) -> list[str]:
         f"tested or needed: {row['tested'] or 'not set'})\n    {row['fix']}"
         for row in order
     ]
-
-
-def print_environment(profile: Profile | None = None, *, as_json: bool = False) -> bool:
-    """Write the table to standard output, as ``llama-sft check`` does.
-
-    Args:
-        profile: As for ``summarize_environment``.
-        as_json: Write one JSON object (ok, problems, components) instead of a table.
-
-    Returns:
-        Whether nothing must be mended.
-    """
-    summary = summarize_environment(profile)
-    problems = list_problems(summary)
-    if as_json:
-        components = summary.to_dict(orient="records")
-        report = {"ok": not problems, "problems": problems, "components": components}
-        sys.stdout.write(json.dumps(report, indent=2) + "\n")
-    else:
-        _print_table(summary, problems)
-    return not problems
-
-
-def _print_table(summary: pd.DataFrame, problems: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*COLUMNS[:-1], title="This machine")
-    for row in summary.itertuples(index=False):
-        style = "red" if row.status in MUST_MEND else "green" if row.status == "ok" else ""
-        table.add_row(*(Text(str(cell)) for cell in row[:4]), Text(str(row.status), style))
-    console = Console(highlight=False)
-    console.print(table)
-    for problem in problems:
-        console.print(Text(problem, "red"), soft_wrap=True)
 
 
 # --- Measuring ---
@@ -368,7 +311,7 @@ def _row(
 ) -> _Row:
     """A row that is "ok", or has the status and the fix of ``bad``."""
     status, fix = ("ok", "") if good else bad
-    return _Row(component, here, tested, _POST_2025.get(component, ""), status, fix)
+    return component, here, tested, _POST_2025.get(component, ""), status, fix
 
 
 def _size_row(component: str, here_gib: float, needed_gib: float, profile: Profile, fix: str) -> _Row:
