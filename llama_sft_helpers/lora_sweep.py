@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by every kind of colour vision; yellow is left out on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+BYTES = 16  # float32: a trainable parameter, its gradient and Adam's two means
 _SWEEP_COLUMNS = ("targets", "r", "parameters", "held_out_loss")
 
 
@@ -33,10 +34,15 @@ def plot_sweep(sweep: pd.DataFrame, base_loss: float) -> Axes:
         x, y = rows["parameters"], rows["held_out_loss"]
         axes.plot(x, y, color=COLOURS[i % 7], marker=MARKERS[i % 7], label=targets)
         for r, *point in zip(rows["r"], x, y, strict=True):
-            axes.annotate(f"r={r}", point, (0, 6), textcoords="offset points", ha="center", fontsize=8)
+            place = (0, -13 if i % 2 else 6)  # neighbouring lines carry their labels on different sides
+            axes.annotate(f"r={r}", point, place, textcoords="offset points", ha="center", fontsize=8)
     axes.axhline(base_loss, color="0.4", linestyle="--", label="base model, no adapter")
     axes.set_xscale("log")
     axes.margins(y=0.12)
+    top = axes.secondary_xaxis(
+        "top", functions=(lambda count: count * BYTES / 2**20, lambda mib: mib * 2**20 / BYTES)
+    )
+    top.set_xlabel(f"weights, gradients and Adam's means (MiB, {BYTES} bytes a parameter)")
     axes.set_title("The same short training, by rank and target modules")
     axes.set(xlabel="trainable parameters", ylabel="held-out loss (nats a token)")
     axes.legend(title="target_modules")
