@@ -22,6 +22,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 RUN_FILE = "run.json"
+CHECKSUMS_FILE = "checksums.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # In the order in which transformers writes them: the trainer's state comes last.
 _NEEDED = (
@@ -79,7 +80,7 @@ def _data_checksum(dataset: Any) -> str:
 
 
 class RunGuardCallback(TrainerCallback):
-    """Writes ``run.json`` beside the checkpoints, and refuses to save where the disk has no room.
+    """Writes ``run.json`` beside the checkpoints and ``checksums.json`` into each; saves only with room.
 
     Args:
         run: From ``describe_run``.
@@ -108,6 +109,12 @@ class RunGuardCallback(TrainerCallback):
                 _no_room(Path(args.output_dir), f"{needed / 2**20:,.0f} MiB are needed")
             )
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seal the checkpoint: safetensors files hold no checksum, so a flipped bit would go unseen."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        sums = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        _write_json(folder / CHECKSUMS_FILE, sums)
+
 
 @contextlib.contextmanager
 def checkpoint_errors(output_dir: str | Path) -> Iterator[None]:
@@ -120,7 +127,7 @@ def checkpoint_errors(output_dir: str | Path) -> Iterator[None]:
         yield
     except CheckpointWriteError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # safetensors' own error is of no common kind
         full = getattr(error, "errno", None) in _NO_SPACE or any(sign in str(error) for sign in _WRITE_FAILED)
         if not full or isinstance(error, CheckpointError):
             raise
@@ -168,6 +175,7 @@ def check_checkpoint(folder: str | Path) -> None:
                 f"{path} {problem}. The checkpoint is incomplete: delete {folder.name}, or resume from an "
                 "older one (latest_checkpoint finds it)."
             )
+    _check_seal(folder)
     step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")).get("global_step")
     if not folder.name.endswith(f"-{step}"):
         raise CheckpointError(
@@ -200,6 +208,29 @@ def _damage(path: Path) -> str:
             return f"is damaged in {broken}" if (broken := archive.testzip()) else ""
     except (SafetensorError, ValueError, OSError, zipfile.BadZipFile) as error:
         return f"is cut short or damaged ({error})"
+
+
+def _check_seal(folder: Path) -> None:
+    """Compare with ``checksums.json``, where there is one."""
+    path = folder / CHECKSUMS_FILE
+    if not path.is_file():
+        return
+    problem = _damage(path)
+    sums = {} if problem else json.loads(path.read_text(encoding="utf-8"))
+    for name, expected in sums.items():
+        if not (folder / name).is_file() or _sha256(folder / name) != expected:
+            path, problem = folder / name, "is not as it was written: its checksum differs"
+            break
+    if problem:
+        raise CheckpointError(
+            f"{path} {problem}. The checkpoint is cut short or damaged: delete {folder.name}, or resume from "
+            "an older one (latest_checkpoint finds it)."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
