@@ -59,7 +59,11 @@ def check_adapter(folder: str | Path, model: torch.nn.Module, base_model_id: str
             "Load the same base model, or run notebook 06 with this profile."
         )
     with _open_weights(folder) as tensors:
-        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        names = list(tensors.keys())
+        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+        odd = [name for name in names if not torch.isfinite(tensors.get_tensor(name)).all()]
+    if odd:
+        raise AdapterError(f"{odd[0]} in {folder} is not finite. Train again with a lower learning rate.")
     _check_shapes(folder, shapes, model)
 
 

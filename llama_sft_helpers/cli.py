@@ -167,6 +167,10 @@ def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
     """The adapter on a fresh 8-bit base, as notebook 07 loads it."""
     import logging
 
+    # bitsandbytes logs a line for every int8 product and one on import, the hub one for every retry
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
     import transformers
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
@@ -174,8 +178,6 @@ def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
     from llama_sft_helpers.adapter import AdapterError, check_adapter, find_base_model
     from llama_sft_helpers.environment import device_map
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every int8 product
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     base_model = base_model or find_base_model(folder)
     try:

@@ -96,9 +96,14 @@ def train_adapter(profile, folder: Path, *, max_steps=None):
     )
 
 
+_CACHE: list[SimpleNamespace] = []
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A tiny adapter, trained once for all tests; they must not change it."""
+    """A tiny adapter, trained once for all test files that import this; they must not change it."""
     from llama_sft_helpers.profiles import load_profile
 
-    return train_adapter(load_profile("ci-tiny"), tmp_path_factory.mktemp("trained"))
+    if not _CACHE:
+        _CACHE.append(train_adapter(load_profile("ci-tiny"), tmp_path_factory.mktemp("trained")))
+    return _CACHE[0]
