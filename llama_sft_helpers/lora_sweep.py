@@ -45,7 +45,7 @@ def plot_sweep(sweep: pd.DataFrame, base_loss: float) -> Axes:
     top.set_xlabel(f"weights, gradients and Adam's means (MiB, {BYTES} bytes a parameter)")
     axes.set_title("The same short training, by rank and target modules")
     axes.set(xlabel="trainable parameters", ylabel="held-out loss (nats a token)")
-    axes.legend(title="target_modules")
+    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16), title="target_modules")
     return axes
 
 
