@@ -240,7 +240,7 @@ TABLE: tuple[Failure, ...] = (
             Sign(
                 message=r"No space left on device|File too large|Disk quota exceeded|os error (28|27|122)\b"
             ),
-            Sign("CheckpointWriteError", r"is full"),
+            Sign("CheckpointWriteError|PublishError", r"\bdisk\b.* (is|too) full"),
             Sign(
                 "RuntimeError",
                 r"(file write failed|unexpected pos \d+ vs \d+)",

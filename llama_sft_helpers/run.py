@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -187,7 +187,14 @@ def _execute(path: Path, out: Path, timeout: int | None, progress: Progress) -> 
         on_cell_complete=_advance(progress, task),
     )
     try:
-        _execute_interruptibly(client)
+        with tempfile.TemporaryFile() as kernel_log:
+            try:
+                _execute_interruptibly(client, kernel_log)
+            except DeadKernelError as error:
+                raise RunError(
+                    f"{path.name}: the kernel died; most often the machine ran out of memory."
+                    f"{_last_words(kernel_log)}"
+                ) from error
     except CellExecutionError as error:
         raise RunError(
             f"{path.name}: a cell failed with {error.ename}: {error.evalue}\n(see {out / path.name})"
@@ -195,16 +202,14 @@ def _execute(path: Path, out: Path, timeout: int | None, progress: Progress) -> 
         ) from error
     except CellTimeoutError as error:
         raise RunError(f"{path.name}: a cell took longer than {timeout} seconds.") from error
-    except DeadKernelError as error:
-        raise RunError(f"{path.name}: the kernel died; most often the machine ran out of memory.") from error
     finally:
         _write_notebook(notebook, out / path.name)
 
 
-def _execute_interruptibly(client: Any) -> None:
+def _execute_interruptibly(client: Any, kernel_log: IO[bytes]) -> None:
     """Execute in a second thread: in the main one, nbclient takes a Ctrl-C for the kernel's death."""
     loop = asyncio.new_event_loop()
-    task = loop.create_task(_execute_and_stop(client))
+    task = loop.create_task(_execute_and_stop(client, kernel_log))
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -229,13 +234,21 @@ def _execute_interruptibly(client: Any) -> None:
         raise failures[0]
 
 
-async def _execute_and_stop(client: Any) -> None:
+async def _execute_and_stop(client: Any, kernel_log: IO[bytes]) -> None:
     try:
-        await client.async_execute()
+        await client.async_execute(stderr=kernel_log)
     finally:
         manager = client.km  # nbclient has stopped it, unless this was cancelled while it started
         if manager is not None and manager.has_kernel:
             await manager.shutdown_kernel(now=True)
+
+
+def _last_words(kernel_log: IO[bytes]) -> str:
+    """What the kernel's process printed at last, outside any cell: a crash's own message."""
+    kernel_log.seek(0)
+    lines = kernel_log.read().decode("utf-8", errors="replace").splitlines()
+    told = [line for line in lines if line.strip() and "[IPKernelApp]" not in line]
+    return "".join(f"\n  {line}" for line in told[-5:])
 
 
 def _explained(error: Exception) -> str:
