@@ -51,10 +51,13 @@ class Rung:
     compile_layers: bool = False
     budget: float = 1.0
     same_data_as: str = ""
+    extra: bool = False
 
 
 _PACKED = {"packing": True, "rows": 3, "same_data_as": "packed"}
 _FAST = {**_PACKED, "attn_implementation": "varlen", "fast_int8": True}
+_KEPT_AT = {**_FAST, "compile_layers": True, "checkpointing": False}
+_KEPT = {**_KEPT_AT, "budget": 0.9}
 RUNGS = [
     Rung("plain", "trl's defaults: 8 padded rows, checkpointing, LLM.int8"),
     Rung("no checkpointing", "keep the activations", checkpointing=False, same_data_as="plain"),
@@ -64,8 +67,12 @@ RUNGS = [
     Rung("varlen", "attention within each document only", attn_implementation="varlen", **_PACKED),
     Rung("fast int8", "int8 codes dequantized inside a 16-bit product", **_FAST),
     Rung("compiled", "each decoder layer compiled", compile_layers=True, **_FAST),
-    Rung("compiled, kept", "compiled, activations kept instead of checkpointing",
-         compile_layers=True, checkpointing=False, **_FAST),
+    Rung("fast", "activations kept, cheap ones recomputed, instead of checkpointing", **_KEPT),
+    # not in the ladder unless asked for by name
+    Rung("fast, budget 0.6", "as fast, fewer activations kept", budget=0.6, extra=True, **_KEPT_AT),
+    Rung("fast, 4 blocks", "as fast, 8192 tokens a step", extra=True, **{**_KEPT, "rows": 4}),
+    Rung("fast, small blocks", "as fast, 3 blocks of 1024 tokens", extra=True, **{**_KEPT, "max_length": 1024}),
+    Rung("fast, all kept", "as fast, nothing recomputed", budget=1.0, extra=True, **_KEPT_AT),
 ]  # fmt: skip
 
 
@@ -291,6 +298,7 @@ def run_rung(rung: Rung, args: argparse.Namespace) -> dict[str, Any]:
         "graphs": compiled.graphs if compiled else 0,
         "fallback": compiled.fallback if compiled else "",
         "build_seconds": round(built_seconds, 1),
+        "step_seconds": [round(s, 4) for s in step_seconds],
         "losses": clock.losses,
         "grad_norms": [round(n, 4) for n in clock.norms],
     }
@@ -382,7 +390,7 @@ def main() -> None:
     unknown = sorted(set(wanted) - {rung.name for rung in RUNGS})
     if unknown:
         parser.error(f"no rung {unknown}; there are {[rung.name for rung in RUNGS]}")
-    rungs = [rung for rung in RUNGS if not wanted or rung.name in wanted]
+    rungs = [rung for rung in RUNGS if rung.name in wanted or not (wanted or rung.extra)]
     device = "cpu" if args.tiny else "cuda"
     rate = measure_matmul(device)
     if device == "cuda":

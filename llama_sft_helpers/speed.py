@@ -6,11 +6,13 @@ the model computes (up to rounding), and each can be undone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import inspect
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -32,6 +34,7 @@ except ImportError:  # wheels of torch for the CPU, Windows and macOS come witho
     triton = None
 
 _INT8_MAX = 127.0
+_ROWS, _COLUMNS = 32, 256  # of one block of the dequantizing kernel; the fastest of 27 sizes on an H100
 _HALF_TYPES = (torch.bfloat16, torch.float16)
 _ACROSS = {
     "tokens_per_second": "tokens/s",
@@ -64,6 +67,35 @@ if triton is not None:
         tl.store(out + place, weight.to(out.dtype.element_ty), mask=inside)
 
 
+_launchers: dict[Any, Callable[..., Any]] = {}
+
+
+def _launch(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    out: torch.Tensor,
+    scaling: float,
+) -> None:
+    """Start the kernel; after the first call for a shape without Triton's own checks, which cost as much again."""
+    a, b = (out, out) if lora_a is None or lora_b is None else (lora_a.contiguous(), lora_b.contiguous())
+    rows, columns = codes.shape
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    block = max(16, triton.next_power_of_2(rank)) if rank else 16
+    tensors = (codes, absmax, a, b, out)
+    args = (*tensors, rows, columns, rank, scaling, rank > 0, _ROWS, _COLUMNS, block)
+    key = (rows, columns, rank, codes.device, *(t.dtype for t in tensors))
+    aligned = not any(t.data_ptr() % 16 for t in tensors)
+    if aligned and key in _launchers:
+        _launchers[key](*args)
+        return
+    grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS), 1)
+    kernel = _dequantize_kernel[grid](*args, num_warps=4)
+    if aligned:
+        _launchers[key] = kernel[grid]
+
+
 def dequantize(
     codes: torch.Tensor,
     absmax: torch.Tensor,
@@ -90,14 +122,7 @@ def dequantize(
     """
     if codes.is_cuda and triton is not None and dtype in _HALF_TYPES:
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        rows, columns = codes.shape
-        rank = 0 if lora_a is None else lora_a.shape[0]
-        grid = (triton.cdiv(rows, 64), triton.cdiv(columns, 128))
-        a, b = (out, out) if lora_a is None else (lora_a.contiguous(), lora_b.contiguous())  # type: ignore[union-attr]
-        _dequantize_kernel[grid](
-            codes, absmax, a, b, out, rows, columns, rank, scaling,
-            has_lora=lora_a is not None, ROWS=64, COLUMNS=128, RANK=max(16, triton.next_power_of_2(max(rank, 1))),
-        )  # fmt: skip
+        _launch(codes, absmax, lora_a, lora_b, out, scaling)
         return out
     weight = codes * (absmax.float() / _INT8_MAX)[:, None]
     if lora_a is not None and lora_b is not None:
@@ -105,36 +130,67 @@ def dequantize(
     return weight.to(dtype)
 
 
+# Operators below autograd: plain registrations, since torch.library.custom_op costs 60 microseconds more a call.
 _WEIGHT = "Tensor codes, Tensor absmax, Tensor? lora_a, Tensor? lora_b, float scaling"
+_LIBRARY = torch.library.Library("llama_sft", "DEF")
+_LIBRARY.define(f"int8_linear(Tensor x, {_WEIGHT}) -> Tensor")
+_LIBRARY.define(f"int8_linear_grad(Tensor grad, {_WEIGHT}) -> Tensor")
+_LIBRARY.define(
+    "lora_grads(Tensor grad, Tensor x, Tensor lora_a, Tensor lora_b, float scaling) -> (Tensor, Tensor)"
+)
 
 
-@torch.library.custom_op("llama_sft::int8_linear", mutates_args=(), schema=f"(Tensor x, {_WEIGHT}) -> Tensor")
 def _int8_linear(x, codes, absmax, lora_a, lora_b, scaling):  # type: ignore[no-untyped-def]
     return F.linear(x, dequantize(codes, absmax, lora_a, lora_b, scaling, x.dtype))
 
 
-@torch.library.custom_op(
-    "llama_sft::int8_linear_grad", mutates_args=(), schema=f"(Tensor g, {_WEIGHT}) -> Tensor"
-)
-def _int8_linear_grad(g, codes, absmax, lora_a, lora_b, scaling):  # type: ignore[no-untyped-def]
-    return torch.matmul(g, dequantize(codes, absmax, lora_a, lora_b, scaling, g.dtype))
+def _int8_linear_grad(grad, codes, absmax, lora_a, lora_b, scaling):  # type: ignore[no-untyped-def]
+    return torch.matmul(grad, dequantize(codes, absmax, lora_a, lora_b, scaling, grad.dtype))
 
 
-@_int8_linear.register_fake
+def _lora_grads(grad, x, lora_a, lora_b, scaling):  # type: ignore[no-untyped-def]
+    # y = x (W + s B A)^T, so dA = s (g B)^T x and dB = s g^T (x A^T): neither needs the weight
+    g, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    grad_a = _product((g @ b).mul_(scaling).t(), x, lora_a.dtype)
+    grad_b = _product(g.t(), (x @ a.t()).mul_(scaling), lora_b.dtype)
+    return grad_a, grad_b
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if left.is_cuda and dtype == torch.float32 and left.dtype in _HALF_TYPES and _MM_TAKES_OUT_DTYPE:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+_MM_TAKES_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+for _name, _function in (
+    ("int8_linear", _int8_linear),
+    ("int8_linear_grad", _int8_linear_grad),
+    ("lora_grads", _lora_grads),
+):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("llama_sft::int8_linear")
 def _(x, codes, absmax, lora_a, lora_b, scaling):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-@_int8_linear_grad.register_fake
-def _(g, codes, absmax, lora_a, lora_b, scaling):  # type: ignore[no-untyped-def]
-    return g.new_empty((*g.shape[:-1], codes.shape[1]))
+@torch.library.register_fake("llama_sft::int8_linear_grad")
+def _(grad, codes, absmax, lora_a, lora_b, scaling):  # type: ignore[no-untyped-def]
+    return grad.new_empty((*grad.shape[:-1], codes.shape[1]))
+
+
+@torch.library.register_fake("llama_sft::lora_grads")
+def _(grad, x, lora_a, lora_b, scaling):  # type: ignore[no-untyped-def]
+    return torch.empty_like(lora_a), torch.empty_like(lora_b)
 
 
 @register_flop_formula([torch.ops.llama_sft.int8_linear, torch.ops.llama_sft.int8_linear_grad])
 def _int8_linear_flop(x_shape, codes_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
     # without this the compiler's choice of what to recompute would take these products to be free
-    tokens = functools.reduce(lambda a, b: a * b, x_shape[:-1], 1)
-    return 2 * tokens * codes_shape[0] * codes_shape[1]
+    return 2 * math.prod(x_shape[:-1]) * codes_shape[0] * codes_shape[1]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -145,18 +201,15 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     x, codes, absmax, lora_a, lora_b = ctx.saved_tensors
-    grad_x = grad_a = grad_b = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _int8_linear_grad(grad, codes, absmax, lora_a, lora_b, ctx.scaling)
-    if lora_a is not None:
-        # y = x (W + s B A)^T, so dA = s (g B)^T x and dB = s g^T (x A^T): neither needs the weight
-        g, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        grad_a = ((g @ lora_b.to(g.dtype)).t() @ x).to(lora_a.dtype) * ctx.scaling
-        grad_b = (g.t() @ (x @ lora_a.to(x.dtype).t())).to(lora_b.dtype) * ctx.scaling
+    weight = codes, absmax, lora_a, lora_b, ctx.scaling
+    grad_x = torch.ops.llama_sft.int8_linear_grad(grad, *weight) if ctx.needs_input_grad[0] else None
+    grad_a = grad_b = None
+    if lora_a is not None and any(ctx.needs_input_grad[3:5]):
+        grad_a, grad_b = torch.ops.llama_sft.lora_grads(grad, x, lora_a, lora_b, ctx.scaling)
     return grad_x, None, None, grad_a, grad_b, None
 
 
-_int8_linear.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("llama_sft::int8_linear", _backward, setup_context=_setup_context)
 
 
 def int8_linear(
@@ -185,7 +238,8 @@ def int8_linear(
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _int8_linear(x, codes, absmax, lora_a, lora_b, scaling)
+    out: torch.Tensor = torch.ops.llama_sft.int8_linear(x, codes, absmax, lora_a, lora_b, scaling)
+    return out
 
 
 def _run_fast(
@@ -314,16 +368,37 @@ def register_varlen_attention() -> str:
         return "sdpa"
     from torch.nn.attention.varlen import varlen_attn
 
-    gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    _varlen_kernel = functools.partial(_call_varlen, varlen_attn, gqa)
+    _varlen_kernel = functools.partial(_call_varlen, varlen_attn, _how_to_share_heads(varlen_attn))
+    with contextlib.suppress(Exception):  # a second registration, or a torch whose operator has another name
+        register_flop_formula(torch.ops.torch_attn._varlen_attn)(_varlen_flop)
     return "varlen"
 
 
+def _varlen_flop(query_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    # an upper bound for the compiler's choice of what to recompute: documents of 512 tokens, half masked
+    return int(2 * 512 * math.prod(query_shape))
+
+
+def _how_to_share_heads(varlen_attn: Callable[..., Any]) -> str:
+    """``argument`` or ``native`` where the kernel shares KV heads by itself, ``repeat`` where they must be repeated."""
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        return "argument"
+    q, kv = (torch.randn(8, h, 64, device="cuda", dtype=torch.float16, requires_grad=True) for h in (4, 2))
+    bounds = torch.tensor([0, 3, 8], device="cuda", dtype=torch.int32)
+    try:
+        outs = [_call_varlen(varlen_attn, how, q, kv, kv, bounds, 5, 0.125) for how in ("native", "repeat")]
+        grads = [torch.autograd.grad(out.float().square().sum(), (q, kv)) for out in outs]
+    except Exception:  # the kernel refuses heads of unequal number
+        return "repeat"
+    pairs = zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True)
+    return "native" if all(torch.allclose(x, y, atol=2e-2, rtol=2e-2) for x, y in pairs) else "repeat"
+
+
 def _call_varlen(  # type: ignore[no-untyped-def]
-    varlen_attn, gqa: bool, query, key, value, bounds, longest, scale
+    varlen_attn, how: str, query, key, value, bounds, longest, scale
 ) -> torch.Tensor:
-    extra = {"enable_gqa": True} if gqa else {}
-    if not gqa:
+    extra = {"enable_gqa": True} if how == "argument" else {}
+    if how == "repeat":
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     out: torch.Tensor = varlen_attn(
@@ -420,6 +495,10 @@ def _cached_bounds(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
 # -------------------------------------------------------------------------------------------- compilation
 
 
+# Python must launch a layer's backward pass faster than the GPU runs it: leave out its checks of sizes
+_INDUCTOR = {"size_asserts": False, "alignment_asserts": False}
+
+
 @dataclasses.dataclass
 class CompiledLayers:
     """What ``compile_decoder_layers`` did, kept up to date while the model runs.
@@ -455,8 +534,11 @@ class CompiledLayers:
             return graph.forward
         self.graphs += 1
         try:
-            with functorch_config.patch(activation_memory_budget=self.activation_memory_budget):
-                compiled: Callable[..., Any] = compile_fx(graph, inputs)
+            settings: dict[str, Any] = {"activation_memory_budget": self.activation_memory_budget}
+            if hasattr(functorch_config, "is_non_builtin_to_include"):
+                settings["is_non_builtin_to_include"] = True  # our products cost as much as torch's own
+            with functorch_config.patch(settings):
+                compiled: Callable[..., Any] = compile_fx(graph, inputs, config_patches=_INDUCTOR)
                 return compiled
         except Exception as error:  # any failure of a compiler: the uncompiled graph computes the same
             self._fall_back(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")

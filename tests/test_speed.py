@@ -349,7 +349,7 @@ def test_a_failing_compiler_leaves_the_layers_running(tiny_model, batch, monkeyp
     batch["use_cache"] = False
     expected = tiny_model(**batch).logits
 
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("no C compiler here")
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fail)

@@ -34,8 +34,9 @@ def test_dequantized_weight_is_rounded_once(shape, dtype, rank):
     if rank:
         a, b = (torch.randn(s, device="cuda") * 0.05 for s in ((rank, shape[1]), (shape[0], rank)))
         exact = exact + 2.0 * b.double() @ a.double()
-    weight = speed.dequantize(codes, absmax, a, b, 2.0, dtype)
-    assert relative(weight, exact) < (3e-3 if dtype == torch.bfloat16 else 4e-4)
+    for _ in range(2):  # the second call takes the short way to the kernel
+        weight = speed.dequantize(codes, absmax, a, b, 2.0, dtype)
+        assert relative(weight, exact) < (3e-3 if dtype == torch.bfloat16 else 4e-4)
 
 
 def test_product_and_gradients_match_float64_with_outliers():
