@@ -178,7 +178,8 @@ def _execute(path: Path, out: Path, timeout: int | None, progress: Progress) -> 
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     notebook = nbformat.read(path, as_version=4)
-    task = progress.add_task(path.stem, total=len(notebook.cells))
+    code_cells = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in notebook.cells)
+    task = progress.add_task(path.stem, total=code_cells)
     client = NotebookClient(
         notebook,
         timeout=timeout,
