@@ -23,6 +23,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -30,8 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from llama_sft_helpers.memory import plan_memory, planned_peak_gib  # noqa: E402
-from llama_sft_helpers.profiles import read_profile  # noqa: E402
+from llama_sft_helpers.profiles import Profile, read_profile  # noqa: E402
 
+CONTEXT_GIB = 0.6  # what a CUDA context takes before the first tensor
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # quantization, rows, max_length, packing, checkpointing; then what else differs
 SETTINGS = [
@@ -57,12 +59,27 @@ _FAST = {"attn_implementation": "varlen", "fast_int8": True}
 _COMPILED = {**_FAST, "compile_layers": True}
 FAST_SETTINGS = [
     ("int8", 1, 4096, True, False, _FAST),
-    ("int8", 2, 4096, True, True, _FAST),
-    ("int8", 1, 1024, True, True, _FAST),
+    ("int8", 2, 4096, True, True, {**_FAST, "gradient_accumulation_steps": 2}),
     ("int8", 1, 4096, True, False, {**_COMPILED, "activation_memory_budget": 0.5}),
     ("int8", 2, 4096, True, False, {**_COMPILED, "activation_memory_budget": 0.3}),
-    ("int8", 1, 4096, True, False, {**_COMPILED, "activation_memory_budget": 1.0}),
+    ("int8", 1, 4096, True, True, {**_COMPILED, "activation_memory_budget": 1.0}),
 ]
+PRESETS = ("colab-a100", "colab-l4", "colab-t4")
+_RECORDED = ("per_device_train_batch_size", "max_length", "packing", "gradient_checkpointing", "dtype")
+_SWITCHES = ("attn_implementation", "fast_int8", "compile_layers", "activation_memory_budget")
+
+
+def profile_of(setting: tuple) -> Profile:
+    _, rows, max_length, packing, checkpointing, other = setting
+    base = {"attn_implementation": "sdpa", "fast_int8": False, "compile_layers": False}
+    return read_profile(
+        "colab-a100",
+        per_device_train_batch_size=rows,
+        max_length=max_length,
+        packing=packing,
+        gradient_checkpointing=checkpointing,
+        **{"gradient_accumulation_steps": 1, "activation_memory_budget": 1.0, **base, **other},
+    )
 
 
 def build_model(folder: Path, std: float) -> None:
@@ -86,7 +103,7 @@ def build_model(folder: Path, std: float) -> None:
     )
 
 
-def load(folder: Path, quantization: str, dtype: str):
+def load(folder: Path, quantization: str, dtype: str) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -140,26 +157,18 @@ class _Probe:
             hook.remove()
 
 
-def measure(model, folder: Path, setting, steps: int = 3, accumulation: int = 1) -> dict:
+def measure(model, folder: Path, profile: Profile, quantization: str, steps: int = 3) -> dict:
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    quantization, batch, length, packing, checkpointing, other = setting
-    profile = read_profile(
-        "colab-a100",
-        per_device_train_batch_size=batch,
-        max_length=length,
-        packing=packing,
-        gradient_checkpointing=checkpointing,
-        gradient_accumulation_steps=accumulation,
-        **other,
-    )
+    batch, length = profile.per_device_train_batch_size, profile.max_length
+    accumulation, checkpointing = profile.gradient_accumulation_steps, profile.gradient_checkpointing
     if not checkpointing:
         model.gradient_checkpointing_disable()
     config = SFTConfig(
-        output_dir="/tmp/calibrate",
+        output_dir="calibrate",
         max_length=length,
-        packing=packing,
+        packing=profile.packing,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         max_steps=steps,
@@ -173,10 +182,9 @@ def measure(model, folder: Path, setting, steps: int = 3, accumulation: int = 1)
         disable_tqdm=True,
         train_sampling_strategy="sequential",
     )
-    data = rows_for(batch, length, packing, steps * accumulation)
-    trainer = SFTTrainer(
-        model, config, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(folder)
-    )
+    data = rows_for(batch, length, profile.packing, steps * accumulation)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -196,26 +204,19 @@ def measure(model, folder: Path, setting, steps: int = 3, accumulation: int = 1)
     started = time.perf_counter()
     trainer.train()
     torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    layers = model.config.num_hidden_layers
-    measured = torch.cuda.max_memory_allocated() / 2**30
+    setting = {name: getattr(profile, name) for name in _RECORDED}
+    if profile.fast_int8 or profile.compile_layers or profile.attn_implementation != "sdpa":
+        setting |= {name: getattr(profile, name) for name in _SWITCHES}
     result = {
-        "setting": {
-            "quantization": quantization,
-            "per_device_train_batch_size": batch,
-            "max_length": length,
-            "packing": packing,
-            "gradient_checkpointing": checkpointing,
-            **other,
-        },
-        "measured_gib": measured,
+        "setting": {"quantization": quantization, **setting, "gradient_accumulation_steps": accumulation},
+        "measured_gib": torch.cuda.max_memory_allocated() / 2**30,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
         "before_training_gib": before / 2**30,
         "after_forward_gib": after_forward[-1][0] / 2**30,
         "peak_until_forward_end_gib": after_forward[-1][1] / 2**30,
-        "kept_per_layer_mib": probe.per_layer(layers, checkpointing) / 2**20,
+        "kept_per_layer_mib": probe.per_layer(model.config.num_hidden_layers, checkpointing) / 2**20,
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
-        "seconds": seconds,
+        "seconds": time.perf_counter() - started,
     }
     probe.remove()
     del trainer, probe
@@ -225,48 +226,54 @@ def measure(model, folder: Path, setting, steps: int = 3, accumulation: int = 1)
     return result
 
 
-def switch_on(model, setting) -> None:
+def switch_on(model, profile: Profile) -> None:
     from llama_sft_helpers import speed
 
-    options = setting[5]
-    if options.get("fast_int8"):
+    if profile.fast_int8:
         speed.use_fast_int8(model)
-    if options.get("attn_implementation") == "varlen":
-        speed.register_varlen_attention()
-        model.set_attn_implementation("varlen")
-    if options.get("compile_layers"):
-        speed.compile_decoder_layers(model, activation_memory_budget=options["activation_memory_budget"])
+    if profile.attn_implementation == "varlen":
+        model.set_attn_implementation(speed.register_varlen_attention())
+    if profile.compile_layers:
+        speed.compile_decoder_layers(model, activation_memory_budget=profile.activation_memory_budget)
 
 
 def run_group(folder: Path, out: Path, indices: list[int], fast: bool) -> None:
-    import transformers
-
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
     settings = FAST_SETTINGS if fast else SETTINGS
     model, loaded = None, None
     for index in indices:
         setting = settings[index]
-        wanted = (
-            setting[0],
-            setting[5].get("dtype", "bfloat16"),
-            setting[5].get("compile_layers", False) and index,
-        )
+        profile = profile_of(setting)
+        wanted = (setting[0], profile.dtype, profile.compile_layers and index)
         try:
             if loaded != wanted:
                 model = None
                 gc.collect()
                 torch.cuda.empty_cache()
-                model, loaded = load(folder, wanted[0], wanted[1]), wanted
-            if fast:
-                switch_on(model, setting)
-            result = measure(model, folder, setting)
+                model, loaded = load(folder, setting[0], profile.dtype), wanted
+            switch_on(model, profile)
+            result = measure(model, folder, profile, setting[0])
         except Exception as error:
             result = {"setting": repr(setting), "error": f"{type(error).__name__}: {str(error)[:600]}"}
             model, loaded = None, None
-        with out.open("a") as lines:
-            lines.write(json.dumps(result) + "\n")
-        print(json.dumps(result), flush=True)
+        _append(out, result)
+
+
+def run_preset(folder: Path, out: Path, name: str) -> None:
+    """Twenty steps with a preset's own settings on a card limited to its size; accumulation 2 shortens it."""
+    profile = read_profile(name, gradient_accumulation_steps=2)
+    total_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    torch.cuda.set_per_process_memory_fraction((profile.gpu_gib - CONTEXT_GIB) / total_gib)
+    model = load(folder, "int8", profile.dtype)
+    switch_on(model, profile)
+    result = measure(model, folder, profile, "int8", steps=20)
+    share = (result["reserved_gib"] + CONTEXT_GIB) / profile.gpu_gib
+    _append(out, {"preset": name, "card_gib": profile.gpu_gib, "share_of_card": share, **result})
+
+
+def _append(out: Path, result: dict) -> None:
+    with out.open("a") as lines:
+        lines.write(json.dumps(result) + "\n")
+    print(json.dumps(result), flush=True)
 
 
 def compare(result: dict) -> str:
@@ -285,26 +292,34 @@ def compare(result: dict) -> str:
 
 
 def environment() -> dict:
+    flags = [flag for flag in ("--fast", "--presets") if flag in sys.argv]
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
     return {
         "card": torch.cuda.get_device_name(0),
         "card_gib": torch.cuda.get_device_properties(0).total_memory / 2**30,
         "versions": {name: importlib.metadata.version(name) for name in names},
-        "command": "python benchmarks/calibrate_memory.py" + " --fast" * ("--fast" in sys.argv),
+        "command": " ".join(["python benchmarks/calibrate_memory.py", *flags]),
     }
 
 
 def groups(fast: bool) -> list[list[int]]:
-    settings = FAST_SETTINGS if fast else SETTINGS
+    """Settings that can share a process: one way to load, compiled ones each alone."""
     found: dict[tuple, list[int]] = {}
-    for index, setting in enumerate(settings):
-        found.setdefault((setting[0], setting[5].get("dtype"), setting[5].get("compile_layers")), []).append(
-            index
-        )
+    for index, setting in enumerate(FAST_SETTINGS if fast else SETTINGS):
+        profile = profile_of(setting)
+        key = (setting[0], profile.dtype, index if profile.compile_layers else None)
+        found.setdefault(key, []).append(index)
     return list(found.values())
 
 
-def main() -> None:
+def quiet() -> None:
+    import transformers
+
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -312,37 +327,52 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/llama3-8b-shape"))
     parser.add_argument("--std", type=float, default=0.01, help="standard deviation of the random weights")
     parser.add_argument("--fast", action="store_true", help="the settings of notebook 08 instead")
+    parser.add_argument("--presets", action="store_true", help="20 steps of each preset on a limited card")
     parser.add_argument("--keep", action="store_true", help="leave the model folder there")
-    parser.add_argument("--group", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run_task(task: str, args: argparse.Namespace) -> None:
+    """What a process of its own does: build, a group of settings, or a preset."""
+    quiet()
     lines = args.out.with_suffix(".jsonl")
-    if args.build:
+    if task == "build":
         build_model(args.folder, args.std)
+    elif task in PRESETS:
+        run_preset(args.folder, lines, task)
+    else:
+        run_group(args.folder, lines, json.loads(task), args.fast)
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.task:
+        run_task(args.task, args)
         return
-    if args.group:
-        run_group(args.folder, lines, args.group, args.fast)
-        return
+    lines = args.out.with_suffix(".jsonl")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     lines.unlink(missing_ok=True)
     started = time.perf_counter()
-    common = [sys.executable, __file__, "--out", str(args.out), "--folder", str(args.folder)]
-    common += ["--fast"] * args.fast
-    if not (args.folder / "config.json").exists():
-        subprocess.run([*common, "--build", "--std", str(args.std)], check=True)
-    print(f"model built: {time.perf_counter() - started:.0f} s", flush=True)
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    for group in groups(args.fast):
-        subprocess.run([*common, "--group", json.dumps(group)], env=env, check=False)
+
+    def in_process(task: str, check: bool = False) -> None:
+        command = [sys.executable, __file__, "--out", str(args.out), "--folder", str(args.folder)]
+        command += ["--std", str(args.std), *["--fast"] * args.fast, "--task", task]
+        subprocess.run(command, env=env, check=check)
         print(f"{time.perf_counter() - started:.0f} s", flush=True)
+
+    if not (args.folder / "config.json").exists():
+        in_process("build", check=True)
+    for task in PRESETS if args.presets else map(json.dumps, groups(args.fast)):
+        in_process(task)
     results = [json.loads(line) for line in lines.read_text().splitlines()]
-    content = {**environment(), "std": args.std, "results": results}
-    args.out.write_text(json.dumps(content, indent=1) + "\n")
+    args.out.write_text(json.dumps({**environment(), "std": args.std, "results": results}, indent=1) + "\n")
     lines.unlink()
     if not args.keep:
         shutil.rmtree(args.folder, ignore_errors=True)
     for row in results:
-        print(compare(row))
+        print(compare(row), f"{row['share_of_card']:.0%} of the card" if "preset" in row else "")
 
 
 if __name__ == "__main__":

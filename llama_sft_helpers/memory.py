@@ -332,8 +332,8 @@ def _weight_rows(shape: _Shape, profile: Profile, quantization: str) -> list[_Ro
         plain += shape.layers * linears
     bits = 8 * element
     return [
-        ("quantized weights", quantized * shape.layers, f"{shape.layers * linears / 1e9:.3g} G weights"),
-        (f"{bits}-bit weights", plain * element, f"{plain / 1e9:.3g} G weights not quantized"),
+        ("quantized weights", quantized * shape.layers, f"{shape.layers * linears:,} weights"),
+        (f"{bits}-bit weights", plain * element, f"{plain:,} weights that are not quantized"),
     ]
 
 
@@ -448,7 +448,11 @@ def _working(shape: _Shape, profile: Profile, quantization: str, rank: int) -> f
     """The layer whose backward pass runs: activations if computed anew, gradients, one 16-bit weight."""
     element = _bytes_per_element(profile)
     tokens = profile.per_device_train_batch_size * profile.max_length
-    again = _saved_by_autograd(shape, profile, quantization, rank) if profile.gradient_checkpointing else 0.0
+    again = 0.0
+    if profile.gradient_checkpointing and profile.compile_layers:
+        again = _kept_compiled(shape, profile)
+    elif profile.gradient_checkpointing:
+        again = _saved_by_autograd(shape, profile, quantization, rank)
     gradients = _GRADIENTS_IN_MLP[quantization] * element * tokens * shape.mlp
     weight = 0 if quantization == "16-bit" else element * shape.hidden * shape.mlp
     return again + max(gradients, weight) + _WORKSPACE * (profile.gpu_gib > 0)
