@@ -345,6 +345,47 @@ def test_compiled_layers_share_few_graphs(tiny_model_int8, packed):
     assert all(layer._compiled_call_impl is None for layer in model.get_base_model().model.layers)
 
 
+def test_remembered_modules_answer_as_a_walk_does(tiny_model_int8):
+    model = add_lora(tiny_model_int8)
+    names = [name for name, _ in model.named_modules()]
+    parameters = [id(p) for p in model.parameters()]
+    count = model.get_base_model().num_parameters(exclude_embeddings=True)
+    undo = speed.remember_modules(model)
+    for _ in range(2):
+        assert [name for name, _ in model.named_modules()] == names
+        assert [id(p) for p in model.parameters()] == parameters
+        assert model.get_base_model().num_parameters(exclude_embeddings=True) == count
+        model.train()
+        assert all(m.training for m in model.modules())
+        model.eval()
+        assert not any(m.training for m in model.modules())
+    # a new module, and a parameter that takes another's place, are seen
+    layer = model.get_base_model().model.layers[0]
+    layer.extra = torch.nn.Linear(2, 2)
+    assert [name for name, _ in model.named_modules() if name.endswith("extra")]
+    layer.extra.weight = replaced = torch.nn.Parameter(torch.ones(2, 2))
+    assert any(p is replaced for p in model.parameters())
+    model.eval()
+    assert not layer.extra.training
+    undo()
+    assert not {"train", "named_modules", "named_parameters"} & set(vars(model))
+
+
+def test_slicing_the_layers_does_not_make_it_walk_again(tiny_model, monkeypatch):
+    undo = speed.remember_modules(tiny_model)
+    list(tiny_model.named_modules())
+    walked = []
+    real = torch.nn.Module.named_modules
+    monkeypatch.setattr(
+        torch.nn.Module, "named_modules", lambda self, *a, **k: walked.append(1) or real(self, *a, **k)
+    )
+    tiny_model.model.layers[:2]  # what every forward pass of Llama does
+    tiny_model.zero_grad()
+    list(tiny_model.named_modules())
+    assert not walked
+    undo()
+
+
 def test_a_failing_compiler_leaves_the_layers_running(tiny_model, batch, monkeypatch):
     batch["use_cache"] = False
     expected = tiny_model(**batch).logits
