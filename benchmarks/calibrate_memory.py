@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from llama_sft_helpers.memory import plan_memory, planned_peak_gib  # noqa: E402
 from llama_sft_helpers.profiles import Profile, read_profile  # noqa: E402
@@ -60,9 +61,10 @@ _COMPILED = {**_FAST, "compile_layers": True}
 FAST_SETTINGS = [
     ("int8", 1, 4096, True, False, _FAST),
     ("int8", 2, 4096, True, True, {**_FAST, "gradient_accumulation_steps": 2}),
-    ("int8", 1, 4096, True, False, {**_COMPILED, "activation_memory_budget": 0.5}),
-    ("int8", 2, 4096, True, False, {**_COMPILED, "activation_memory_budget": 0.3}),
-    ("int8", 1, 4096, True, True, {**_COMPILED, "activation_memory_budget": 1.0}),
+    ("int8", 1, 4096, True, False, {**_COMPILED, "activation_memory_budget": 0.9}),
+    ("int8", 2, 4096, True, False, {**_COMPILED, "activation_memory_budget": 0.5}),
+    ("int8", 1, 4096, True, False, {**_COMPILED, "activation_memory_budget": 1.0}),
+    ("int8", 1, 1024, True, True, {**_COMPILED, "activation_memory_budget": 1.0}),
 ]
 PRESETS = ("colab-a100", "colab-l4", "colab-t4")
 _RECORDED = ("per_device_train_batch_size", "max_length", "packing", "gradient_checkpointing", "dtype")
@@ -83,8 +85,7 @@ def profile_of(setting: tuple) -> Profile:
 
 
 def build_model(folder: Path, std: float) -> None:
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     raw = json.loads((ROOT / "llama_sft_helpers/configs/llama3_8b.json").read_text())
     config = LlamaConfig(**{key: value for key, value in raw.items() if not key.startswith("_")})
@@ -96,11 +97,17 @@ def build_model(folder: Path, std: float) -> None:
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0) if "norm" in name else parameter.normal_(0, std)
     model.save_pretrained(folder, max_shard_size="4GB")
+    save_tokenizer(folder)
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
     vocab = {f"t{i}": i for i in range(100)} | {"<eos>": 100}
     words = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>").save_pretrained(
-        folder
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
+    tokenizer.save_pretrained(folder)
 
 
 def load(folder: Path, quantization: str, dtype: str) -> Any:
@@ -142,15 +149,18 @@ class _Probe:
         self.entries: list[int] = []
         self.after_forward = (0, 0)
         layers = model.get_base_model().model.layers
-        self._hooks = [layer.register_forward_pre_hook(self._enter) for layer in layers]
+        eager = [layer for layer in layers if layer._compiled_call_impl is None]  # a hook would break a graph
+        self._hooks = [layer.register_forward_pre_hook(self._enter) for layer in eager]
 
     def _enter(self, *_):
         self.entries.append(torch.cuda.memory_allocated())
 
-    def per_layer(self, layers: int, checkpointing: bool) -> float:
-        """Bytes that a layer's forward pass left allocated, mean over the middle layers of the last step."""
+    def per_layer_mib(self, layers: int, checkpointing: bool) -> float | None:
+        """What a layer's forward pass left allocated, mean over the last step; None for compiled layers."""
+        if not self._hooks:
+            return None
         last = self.entries[-layers * (1 + checkpointing) :][:layers]
-        return (last[-1] - last[0]) / (layers - 1)
+        return (last[-1] - last[0]) / (layers - 1) / 2**20
 
     def remove(self):
         for hook in self._hooks:
@@ -214,7 +224,7 @@ def measure(model, folder: Path, profile: Profile, quantization: str, steps: int
         "before_training_gib": before / 2**30,
         "after_forward_gib": after_forward[-1][0] / 2**30,
         "peak_until_forward_end_gib": after_forward[-1][1] / 2**30,
-        "kept_per_layer_mib": probe.per_layer(model.config.num_hidden_layers, checkpointing) / 2**20,
+        "kept_per_layer_mib": probe.per_layer_mib(model.config.num_hidden_layers, checkpointing),
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "seconds": time.perf_counter() - started,
     }
@@ -226,35 +236,55 @@ def measure(model, folder: Path, profile: Profile, quantization: str, steps: int
     return result
 
 
-def switch_on(model, profile: Profile) -> None:
+def switch_on(model, profile: Profile) -> Callable[[], None]:
+    """Notebook 08's switches as a profile asks for them; returns what takes the compiled layers back."""
     from llama_sft_helpers import speed
 
     if profile.fast_int8:
         speed.use_fast_int8(model)
     if profile.attn_implementation == "varlen":
         model.set_attn_implementation(speed.register_varlen_attention())
-    if profile.compile_layers:
-        speed.compile_decoder_layers(model, activation_memory_budget=profile.activation_memory_budget)
+    if not profile.compile_layers:
+        return lambda: None
+    return speed.compile_decoder_layers(model, profile.activation_memory_budget).remove
 
 
-def run_group(folder: Path, out: Path, indices: list[int], fast: bool) -> None:
-    settings = FAST_SETTINGS if fast else SETTINGS
+def run_group(folder: Path, out: Path, indices: list[int]) -> None:
     model, loaded = None, None
     for index in indices:
-        setting = settings[index]
-        profile = profile_of(setting)
-        wanted = (setting[0], profile.dtype, profile.compile_layers and index)
+        quantization, profile = SETTINGS[index][0], profile_of(SETTINGS[index])
+        wanted = (quantization, profile.dtype)
         try:
             if loaded != wanted:
                 model = None
                 gc.collect()
                 torch.cuda.empty_cache()
-                model, loaded = load(folder, setting[0], profile.dtype), wanted
-            switch_on(model, profile)
+                model, loaded = load(folder, quantization, profile.dtype), wanted
+            result = measure(model, folder, profile, quantization)
+        except Exception as error:
+            result = {"setting": repr(profile), "error": f"{type(error).__name__}: {str(error)[:600]}"}
+            model, loaded = None, None
+        _append(out, result)
+
+
+def run_fast(folder: Path, out: Path) -> None:
+    """The fast settings in one process, on the int8 model that `speed_ladder` makes on the card itself."""
+    from peft import LoraConfig, get_peft_model
+    from speed_ladder import build_model as build_int8
+
+    save_tokenizer(folder)
+    model = build_int8(tiny=False, attn_implementation="sdpa", device="cuda")
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS))
+    for setting in FAST_SETTINGS:
+        profile = profile_of(setting)
+        take_back = switch_on(model, profile)
+        try:
             result = measure(model, folder, profile, setting[0])
         except Exception as error:
-            result = {"setting": repr(setting), "error": f"{type(error).__name__}: {str(error)[:600]}"}
-            model, loaded = None, None
+            result = {"setting": repr(profile), "error": f"{type(error).__name__}: {str(error)[:600]}"}
+            gc.collect()
+        take_back()
+        torch._dynamo.reset()
         _append(out, result)
 
 
@@ -302,13 +332,11 @@ def environment() -> dict:
     }
 
 
-def groups(fast: bool) -> list[list[int]]:
-    """Settings that can share a process: one way to load, compiled ones each alone."""
+def groups() -> list[list[int]]:
+    """Settings that can share a process: those that load the model the same way."""
     found: dict[tuple, list[int]] = {}
-    for index, setting in enumerate(FAST_SETTINGS if fast else SETTINGS):
-        profile = profile_of(setting)
-        key = (setting[0], profile.dtype, index if profile.compile_layers else None)
-        found.setdefault(key, []).append(index)
+    for index, setting in enumerate(SETTINGS):
+        found.setdefault((setting[0], profile_of(setting).dtype), []).append(index)
     return list(found.values())
 
 
@@ -339,10 +367,12 @@ def run_task(task: str, args: argparse.Namespace) -> None:
     lines = args.out.with_suffix(".jsonl")
     if task == "build":
         build_model(args.folder, args.std)
+    elif task == "fast":
+        run_fast(args.folder, lines)
     elif task in PRESETS:
         run_preset(args.folder, lines, task)
     else:
-        run_group(args.folder, lines, json.loads(task), args.fast)
+        run_group(args.folder, lines, json.loads(task))
 
 
 def main() -> None:
@@ -358,13 +388,14 @@ def main() -> None:
 
     def in_process(task: str, check: bool = False) -> None:
         command = [sys.executable, __file__, "--out", str(args.out), "--folder", str(args.folder)]
-        command += ["--std", str(args.std), *["--fast"] * args.fast, "--task", task]
+        command += ["--std", str(args.std), "--task", task]
         subprocess.run(command, env=env, check=check)
         print(f"{time.perf_counter() - started:.0f} s", flush=True)
 
-    if not (args.folder / "config.json").exists():
+    if not args.fast and not (args.folder / "config.json").exists():
         in_process("build", check=True)
-    for task in PRESETS if args.presets else map(json.dumps, groups(args.fast)):
+    tasks = ["fast"] if args.fast else PRESETS if args.presets else map(json.dumps, groups())
+    for task in tasks:
         in_process(task)
     results = [json.loads(line) for line in lines.read_text().splitlines()]
     args.out.write_text(json.dumps({**environment(), "std": args.std, "results": results}, indent=1) + "\n")

@@ -31,7 +31,7 @@ _CONTEXT_GIB = 0.6  # driver, kernels and cuBLAS handles: what nvidia-smi shows 
 _SLACK = 0.06  # share of the peak that the caching allocator holds but does not use (measured: 2 to 9 %)
 _WORKSPACE = 2**26  # what cuBLAS asks of PyTorch's allocator
 # Tensors of the MLP's width alive at once in its backward pass, measured; LLM.int8 casts and quantizes too.
-_GRADIENTS_IN_MLP = {"int8": 3.2, "nf4": 2.0, "16-bit": 4.2}
+_GRADIENTS_IN_MLP = {"int8": 3.2, "fast int8": 2.0, "nf4": 2.0, "16-bit": 4.2}
 _LOSS_TILE = (4096, 32768)  # tokens x vocabulary entries that trl's chunked loss projects at once
 
 
@@ -398,12 +398,19 @@ def _saved_by_autograd(shape: _Shape, profile: Profile, quantization: str, rank:
 
 
 def _kept_compiled(shape: _Shape, profile: Profile) -> float:
-    """Compiled in two pieces around attention: their inputs always stay, the budget shares out the rest."""
+    """What a compiled layer keeps: all at budget 1; below it the results of products only, and fewer of them.
+
+    PyTorch's partitioner first recomputes what costs no product (norms, silu, gate times up) and then, while
+    more than the budget's share of all is kept, the cheapest products:
+    https://pytorch.org/blog/activation-checkpointing-techniques/.
+    """
     element = _bytes_per_element(profile)
     tokens = profile.per_device_train_batch_size * profile.max_length
-    always = element * 2 * shape.hidden + _attention(shape, profile, "int8") + element * shape.query
-    rest = element * (shape.hidden + 4 * shape.mlp)
-    return tokens * (always + profile.activation_memory_budget * rest)
+    attention = 2 * shape.query + 2 * shape.key_value
+    products = element * (2 * shape.hidden + attention + 2 * shape.mlp) + 4 * shape.heads
+    everything = products + 2 * element * shape.mlp
+    budget = profile.activation_memory_budget
+    return tokens * (everything if budget == 1 else min(products, budget * everything))
 
 
 def _linear_inputs(shape: _Shape, element: int, quantization: str) -> int:
@@ -453,7 +460,8 @@ def _working(shape: _Shape, profile: Profile, quantization: str, rank: int) -> f
         again = _kept_compiled(shape, profile)
     elif profile.gradient_checkpointing:
         again = _saved_by_autograd(shape, profile, quantization, rank)
-    gradients = _GRADIENTS_IN_MLP[quantization] * element * tokens * shape.mlp
+    alive = _GRADIENTS_IN_MLP["fast int8" if profile.fast_int8 else quantization]
+    gradients = alive * element * tokens * shape.mlp
     weight = 0 if quantization == "16-bit" else element * shape.hidden * shape.mlp
     return again + max(gradients, weight) + _WORKSPACE * (profile.gpu_gib > 0)
 

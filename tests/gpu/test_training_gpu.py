@@ -1,0 +1,166 @@
+"""Notebook 06 on a GPU: float16, running out of memory, and the presets on cards of their size."""
+
+import gc
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from llama_sft_helpers import memory, training
+from llama_sft_helpers.profiles import load_profile
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+]
+ROOT = Path(__file__).parents[2]
+
+
+def notebook_cell(marker):
+    """The source of 06's one code cell that holds ``marker``."""
+    cells = nbformat.read(ROOT / "notebooks" / "06_training.ipynb", as_version=4).cells
+    (source,) = [cell.source for cell in cells if cell.cell_type == "code" and marker in cell.source]
+    return source
+
+
+def tiny_model(dtype):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+
+    model = AutoModelForCausalLM.from_pretrained(
+        load_profile("ci-tiny").model_id,
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        device_map={"": 0},
+        dtype=dtype,
+    )
+    set_seed(42)
+    targets = list(memory.TARGET_MODULES)
+    return get_peft_model(
+        model, LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM", target_modules=targets)
+    )
+
+
+def namespace(profile, rows=256):
+    """What 06's cells find defined: the model, the data, the imports."""
+    import peft
+    import transformers
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from llama_sft_helpers.data import to_prompt_completion
+
+    data = load_dataset(profile.dataset_id, split="train")
+    data = data.map(to_prompt_completion, remove_columns=data.column_names)
+    return {
+        **vars(training),
+        **vars(memory),
+        "get_peft_model_state_dict": peft.get_peft_model_state_dict,
+        "SFTConfig": SFTConfig,
+        "SFTTrainer": SFTTrainer,
+        "gc": gc,
+        "set_peft_model_state_dict": peft.set_peft_model_state_dict,
+        "model": tiny_model(profile.torch_dtype),
+        "tokenizer": transformers.AutoTokenizer.from_pretrained(profile.model_id),
+        "train_rows": data.select(range(rows)),
+        "split": {"test": data.select(range(rows, rows + 16))},
+        "profile": profile,
+    }
+
+
+def build(names, folder):
+    exec(notebook_cell("def build_trainer"), names)
+    return names["build_trainer"](names["profile"], folder)
+
+
+# --- float16, as on a T4 ---
+
+
+def test_float16_trains_with_the_adapter_in_float32(tmp_path):
+    profile = load_profile("ci-tiny", dtype="float16", max_steps=6, learning_rate=5e-3)
+    names = namespace(profile)
+    trainer = build(names, tmp_path)
+    assert {p.dtype for p in names["model"].parameters() if p.requires_grad} == {torch.float32}
+    trainer.train()
+    assert trainer.accelerator.scaler is not None
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 6
+    assert all(math.isfinite(loss) for loss in losses)
+    assert all(p.any() for name, p in names["model"].named_parameters() if "lora_B" in name)
+
+
+def test_float16_crashes_in_the_scaler_as_trl_leaves_the_adapter(tmp_path):
+    profile = load_profile("ci-tiny", dtype="float16", max_steps=2)
+    names = namespace(profile)
+    trainer = build(names, tmp_path)
+    for parameter in names["model"].parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    with pytest.raises((RuntimeError, ValueError), match=r"BFloat16|unscale"):
+        trainer.train()
+
+
+# --- Out of memory ---
+
+
+def peak_reserved(profile, folder):
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    trainer = build(namespace(profile), folder)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return torch.cuda.max_memory_reserved(), losses
+
+
+def test_out_of_memory_is_caught_explained_and_retried_with_half_the_micro_batch(tmp_path, capsys):
+    settings = {"dtype": "bfloat16", "max_steps": 2, "eval_steps": 9, "save_steps": 9, "learning_rate": 5e-3}
+    full = load_profile("ci-tiny", per_device_train_batch_size=128, **settings)
+    half = memory.plan_smaller_batch(full)
+    enough_for_half, expected = peak_reserved(half, tmp_path / "half")
+    enough_for_full, _ = peak_reserved(full, tmp_path / "full")
+    cap = (enough_for_half + enough_for_full) / 2
+    assert enough_for_full > 1.3 * enough_for_half
+
+    names = {**namespace(full), "checkpoints": tmp_path / "capped", "torch": torch}
+    names["trainer"] = build(names, tmp_path / "capped")
+    names["initial_adapter"] = {
+        name: value.clone() for name, value in names["get_peft_model_state_dict"](names["model"]).items()
+    }
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        exec(notebook_cell("while result is None"), names)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    said = capsys.readouterr().out
+    assert "Out of GPU memory. Planned peak" in said
+    assert "its largest item: activations" in said or "its largest item: loss" in said
+    assert (names["profile"].per_device_train_batch_size, names["profile"].gradient_accumulation_steps) == (
+        64,
+        2,
+    )
+    losses = [row["loss"] for row in names["trainer"].state.log_history if "loss" in row]
+    assert losses == pytest.approx(expected, abs=5e-3)
+    assert torch.cuda.max_memory_reserved() <= cap
+
+
+# --- Presets on cards of their size ---
+
+
+@pytest.mark.slow
+def test_presets_train_llama3_8b_on_their_cards_with_10_percent_to_spare(tmp_path):
+    out = tmp_path / "presets.json"
+    script = ROOT / "benchmarks" / "calibrate_memory.py"
+    subprocess.run([sys.executable, script, "--presets", "--out", out], check=True)
+    results = {row["preset"]: row for row in json.loads(out.read_text())["results"]}
+    assert set(results) == {"colab-a100", "colab-l4", "colab-t4"}
+    for name, row in results.items():
+        assert len(row["losses"]) == 20, name
+        assert all(math.isfinite(loss) for loss in row["losses"]), name
+        assert row["share_of_card"] <= 0.9, name
