@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from llama_sft_helpers import speed
+from llama_sft_helpers import int8_product, speed, varlen
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -175,9 +175,9 @@ def test_other_lora_kinds_go_pefts_way(tiny_model_int8, batch, changes, monkeypa
     model = add_lora(tiny_model_int8, **changes).train()
     speed.use_fast_int8(model)
     fused = []
-    real = speed._run_fast
+    real = int8_product._run_fast
     monkeypatch.setattr(
-        speed,
+        int8_product,
         "_run_fast",
         lambda linear, x, a=None, b=None, s=1.0: fused.append(a is not None) or real(linear, x, a, b, s),
     )
@@ -249,9 +249,9 @@ def per_document(query, key, value, bounds, longest, scale):
 def varlen_on_cpu(monkeypatch):
     with pytest.warns(UserWarning, match="falls back to 'sdpa'"):
         assert speed.register_varlen_attention() == "sdpa"
-    monkeypatch.setattr(speed, "_varlen_kernel", per_document)
-    monkeypatch.setattr(speed, "_runs", lambda device, dtype: True)
-    monkeypatch.setattr(speed, "_HALF_TYPES", (torch.float32,))
+    monkeypatch.setattr(varlen, "_varlen_kernel", per_document)
+    monkeypatch.setattr(varlen, "_runs", lambda device, dtype: True)
+    monkeypatch.setattr(varlen, "_HALF_TYPES", (torch.float32,))
 
 
 def test_varlen_says_why_it_falls_back_and_computes_as_sdpa(tiny_model, batch, packed):
@@ -296,9 +296,9 @@ def test_document_bounds_over_two_rows():
 
 def test_cached_bounds_follow_the_rows():
     first = torch.tensor([[0, 1, 2, 0, 1]])
-    assert speed._cached_bounds(first)[0].tolist() == [0, 3, 5]
+    assert varlen._cached_bounds(first)[0].tolist() == [0, 3, 5]
     first[0, 1] = 0
-    assert speed._cached_bounds(first)[0].tolist() == [0, 1, 3, 5]
+    assert varlen._cached_bounds(first)[0].tolist() == [0, 1, 3, 5]
 
 
 # compilation

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from llama_sft_helpers import speed
+from llama_sft_helpers import speed, varlen
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,7 +91,7 @@ def test_varlen_equals_sdpa_on_each_document_alone(dtype):
         torch.randn(1, heads, tokens, 128, device="cuda").to(dtype).requires_grad_() for heads in (8, 2, 2)
     )
     module = torch.nn.Module()
-    out, _ = speed._varlen_attention(module, q, k, v, None, scaling=128**-0.5, position_ids=positions)
+    out, _ = varlen._varlen_attention(module, q, k, v, None, scaling=128**-0.5, position_ids=positions)
     grad = torch.randn_like(out)
     ours = torch.autograd.grad(out, (q, k, v), grad)
     q64, k64, v64 = (t.detach().double().requires_grad_() for t in (q, k, v))
