@@ -398,19 +398,20 @@ def _saved_by_autograd(shape: _Shape, profile: Profile, quantization: str, rank:
 
 
 def _kept_compiled(shape: _Shape, profile: Profile) -> float:
-    """What a compiled layer keeps: all at budget 1; below it the results of products only, and fewer of them.
+    """What a compiled layer keeps, in bytes: at budget 1 the inputs and results of every product.
 
-    PyTorch's partitioner first recomputes what costs no product (norms, silu, gate times up) and then, while
-    more than the budget's share of all is kept, the cheapest products:
+    Below 1, PyTorch's partitioner first recomputes what costs no product (norms, silu, gate times up), then
+    the cheapest products, until no more than the budget's share of all intermediate results is kept:
     https://pytorch.org/blog/activation-checkpointing-techniques/.
     """
     element = _bytes_per_element(profile)
     tokens = profile.per_device_train_batch_size * profile.max_length
     attention = 2 * shape.query + 2 * shape.key_value
-    products = element * (2 * shape.hidden + attention + 2 * shape.mlp) + 4 * shape.heads
-    everything = products + 2 * element * shape.mlp
+    results = element * (2 * shape.hidden + attention + 2 * shape.mlp) + 4 * shape.heads
     budget = profile.activation_memory_budget
-    return tokens * (everything if budget == 1 else min(products, budget * everything))
+    if budget == 1:
+        return tokens * (results + element * (2 * shape.hidden + shape.mlp))
+    return tokens * min(results, budget * (results + 2 * element * shape.mlp))
 
 
 def _linear_inputs(shape: _Shape, element: int, quantization: str) -> int:
@@ -427,7 +428,9 @@ def _linear_inputs(shape: _Shape, element: int, quantization: str) -> int:
 def _attention(shape: _Shape, profile: Profile, quantization: str) -> int:
     """Bytes a token of query, key, value and the softmax's log-sum; the output too where o_proj does not."""
     element = _bytes_per_element(profile)
-    repeated = profile.attn_implementation == "varlen" or _pairs(profile) > 0  # key and value heads, then
+    repeated = (
+        profile.attn_implementation == "sdpa" and _pairs(profile) > 0
+    )  # with a mask, keys and values are
     key_value = 2 * (shape.query if repeated else shape.key_value)
     output = shape.query if quantization == "16-bit" and element == 2 else 0
     return element * (shape.query + key_value + output) + 4 * shape.heads

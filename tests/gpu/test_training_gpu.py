@@ -2,12 +2,12 @@
 
 import gc
 import json
+import logging
 import math
 import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 
@@ -21,10 +21,17 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setenv("SFT_PROFILE", "ci-tiny")
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
 def notebook_cell(marker):
     """The source of 06's one code cell that holds ``marker``."""
-    cells = nbformat.read(ROOT / "notebooks" / "06_training.ipynb", as_version=4).cells
-    (source,) = [cell.source for cell in cells if cell.cell_type == "code" and marker in cell.source]
+    notebook = json.loads((ROOT / "notebooks" / "06_training.ipynb").read_text(encoding="utf-8"))
+    sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    (source,) = [source for source in sources if marker in source]
     return source
 
 
@@ -45,29 +52,34 @@ def tiny_model(dtype):
     )
 
 
-def namespace(profile, rows=256):
+def rows(count, length=256):
+    """Rows that fill every micro-batch, so that memory depends on the micro-batch alone."""
+    from datasets import Dataset
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 1000, (count, length), generator=generator).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def namespace(profile, count=64):
     """What 06's cells find defined: the model, the data, the imports."""
     import peft
     import transformers
-    from datasets import load_dataset
     from trl import SFTConfig, SFTTrainer
 
-    from llama_sft_helpers.data import to_prompt_completion
-
-    data = load_dataset(profile.dataset_id, split="train")
-    data = data.map(to_prompt_completion, remove_columns=data.column_names)
     return {
         **vars(training),
         **vars(memory),
         "get_peft_model_state_dict": peft.get_peft_model_state_dict,
+        "LiveLossCallback": lambda throughput: transformers.TrainerCallback(),  # no notebook to draw in
         "SFTConfig": SFTConfig,
         "SFTTrainer": SFTTrainer,
         "gc": gc,
         "set_peft_model_state_dict": peft.set_peft_model_state_dict,
         "model": tiny_model(profile.torch_dtype),
         "tokenizer": transformers.AutoTokenizer.from_pretrained(profile.model_id),
-        "train_rows": data.select(range(rows)),
-        "split": {"test": data.select(range(rows, rows + 16))},
+        "train_rows": rows(count),
+        "split": {"test": rows(16)},
         "profile": profile,
     }
 
@@ -107,11 +119,15 @@ def test_float16_crashes_in_the_scaler_as_trl_leaves_the_adapter(tmp_path):
 # --- Out of memory ---
 
 
-def peak_reserved(profile, folder):
+def clean():
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    trainer = build(namespace(profile), folder)
+
+
+def peak_reserved(profile, folder):
+    clean()
+    trainer = build(namespace(profile, count=1024), folder)
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return torch.cuda.max_memory_reserved(), losses
@@ -119,34 +135,31 @@ def peak_reserved(profile, folder):
 
 def test_out_of_memory_is_caught_explained_and_retried_with_half_the_micro_batch(tmp_path, capsys):
     settings = {"dtype": "bfloat16", "max_steps": 2, "eval_steps": 9, "save_steps": 9, "learning_rate": 5e-3}
-    full = load_profile("ci-tiny", per_device_train_batch_size=128, **settings)
+    full = load_profile("ci-tiny", per_device_train_batch_size=512, **settings)
     half = memory.plan_smaller_batch(full)
+    peak_reserved(half, tmp_path / "warm")  # workspaces that stay are there from now on
     enough_for_half, expected = peak_reserved(half, tmp_path / "half")
     enough_for_full, _ = peak_reserved(full, tmp_path / "full")
-    cap = (enough_for_half + enough_for_full) / 2
-    assert enough_for_full > 1.3 * enough_for_half
+    assert enough_for_full > 1.4 * enough_for_half
+    cap = enough_for_half + 0.6 * (enough_for_full - enough_for_half)
 
-    names = {**namespace(full), "checkpoints": tmp_path / "capped", "torch": torch}
+    clean()
+    names = {**namespace(full, count=1024), "checkpoints": tmp_path / "capped", "torch": torch}
     names["trainer"] = build(names, tmp_path / "capped")
-    names["initial_adapter"] = {
-        name: value.clone() for name, value in names["get_peft_model_state_dict"](names["model"]).items()
-    }
-    gc.collect()
-    torch.cuda.empty_cache()
+    state = names["get_peft_model_state_dict"](names["model"])
+    names["initial_adapter"] = {name: value.clone() for name, value in state.items()}
     torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.get_device_properties(0).total_memory)
     try:
         exec(notebook_cell("while result is None"), names)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     said = capsys.readouterr().out
-    assert "Out of GPU memory. Planned peak" in said
-    assert "its largest item: activations" in said or "its largest item: loss" in said
-    assert (names["profile"].per_device_train_batch_size, names["profile"].gradient_accumulation_steps) == (
-        64,
-        2,
-    )
+    assert said.count("Out of GPU memory. Planned peak") == 1, said
+    assert "its largest item: activations" in said
+    tried = names["profile"]
+    assert (tried.per_device_train_batch_size, tried.gradient_accumulation_steps) == (256, 2)
     losses = [row["loss"] for row in names["trainer"].state.log_history if "loss" in row]
-    assert losses == pytest.approx(expected, abs=5e-3)
+    assert losses == pytest.approx(expected, abs=1e-2)
     assert torch.cuda.max_memory_reserved() <= cap
 
 
