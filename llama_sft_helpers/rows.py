@@ -85,7 +85,7 @@ def to_prompt_completion(row: Row, index: int | None = None) -> dict[str, str]:
     Raises:
         DataError: A column is missing, or a cell is null, of the wrong type, empty, too long or not text.
     """
-    layout = _layout(row)
+    layout = _layout(row, index)
     for reason, detail in _row_problems(row, layout):
         raise DataError(
             reason, f"Row {'?' if index is None else index}: {detail}; {_PROBLEMS[reason]}.", index
@@ -107,15 +107,15 @@ def summarize_rows(dataset: Any, tokenizer: Any = None, max_length: int | None =
 
     Returns:
         One line for each problem looked for: rows, share, first_indices, what_to_do.
-        ``attrs["indices"]`` maps each problem to all its row numbers; ``attrs["usable"]`` lists the rows
-        without any, ready for ``dataset.select``.
+        ``attrs["indices"]`` maps each problem to all its row numbers, ``attrs["details"]`` to what its first
+        row shows; ``attrs["usable"]`` lists the rows without any, ready for ``dataset.select``.
 
     Raises:
         DataError: No row at all, or columns of no known layout.
     """
     if len(dataset) == 0:
         raise DataError("no-rows", "The data set has no rows; check the file or the filter before this.")
-    indices = _find_problems(dataset, tokenizer, max_length)
+    indices, details = _find_problems(dataset, tokenizer, max_length)
     lines = [
         (name, len(found), len(found) / len(dataset), found[:5], _PROBLEMS[name])
         for name, found in indices.items()
@@ -123,6 +123,7 @@ def summarize_rows(dataset: Any, tokenizer: Any = None, max_length: int | None =
     table = pd.DataFrame(lines, columns=["problem", "rows", "share", "first_indices", "what_to_do"])
     bad = {index for found in indices.values() for index in found}
     table.attrs["indices"] = indices
+    table.attrs["details"] = details
     table.attrs["usable"] = [index for index in range(len(dataset)) if index not in bad]
     return table.set_index("problem")
 
@@ -138,8 +139,8 @@ def check_rows(dataset: Any, tokenizer: Any = None, max_length: int | None = Non
     if found.empty:
         return
     lines = [
-        f"{name}: {line['rows']:,} of {len(dataset):,} rows, first {line['first_indices']}; "
-        f"{line['what_to_do']}"
+        f"{name}: {line['rows']:,} of {len(dataset):,} rows, first {line['first_indices']}"
+        f"{table.attrs['details'].get(name, '')}; {line['what_to_do']}"
         for name, line in found.iterrows()
     ]
     raise DataError(str(found.index[0]), "\n".join(lines), found["first_indices"].iloc[0][0])
@@ -192,7 +193,7 @@ def count_tokens(batch: Mapping[str, list[str]], tokenizer: Any) -> dict[str, li
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "tokens": tokens}
 
 
-def _layout(columns: Iterable[str]) -> str:
+def _layout(columns: Iterable[str], index: int | None = 0) -> str:
     names = list(columns)
     for layout, needed in _COLUMNS.items():
         if all(name in names for name in needed):
@@ -200,9 +201,9 @@ def _layout(columns: Iterable[str]) -> str:
     expected = "; ".join(" + ".join(needed) for needed in _COLUMNS.values())
     raise DataError(
         "missing-column",
-        f"Columns {names}: expected {expected}. Rename yours, for instance "
-        'dataset.rename_column("question", "instruction").',
-        0,
+        f"Row {'?' if index is None else index}: the columns are {names}, expected {expected}. "
+        'Rename yours, for instance dataset.rename_column("question", "instruction").',
+        index,
     )
 
 
@@ -263,16 +264,21 @@ def _alpaca_parts(row: Row, layout: str) -> tuple[str, str, str]:
     return instruction.strip(), context.strip(), answer.strip()
 
 
-def _find_problems(dataset: Any, tokenizer: Any, max_length: int | None) -> dict[str, list[int]]:
+def _find_problems(
+    dataset: Any, tokenizer: Any, max_length: int | None
+) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Row numbers of each problem, and what the first of them shows."""
     layout = _layout(dataset[0])
     found: dict[str, list[int]] = {name: [] for name in _PROBLEMS}
+    details: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
     good: list[tuple[int, dict[str, str]]] = []
     for index, row in enumerate(dataset):
-        reasons = {reason for reason, _ in _row_problems(row, layout)}
-        for reason in reasons:
+        problems = dict(_row_problems(row, layout))
+        for reason, detail in problems.items():
             found[reason].append(index)
-        if reasons:
+            details.setdefault(reason, f" ({detail})")
+        if problems:
             continue
         example = to_prompt_completion(row)
         key = (example["prompt"], example["completion"])
@@ -282,7 +288,7 @@ def _find_problems(dataset: Any, tokenizer: Any, max_length: int | None) -> dict
         good.append((index, example))
     if tokenizer is not None:
         _find_token_problems(good, tokenizer, max_length, found)
-    return found
+    return found, details
 
 
 def _find_token_problems(
@@ -353,7 +359,7 @@ def _csv_rows(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for cells in reader:
             if None in cells or None in cells.values():
                 raise csv.Error(f"expected {len(reader.fieldnames or ())} cells as in the header")
-            yield reader.line_num, cells
+            yield reader.reader.line_num, cells
             row += 1
     except csv.Error as error:
         too_long = "field larger" in str(error)
@@ -362,5 +368,5 @@ def _csv_rows(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             _PROBLEMS["cell-too-long"] if too_long else "Quote cells that hold commas, quotes or line breaks"
         )
         raise DataError(
-            reason, f"{name}, line {reader.line_num} (row {row}): {error}. {fix}.", row
+            reason, f"{name}, line {reader.reader.line_num} (row {row}): {error}. {fix}.", row
         ) from error
