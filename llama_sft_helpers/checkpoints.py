@@ -98,9 +98,11 @@ class RunGuardCallback(TrainerCallback):
         _write_json(folder / RUN_FILE, self._run)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Before a checkpoint is written: is there room for it?"""
+        """Before a checkpoint is written: make its place free, and is there room for it?"""
         if not control.should_save or model is None:
             return
+        # a damaged checkpoint that was skipped may stand there; peft would read the README in it
+        shutil.rmtree(Path(args.output_dir) / f"checkpoint-{state.global_step}", ignore_errors=True)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         needed = 3 * 4 * trainable * 1.1 + 2**24  # adapter and AdamW's two averages, tokenizer, small files
         free = shutil.disk_usage(args.output_dir).free
@@ -134,7 +136,9 @@ def checkpoint_errors(output_dir: str | Path) -> Iterator[None]:
         raise CheckpointWriteError(_no_room(Path(output_dir), "writing stopped half-way")) from error
 
 
-def latest_checkpoint(output_dir: str | Path, run: Mapping[str, Any] | None = None) -> str | None:
+def latest_checkpoint(
+    output_dir: str | Path, run: Mapping[str, Any] | None = None, before_step: int | None = None
+) -> str | None:
     """The newest complete checkpoint, for ``train(resume_from_checkpoint=...)``; None to start afresh.
 
     transformers writes a checkpoint file by file in its final folder, so a killed run leaves a half-written
@@ -143,12 +147,14 @@ def latest_checkpoint(output_dir: str | Path, run: Mapping[str, Any] | None = No
     Args:
         output_dir: The trainer's ``output_dir``; it need not exist.
         run: From ``describe_run``; checkpoints of another run are refused.
+        before_step: Only checkpoints of earlier steps. Give it ``max_steps``: resumed from its last step, a
+            finished run would train one step too many.
 
     Raises:
         CheckpointError: The folder's checkpoints belong to another model or other settings.
     """
     folder = Path(output_dir)
-    for checkpoint in _checkpoints(folder):
+    for checkpoint in _checkpoints(folder, before_step):
         try:
             check_checkpoint(checkpoint)
         except CheckpointError as error:
@@ -183,10 +189,10 @@ def check_checkpoint(folder: str | Path) -> None:
         )
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def _checkpoints(folder: Path, before_step: int | None = None) -> list[Path]:
     """Checkpoint folders, newest step first."""
     found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _match(path))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return [path for step, path in sorted(found, reverse=True) if before_step is None or step < before_step]
 
 
 def _match(path: Path) -> re.Match[str] | None:

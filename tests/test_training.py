@@ -203,6 +203,20 @@ def test_the_newest_complete_checkpoint_is_found(finished, tmp_path):
     assert latest_checkpoint(tmp_path) is None
 
 
+def test_a_finished_run_started_again_repeats_its_last_steps_and_adds_none(finished, run_folder):
+    again = tiny_training.build_trainer(run_folder)
+    newest = latest_checkpoint(run_folder, describe_run(again), before_step=4)
+    assert newest == str(run_folder / "checkpoint-2")
+    assert latest_checkpoint(run_folder, before_step=2) is None
+    again.train(resume_from_checkpoint=newest)
+
+    def losses(trainer):
+        return [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
+
+    assert again.state.global_step == 4
+    assert losses(again) == losses(finished[0])
+
+
 @pytest.mark.parametrize("name", checkpoints._NEEDED)
 def test_a_truncated_file_is_named_and_its_checkpoint_skipped(run_folder, name):
     path = run_folder / "checkpoint-4" / name
