@@ -84,7 +84,7 @@ def plan_packing(lengths: Iterable[int], batch_size: int, max_length: int) -> pd
 
     ``padded``: the expected longest of ``batch_size`` rows drawn at random, by order statistics: at most the
     k-th shortest length with probability C(k, B) / C(n, B). ``sorted``: up to 50 batches of rows are drawn at
-    random and sorted (``train_sampling_strategy="group_by_length"``); the mean of 20 draws of that sampler.
+    random and sorted (``train_sampling_strategy="group_by_length"``); the mean of up to 20 such draws.
     ``packed``: documents stand end to end in blocks; none, but at least ceil(tokens / max_length) blocks.
 
     Args:
@@ -97,12 +97,15 @@ def plan_packing(lengths: Iterable[int], batch_size: int, max_length: int) -> pd
     """
     tokens = np.sort(np.minimum(_lengths_array(lengths), max_length))
     total, count = int(tokens.sum()), len(tokens)
-    sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
-    padded = sum(size * _expected_longest(tokens, size) for size in sizes)
-    in_order = float(np.mean([_grouped_slots(tokens, batch_size, seed) for seed in range(20)]))
+    full, rest = divmod(count, batch_size)
+    padded = full * batch_size * _expected_longest(tokens, batch_size)
+    padded += rest * _expected_longest(tokens, rest) if rest else 0.0
+    batches = full + (rest > 0)
+    draws = min(20, 1 + 20_000 // count)
+    in_order = float(np.mean([_grouped_slots(tokens, batch_size, seed) for seed in range(draws)]))
     rows = [
-        ("padded", len(sizes), total, 1 - total / padded),
-        ("sorted", len(sizes), total, 1 - total / in_order),
+        ("padded", batches, total, 1 - total / padded),
+        ("sorted", batches, total, 1 - total / in_order),
         ("packed", -(-total // max_length), total, 0.0),
     ]
     return pd.DataFrame(rows, columns=["strategy", "batches", "tokens", "padding_share"]).set_index(

@@ -23,6 +23,7 @@ from llama_sft_helpers import data
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import tokenize_52k  # noqa: E402
 from llama3_tokenizer import build_llama3_tokenizer, special_tokens, vocabulary_file  # noqa: E402
 
 SHIPPED = ROOT / "llama_sft_helpers" / "datasets" / "alpaca_mini.jsonl"
@@ -140,6 +141,30 @@ def test_render_tokens_shows_partial_characters_as_bytes_and_escapes(tiny_tokeni
     plain = re.sub(r"‹([0-9A-F ]+)›", lambda m: bytes.fromhex(m[1]).decode("latin-1"), shown)
     assert plain.replace("&", "").startswith("<b>")
     assert "‹ED" in page  # 힣 is ED 9E A3 in UTF-8
+
+
+def test_benchmark_measures_what_it_says(llama3, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tokenize_52k, "build_llama3_tokenizer", lambda: llama3)
+    out = tmp_path / "new" / "result.json"
+    monkeypatch.setattr(sys, "argv", ["tokenize_52k.py", "--rows", "400", "--out", str(out)])
+    assert tokenize_52k.main() == 0
+    result = json.loads(out.read_text(encoding="utf-8"))
+    texts = [data.to_prompt_completion({**ROWS[n % len(ROWS)]}) for n in range(400)]
+    for n, example in enumerate(texts):  # the benchmark numbers the instructions
+        instruction = ROWS[n % len(ROWS)]["instruction"]
+        example["prompt"] = example["prompt"].replace(instruction, f"{instruction} ({n})", 1)
+    assert result["rows"] == 400
+    assert result["tokens"] == sum(
+        len(llama3(example["prompt"] + example["completion"]).input_ids) + 1 for example in texts
+    )
+    assert result["total_seconds"] == pytest.approx(sum(result["seconds"].values()), abs=0.01)
+
+
+def test_recorded_benchmark_keeps_the_limits():
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "tokenize_52k.json").read_text(encoding="utf-8"))
+    assert (recorded["rows"], recorded["cpus"]) == (52_000, 2)
+    assert recorded["total_seconds"] < 60
+    assert recorded["peak_memory_gib"] < 2
 
 
 # --- Pad token ---
@@ -673,3 +698,29 @@ def test_figures_are_labelled():
     assert ax.get_ylabel() == "block (first 1)"
     assert sum(patch.get_width() for patch in ax.patches) == 100
     plt.close("all")
+
+
+# --- The notebook on Llama 3's tokenizer ---
+
+
+@pytest.mark.slow
+def test_notebook_runs_on_llama_3s_own_tokenizer(tmp_path, monkeypatch):
+    """As on Colab: Meta-Llama-3-8B's tokenizer and the A100's profile; only the rows are the shipped ones."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    folder = tmp_path / "llama3"
+    tokenizer = build_llama3_tokenizer()
+    tokenizer.save_pretrained(folder)
+    LlamaConfig(vocab_size=128_256, hidden_size=4096, num_key_value_heads=8).save_pretrained(folder)
+    monkeypatch.setenv("SFT_OUTPUT_DIR", str(tmp_path / "out"))
+    notebook = nbformat.read(ROOT / "notebooks" / "05_data.ipynb", 4)
+    call = "load_profile()"
+    changed = f'load_profile("colab-a100", model_id={str(folder)!r}, dataset_id="local:alpaca_mini")'
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code" and call in cell.source]
+    assert len(cells) == 1
+    cells[0].source = cells[0].source.replace(call, changed)
+    NotebookClient(notebook, timeout=180).execute()
+    shown = json.dumps(notebook, ensure_ascii=False)
+    assert "<|reserved_special_token_2|>', 128004" in shown
+    assert "375 of 375 rows are used, 0 are left out" in shown
