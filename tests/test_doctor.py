@@ -908,6 +908,19 @@ def test_entries_are_complete(failure):
         compile(code, failure.key, "exec")
 
 
+def test_the_failure_page_is_that_of_the_table_and_the_counts():
+    check = [sys.executable, str(ROOT / "tools" / "failures.py"), "--check"]
+    assert subprocess.run(check, timeout=60).returncode == 0, "run python tools/failures.py"
+    counts = json.loads((ROOT / "docs" / "failures.json").read_text(encoding="utf-8"))
+    assert {failure.key for failure in TABLE} >= set(counts["failures"])
+    for found in counts["failures"].values():
+        assert found["provoked"] == found["explained"] > 0
+    for found in counts["drills"].values():
+        assert [found.get(bad, 0) for bad in ("lost checkpoints", "tokens leaked", "silently wrong")] == [
+            0
+        ] * 3
+
+
 def test_texts_from_the_exception_are_escaped_and_tokens_left_out():
     error = OSError(28, "No space left on device", "/data/<script>alert(1)</script>/hf_abcDEF123456")
     found = explain(error)

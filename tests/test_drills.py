@@ -89,7 +89,7 @@ def test_a_hundred_damaged_checkpoint_files(tmp_path, tiny_model_dir):
         provoked=100,
         detected=report["detected"] + report["refused"],
         harmless=report["harmless"],
-        survived=report["detected"] + report["harmless"],
+        survived=report["detected"] + report["harmless"] + report["refused"] - len(report["unclear"]),
         **{"silently wrong": len(report["wrong"])},
     )
     assert not report["wrong"], where

@@ -54,12 +54,10 @@ def test_a_planted_token_is_nowhere_after_a_whole_run(tmp_path, tiny_model_dir):
     assert len(files) > 20
     marks = (token.encode(), token[3:19].encode(), base64.b64encode(token.encode())[:40])
     leaks = [path for path in files if any(mark in path.read_bytes() for mark in marks)]
-    counts.record("drills", "a planted token hunted in every file of a run", provoked=len(files))
     counts.record(
         "drills",
         "a planted token hunted in every file of a run",
-        survived=len(files) - len(leaks),
-        **{"tokens leaked": len(leaks)},
+        **{"files searched": len(files), "tokens leaked": len(leaks)},
     )
     assert not leaks
     assert code == 0, (tmp_path / "printed.txt").read_text()[-3000:]

@@ -1,0 +1,143 @@
+"""Write docs/failures.md from the doctor's table and the counts that its tests and the drills recorded.
+
+``python tools/failures.py --record`` runs them first (minutes) and keeps their counts in docs/failures.json;
+``--check`` only says whether the page is up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from llama_sft_helpers.doctor_table import TABLE, Failure
+
+ROOT = Path(__file__).parent.parent
+COUNTS = ROOT / "docs" / "failures.json"
+PAGE = ROOT / "docs" / "failures.md"
+TESTS = ("tests/test_doctor.py", "tests/test_drills.py", "tests/test_security.py")
+
+_HEAD = """<!-- Written by tools/failures.py from the doctor's table and docs/failures.json; do not edit. -->
+# When it breaks
+
+`%load_ext llama_sft_helpers` shows the cause and the next action under every traceback listed here, and
+`llama-sft run` prints them too. The traceback stays. In code: `doctor.explain(exception)`.
+
+{total}
+
+"Provoked" counts real exceptions, raised by the real libraries in a test; "explained" those for which the
+doctor named this entry. An unknown exception passes through untouched.
+"""
+_DRILLS = """
+## Drills: what survives
+
+| drill | provoked | survived | further counts |
+|---|---:|---:|---|
+"""
+_RERUN = (
+    "\nMeasured with {versions}; again with `python tools/failures.py --record` (as root: small disks).\n"
+)
+
+
+def record() -> int:
+    """Run the doctor's tests and the drills, keeping their counts; returns pytest's exit code."""
+    COUNTS.unlink(missing_ok=True)
+    environment = os.environ | {"SFT_DRILLS_JSON": str(COUNTS)}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not browser and not gpu", *TESTS]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode  # noqa: S603
+
+
+def page(counts: dict[str, Any]) -> str:
+    """The page as Markdown."""
+    failures, drills = counts["failures"], counts["drills"]
+    parts = [_HEAD.format(total=_totals(failures, drills))]
+    section = ""
+    for failure in TABLE:
+        if failure.section != section:
+            section = failure.section
+            parts.append(f"\n## {section}\n\n| failure | cause | next action | provoked | explained |")
+            parts.append("|---|---|---|---:|---:|")
+        parts.append(_row(failure, failures.get(failure.key, {})))
+    parts.append(_DRILLS.rstrip("\n"))
+    parts += [_drill_row(name, found) for name, found in sorted(drills.items())]
+    versions = ", ".join(f"{name} {version}" for name, version in counts["versions"].items())
+    parts.append(_RERUN.format(versions=versions))
+    return "\n".join(parts)
+
+
+def _totals(failures: dict[str, Any], drills: dict[str, Any]) -> str:
+    provoked = sum(found["provoked"] for found in failures.values())
+    explained = sum(found.get("explained", 0) for found in failures.values())
+    lost = sum(found.get("lost checkpoints", 0) for found in drills.values())
+    leaked = sum(found.get("tokens leaked", 0) for found in drills.values())
+    wrong = sum(found.get("silently wrong", 0) for found in drills.values())
+    tried = sum(found.get("provoked", 0) for found in drills.values())
+    survived = sum(found.get("survived", 0) for found in drills.values())
+    return (
+        "| | provoked | explained or survived |\n|---|---:|---:|\n"
+        f"| failures of {len(failures)} of {len(TABLE)} kinds | {provoked} | {explained} |\n"
+        f"| drills of {len(drills)} kinds | {tried:,} | {survived:,} |\n\n"
+        f"Lost checkpoints: {lost}. Damaged files used without notice: {wrong}. Tokens leaked: {leaked}."
+    )
+
+
+def _row(failure: Failure, found: dict[str, int]) -> str:
+    fill = {
+        "package": "a package",
+        "on_disk": "a newer one",
+        "loaded": "(older)",
+        "advice": "The doctor names the new one.",
+        "found": "older",
+        "owner": "SFTConfig",
+        "old": "max_seq_length",
+        "torch": "as installed",
+        "place": "",
+        "repo": "the model",
+        "page": "the model's page",
+        "wanted": "some GiB",
+        "change": "Take less.",
+        "plan": "The doctor names the plan's largest item.",
+    }
+    cause, fix = failure.cause, failure.fix
+    for name, text in fill.items():
+        cause, fix = cause.replace(f"{{{name}}}", text), fix.replace(f"{{{name}}}", text)
+    cells = [
+        f"[{failure.title}]({failure.link})",
+        cause,
+        fix,
+        str(found.get("provoked", "needs a GPU")),
+        str(found.get("explained", "")),
+    ]
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _drill_row(name: str, found: dict[str, int]) -> str:
+    further = ", ".join(
+        f"{count} {what}" for what, count in found.items() if what not in ("provoked", "survived")
+    )
+    return f"| {name} | {found.get('provoked', 0):,} | {found.get('survived', 0):,} | {further} |"
+
+
+def main() -> int:
+    """Write or check the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", action="store_true", help="run the tests and drills first")
+    parser.add_argument("--check", action="store_true", help="exit code 1 if the page is out of date")
+    arguments = parser.parse_args()
+    if arguments.record and record() != 0:
+        print("A drill failed; the page was not written.", file=sys.stderr)
+        return 1
+    text = page(json.loads(COUNTS.read_text(encoding="utf-8")))
+    if arguments.check:
+        return 0 if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text else 1
+    PAGE.write_text(text, encoding="utf-8")
+    print(PAGE.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
