@@ -79,6 +79,11 @@ def _launch(
         _launchers[key] = kernel[grid]
 
 
+@functools.cache
+def _can_launch(device: torch.device) -> bool:
+    return device.type == "cuda" and triton is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def dequantize(
     codes: torch.Tensor,
     absmax: torch.Tensor,
@@ -103,7 +108,7 @@ def dequantize(
     Returns:
         Shape ``(out_features, in_features)``; meant to live for one product.
     """
-    if codes.is_cuda and triton is not None and dtype in _HALF_TYPES:
+    if dtype in _HALF_TYPES and _can_launch(codes.device):
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
         _launch(codes, absmax, lora_a, lora_b, out, scaling)
         return out
