@@ -92,5 +92,5 @@ def plot_ladder(table: pd.DataFrame, column: str, ax: Axes | None = None) -> Axe
     ax.invert_yaxis()
     ax.set_xlim(0, float(values.max()) * 1.18)
     ax.set_xlabel(_ACROSS.get(column, column.replace("_", " ")))
-    ax.set_title(f"{column.replace('_', ' ')} by rung")
+    ax.set_title(f"{column.replace('_', ' ').replace(' gib', '')} by rung")
     return ax

@@ -259,7 +259,7 @@ class TestGpu:
     def test_too_little_memory_names_a_profile_that_fits(self, monkeypatch):
         row = problem(table(monkeypatch, gpu="Tesla T4", gpu_gib=14.74))
         assert (row.name, row["status"]) == ("GPU memory", "too little")
-        assert row["fix"] == "export SFT_PROFILE=colab-l4"  # its plan needs 12.5 GiB
+        assert row["fix"] == "export SFT_PROFILE=colab-t4"  # colab-l4's plan needs 19.7 GiB
 
     def test_memory_needed_is_the_plan(self, monkeypatch):
         from transformers import LlamaConfig
@@ -275,7 +275,8 @@ class TestGpu:
     def test_t4_has_no_bfloat16(self, monkeypatch):
         changes = {"gpu": "Tesla T4", "gpu_gib": 14.74, "capability": (7, 5), "bf16": False}
         assert not table(monkeypatch, profile="colab-t4", **changes)["status"].isin(MUST_MEND).any()
-        row = problem(table(monkeypatch, profile="colab-l4", **changes))
+        shown = table(monkeypatch, profile="colab-l4", **{**changes, "gpu_gib": 23.0})
+        row = problem(shown)
         assert (row.name, row["status"]) == ("bf16", "unsupported")
         assert row["fix"] == "export SFT_PROFILE=colab-t4"
 

@@ -62,11 +62,18 @@ def test_the_calibration_covers_what_the_plan_distinguishes():
     assert max(tokens) >= 8192
 
 
+def plain_a100(**changes):
+    """The preset for an A100 without what notebook 08 switches on."""
+    plain = {"attn_implementation": "sdpa", "fast_int8": False, "compile_layers": False}
+    plain |= {"gradient_checkpointing": True, "activation_memory_budget": 1.0}
+    return read_profile("colab-a100", **{**plain, **changes})
+
+
 @pytest.mark.parametrize("result", MEASURED, ids=name_of)
 def test_the_plan_is_within_8_percent_of_the_measured_peak(result):
     settings = {"gradient_accumulation_steps": 1, **result["setting"]}
     quantization = settings.pop("quantization")
-    plan = plan_memory(LLAMA3, read_profile("colab-a100", **settings), quantization=quantization)
+    plan = plan_memory(LLAMA3, plain_a100(**settings), quantization=quantization)
     assert planned_peak_gib(plan) == pytest.approx(result["measured_gib"], rel=0.08)
     # ... and all of it, slack and context too, is not below what the process held
     assert plan["gib"].sum() > 0.99 * result["reserved_gib"]
@@ -144,7 +151,7 @@ def test_kept_activations_equal_what_autograd_saves(tiny_model):
 
 
 def test_llama3_by_hand():
-    plan = plan_memory(LLAMA3, read_profile("colab-a100"))
+    plan = plan_memory(LLAMA3, plain_a100())
     weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     rows = 32 * (4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096)
     assert weights == 6_979_321_856
@@ -160,7 +167,7 @@ def test_llama3_by_hand():
 
 
 def test_fewer_target_modules_and_a_smaller_rank_take_less():
-    profile = read_profile("colab-a100")
+    profile = plain_a100()
     plan = plan_memory(LLAMA3, profile, lora_rank=8, target_modules=("q_proj", "v_proj"))
     trainable = 32 * 8 * (4096 + 4096 + 4096 + 1024)
     assert gib_of(plan, "optimizer state") == pytest.approx(8 * trainable / 2**30)
@@ -168,13 +175,13 @@ def test_fewer_target_modules_and_a_smaller_rank_take_less():
 
 def test_tied_embeddings_count_once():
     tied = SimpleNamespace(**{**vars(LLAMA3), "tie_word_embeddings": True})
-    profile = read_profile("colab-a100")
+    profile = plain_a100()
     both = [gib_of(plan_memory(config, profile), "16-bit weights") for config in (LLAMA3, tied)]
     assert both[0] - both[1] == pytest.approx(2 * 128256 * 4096 / 2**30)
 
 
 def test_what_saves_memory_saves_it_in_the_plan():
-    plain = read_profile("colab-a100", gradient_checkpointing=False)
+    plain = plain_a100(gradient_checkpointing=False)
 
     def peak(quantization="int8", **changes):
         profile = dataclasses.replace(plain, **changes)
@@ -207,7 +214,7 @@ def test_a_cpu_has_no_cuda_context(tiny_model):
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        plan_memory(LLAMA3, read_profile("colab-a100"), **arguments)
+        plan_memory(LLAMA3, plain_a100(), **arguments)
 
 
 # --- What fits ---
@@ -222,7 +229,7 @@ def test_every_preset_fits_its_own_card_with_10_percent_to_spare(name):
 
 
 def test_verdicts_and_a_change_that_does_fit():
-    profile = read_profile("colab-a100", gradient_checkpointing=False, per_device_train_batch_size=4)
+    profile = plain_a100(gradient_checkpointing=False, per_device_train_batch_size=4)
     planned = plan_memory(LLAMA3, profile)["gib"].sum()
     fit = plan_fit(LLAMA3, profile, cards_gib=(planned / 2, planned * 1.05, planned * 1.2))
     assert fit["verdict"].tolist() == ["does not fit", "tight", "fits"]
@@ -241,7 +248,7 @@ def test_the_advice_ends_with_4_bits_and_a_smaller_model():
 
 
 def test_smaller_profiles_keep_the_effective_batch():
-    profile = read_profile("colab-a100", per_device_train_batch_size=8, gradient_accumulation_steps=3)
+    profile = plain_a100(per_device_train_batch_size=8, gradient_accumulation_steps=3)
     for _, smaller in smaller_profiles(profile):
         assert smaller.per_device_train_batch_size * smaller.gradient_accumulation_steps == 24
 
@@ -250,7 +257,7 @@ def test_smaller_profiles_keep_the_effective_batch():
 
 
 def test_reconcile_leaves_out_slack_and_context():
-    plan = plan_memory(LLAMA3, read_profile("colab-a100"))
+    plan = plan_memory(LLAMA3, plain_a100())
     predicted = planned_peak_gib(plan)
     row = reconcile_memory(plan, 20.0).iloc[0]
     assert predicted == pytest.approx(
@@ -264,14 +271,14 @@ def test_reconcile_leaves_out_slack_and_context():
 
 
 def test_out_of_memory_is_explained_by_the_largest_item():
-    profile = read_profile("colab-a100", gradient_checkpointing=False)
+    profile = plain_a100(gradient_checkpointing=False)
     said = explain_oom(LLAMA3, profile)
     assert "its largest item: activations, " in said
     assert "per_device_train_batch_size=1, gradient_accumulation_steps=8" in said
 
 
 def test_half_the_batch_twice_the_accumulation_and_then_no_further():
-    profile = plan_smaller_batch(read_profile("colab-a100"))
+    profile = plan_smaller_batch(plain_a100())
     assert (profile.per_device_train_batch_size, profile.gradient_accumulation_steps) == (1, 8)
     with pytest.raises(
         ValueError, match=r"per_device_train_batch_size=1 cannot be halved.*max_length=1024, or 4-bit"
@@ -282,7 +289,7 @@ def test_half_the_batch_twice_the_accumulation_and_then_no_further():
 
 
 def test_the_figure_shows_every_component_and_its_size():
-    plan = plan_memory(LLAMA3, read_profile("colab-a100"))
+    plan = plan_memory(LLAMA3, plain_a100())
     ax = plot_memory(plan, card_gib=40)
     assert [bar.get_width() for bar in ax.patches] == plan["gib"].iloc[::-1].tolist()
     assert f"{plan['gib'].sum():.2f} GiB of 40 GiB" in ax.get_title()

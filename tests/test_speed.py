@@ -232,7 +232,7 @@ def test_operators_keep_torchs_rules():
 # attention
 
 
-def per_document(query, key, value, bounds, longest, scale):
+def per_document(query, key, value, bounds, longest, scale):  # noqa: PLR0917
     """A slow stand-in for the GPU kernel: sdpa on each document alone."""
     outputs = []
     for start, stop in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
