@@ -81,6 +81,9 @@ def check_eos_in_labels(encoded: Sequence[EncodedRow], eos_token_id: int, max_le
 def summarize_row_losses(model: Any, encoded: Sequence[EncodedRow], batch_size: int = 4) -> pd.DataFrame:
     """Summed loss and the probability of EOS of each row, in one pass in ``eval()`` mode.
 
+    Rows are taken in order and padded with EOS, as ``SFTTrainer`` does: LLM.int8() picks its outlier columns
+    a batch, so that an 8-bit loss depends a little on which rows share one.
+
     Args:
         model: A causal language model.
         encoded: Rows with ``input_ids`` and ``labels``.
@@ -90,34 +93,34 @@ def summarize_row_losses(model: Any, encoded: Sequence[EncodedRow], batch_size: 
         One row each, in order: ``tokens`` (scored), ``loss_nats`` (summed over them), ``eos_probability``
         (at the answer's end; NaN for a cut row).
     """
-    # Rows of similar length share a batch, so little is spent on padding.
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]["input_ids"]))
-    eos_token_id = model.config.eos_token_id
-    ends = set(eos_token_id) if isinstance(eos_token_id, list) else {eos_token_id}
-    found: dict[int, tuple[int, float, float]] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        for index, losses, target in _forward(model, [encoded[i] for i in chosen]):
+    ends = _eos_ids(model)
+    found = []
+    for start in range(0, len(encoded), batch_size):
+        for losses, target in _forward(model, encoded[start : start + batch_size]):
             last = float(torch.exp(-losses[-1])) if len(losses) and int(target[-1]) in ends else float("nan")
-            found[chosen[index]] = (len(losses), float(losses.sum()), last)
-    rows = [found[index] for index in range(len(encoded))]
-    return pd.DataFrame(rows, columns=["tokens", "loss_nats", "eos_probability"])
+            found.append((len(losses), float(losses.sum()), last))
+    return pd.DataFrame(found, columns=["tokens", "loss_nats", "eos_probability"])
 
 
-def _forward(model: Any, rows: Sequence[EncodedRow]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Row number, losses of its scored tokens [n], the tokens [n]."""
+def _eos_ids(model: Any) -> list[int]:
+    found = model.config.eos_token_id
+    return found if isinstance(found, list) else [found]
+
+
+def _forward(model: Any, rows: Sequence[EncodedRow]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Losses of each row's scored tokens [n], and the tokens [n]."""
     logits, labels = _scored_logits(model, rows)
     for index in range(len(rows)):
         target = labels[index][labels[index] != IGNORED]
         chosen = logits[index][labels[index] != IGNORED].float()
-        yield index, torch.nn.functional.cross_entropy(chosen, target, reduction="none").double(), target
+        yield torch.nn.functional.cross_entropy(chosen, target, reduction="none").double(), target
 
 
 @torch.inference_mode()
 def _scored_logits(model: Any, rows: Sequence[EncodedRow]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [rows, tokens - 1, vocabulary] and the labels they predict [rows, tokens - 1]."""
     length = max(len(row["input_ids"]) for row in rows)
-    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
+    input_ids = torch.full((len(rows), length), _eos_ids(model)[0])
     mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED)
     for index, row in enumerate(rows):
