@@ -17,7 +17,8 @@ import pandas as pd
 import torch
 
 from llama_sft_helpers.lora_sweep import COLOURS, MARKERS, plot_sweep, summarize_claims
-from llama_sft_helpers.memory import TARGET_MODULES, _Shape
+from llama_sft_helpers.memory import TARGET_MODULES
+from llama_sft_helpers.memory_counts import Shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +62,7 @@ def plan_adapters(config: Any, r: int = 16, target_modules: Collection[str] = TA
     """
     if not isinstance(r, int) or r < 1:
         raise ValueError(f"r is {r!r}; expected a whole number of at least 1, such as 16.")
-    shape = _Shape.of(config)
+    shape = Shape.of(config)
     unknown = sorted(set(target_modules) - set(shape.linears))
     if unknown or not target_modules:
         raise ValueError(

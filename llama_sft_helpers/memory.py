@@ -27,7 +27,6 @@ CARDS_GIB = (16, 24, 40, 80)
 QUANTIZATIONS = ("int8", "nf4", "16-bit")
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-_Shape = Shape  # the name that lora.py reads it under
 _TIGHT = 0.9  # above this share of the card the verdict is "tight"
 _OUTSIDE_ALLOCATED = ("allocator slack", "CUDA context")
 _CONTEXT_GIB = 0.6  # driver, kernels and cuBLAS handles: what nvidia-smi shows before the first tensor

@@ -34,11 +34,14 @@ EXCEPTIONS = {
     "cli": {"from_pretrained"},  # `chat` loads the adapter it talks to
     "speed": set(),
 }
-SHARED_MODULES = {"profiles", "memory", "demo_model"}
+SHARED_MODULES = {"profiles", "memory", "memory_counts", "demo_model"}
 # step -> the further modules that belong to it alone
 PARTS = {
     "quantization": {"quantized_layers", "quantization_plots"},
+    "lora": {"lora_sweep"},
     "data": {"rows", "packing"},
+    "training": {"checkpoints"},
+    "speed": {"compiled_layers", "int8_product", "varlen"},
     "evaluation": {"adapter", "chat", "folders", "publishing", "scaling"},
 }
 
