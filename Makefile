@@ -7,7 +7,7 @@ REQS   := pyproject.toml requirements-colab.txt requirements-tested.txt requirem
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: colab-lookalike demo test test-slow test-gpu test-browser lint format record badges docs clean
+.PHONY: colab-lookalike demo test test-slow test-gpu test-browser lint format record failures badges docs clean
 
 $(VENV)/.installed: $(REQS)
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12"'
@@ -51,6 +51,9 @@ format: $(VENV)/.installed
 
 record: $(VENV)/.installed  ## run the notebooks with cpu-demo and save their outputs, where code or versions changed
 	$(BIN)/python tools/record.py $(if $(FORCE),--force)
+
+failures: $(VENV)/.installed  ## run the drills and write docs/failures.md from their counts (some minutes)
+	$(BIN)/python tools/failures.py --record
 
 badges: $(VENV)/.installed  ## point badges and install cells at another repository: make badges REPO=owner/name
 	$(BIN)/python tools/badges.py "$(REPO)"
