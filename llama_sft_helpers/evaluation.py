@@ -56,8 +56,8 @@ def encode_rows(
     return encoded
 
 
-def check_eos_in_labels(encoded: Sequence[EncodedRow], eos_token_id: int, max_length: int) -> None:
-    """Check that every row not cut at ``max_length`` is scored on the EOS token that ends it.
+def check_eos_in_labels(encoded: Sequence[EncodedRow], eos_token_id: int) -> None:
+    """Check that every row is scored on the EOS token that ends it.
 
     A collator that masks the padding token where padding is EOS masks this one too, and the model never
     learns to stop.
@@ -65,16 +65,15 @@ def check_eos_in_labels(encoded: Sequence[EncodedRow], eos_token_id: int, max_le
     Args:
         encoded: Rows with ``input_ids`` and ``labels``.
         eos_token_id: The token that ends an answer.
-        max_length: Where rows are cut, in tokens.
 
     Raises:
         EvaluationError: A row ends otherwise.
     """
     for index, row in enumerate(encoded):
-        if len(row["input_ids"]) < max_length and row["labels"][-1] != eos_token_id:
+        if row["labels"][-1] != eos_token_id:
             raise EvaluationError(
                 f"Row {index}: its last label is {row['labels'][-1]}, expected EOS ({eos_token_id}). "
-                "Add EOS to the completion and keep it out of the label mask."
+                "Leave out rows longer than max_length, and keep EOS out of the label mask."
             )
 
 
@@ -363,7 +362,7 @@ def summarize_merge_fidelity(reference: torch.Tensor, merged: torch.Tensor) -> p
 
 
 def check_merge_fidelity(
-    reference: torch.Tensor, merged: torch.Tensor, max_kl_nats: float = 0.01, min_top1: float = 0.97
+    reference: torch.Tensor, merged: torch.Tensor, max_kl_nats: float = 0.02, min_top1: float = 0.95
 ) -> None:
     """Check that merging kept the model's answers.
 

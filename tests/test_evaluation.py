@@ -132,13 +132,16 @@ def test_models_measured_on_other_rows_or_on_nothing_are_refused():
 
 
 def test_eos_in_the_labels(trained, encoded):  # noqa: F811
-    eos, limit = trained.tokenizer.eos_token_id, trained.profile.max_length
-    check_eos_in_labels(encoded, eos, limit)
+    eos = trained.tokenizer.eos_token_id
+    whole = [row for row in encoded if row["labels"][-1] == eos]
+    assert 0 < len(whole) < len(encoded)
+    check_eos_in_labels(whole, eos)
     masked = [
-        {**row, "labels": [-100 if label == eos else label for label in row["labels"]]} for row in encoded
+        {**row, "labels": [-100 if label == eos else label for label in row["labels"]]} for row in whole
     ]
-    with pytest.raises(EvaluationError, match="expected EOS"):
-        check_eos_in_labels(masked, eos, limit)
+    for wrong in (masked, encoded):  # a collator that masks EOS; a row that was cut
+        with pytest.raises(EvaluationError, match="expected EOS"):
+            check_eos_in_labels(wrong, eos)
 
 
 EOS = 9
