@@ -103,8 +103,10 @@ def test_cells_are_short_and_imports_stand_at_the_top(path):
     lengths = [len([line for line in source.splitlines() if line.strip()]) for source in code]
     assert statistics.median(lengths) <= 8
     assert max(lengths) <= 30
-    for source in code[2:]:
-        assert not re.search(r"^\s*(import|from) ", source, flags=re.MULTILINE), source
+    with_imports = [i for i, s in enumerate(code) if re.search(r"^\s*(import|from) ", s, flags=re.MULTILINE)]
+    late = [i for i in with_imports if i > 2]
+    # 01 checks the environment first: a broken package must not hide the table that names it
+    assert len(late) <= (1 if path.stem == "01_environment" else 0), [code[i] for i in late]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
