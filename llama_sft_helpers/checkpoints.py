@@ -21,6 +21,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from llama_sft_helpers.folders import write_text
+
 RUN_FILE = "run.json"
 CHECKSUMS_FILE = "checksums.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -268,6 +270,4 @@ def _no_room(folder: Path, what: str) -> str:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, json.dumps(content, indent=1, default=str))

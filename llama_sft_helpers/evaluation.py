@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from llama_sft_helpers.modes import evaluation_mode
+
 if TYPE_CHECKING:
     from IPython.display import HTML
     from matplotlib.axes import Axes
@@ -127,11 +129,8 @@ def _scored_logits(model: Any, rows: Sequence[EncodedRow]) -> tuple[torch.Tensor
         labels[index, : len(row["labels"])] = torch.tensor(row["labels"])
         mask[index, : len(row["input_ids"])] = 1
     device = model.device
-    was_training = model.training
-    model.eval()
-    logits = model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-    if was_training:
-        model.train()
+    with evaluation_mode(model):
+        logits = model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
     return logits[:, :-1], labels[:, 1:].to(device)
 
 

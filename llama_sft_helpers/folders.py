@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, and the hash of what lies in one."""
+"""Files and folders that are written whole or not at all, and the hash of what lies in one."""
 
 from __future__ import annotations
 
@@ -17,6 +17,22 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 class PublishError(RuntimeError):
     """Something could not be written or uploaded; nothing that was there before has been changed."""
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file whole or not at all: a hidden file beside it is renamed when complete.
+
+    Raises:
+        OSError: It could not be written; what was there before is as it was.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -19,6 +18,7 @@ import torch
 from llama_sft_helpers.lora_sweep import COLOURS, MARKERS, plot_sweep, summarize_claims
 from llama_sft_helpers.memory import TARGET_MODULES
 from llama_sft_helpers.memory_counts import Shape
+from llama_sft_helpers.modes import evaluation_mode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -194,7 +194,7 @@ def check_adapter_is_noop(model: Any, batch: Mapping[str, Any]) -> None:
         raise ValueError(
             "The adapter is merged or switched off; pass the model as get_peft_model returned it."
         )
-    with _evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         adapted = model(**inputs, use_cache=False).logits
         with model.disable_adapter():
             base = model(**inputs, use_cache=False).logits
@@ -399,14 +399,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"shape {tuple(value.shape)} and {value.dtype}"
     return f"type {type(value).__name__}"
-
-
-@contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from llama_sft_helpers.modes import evaluation_mode
+
 if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
@@ -190,10 +192,8 @@ def summarize_isolation(model: Any, batch: Batch) -> pd.DataFrame:
     device = model.get_input_embeddings().weight.device
     ids, labels, positions = (batch[key].to(device) for key in ("input_ids", "labels", "position_ids"))
     bounds = document_bounds(positions)
-    was_training = model.training
-    model.eval()
     rows = []
-    with torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         packed = _hidden_states(model, ids, positions)
         leaking = _hidden_states(model, ids, None)
         for document, (start, end) in enumerate(itertools.pairwise(bounds)):
@@ -203,7 +203,6 @@ def summarize_isolation(model: Any, batch: Batch) -> pd.DataFrame:
                 _loss(model, states, labels[0, part]) for states in (alone, packed[:, part], leaking[:, part])
             ]
             rows.append((document, end - start, *losses, losses[1] - losses[0]))
-    model.train(was_training)
     columns = ["document", "tokens", "alone", "packed", "without_position_ids", "difference"]
     return pd.DataFrame(rows, columns=columns).set_index("document")
 

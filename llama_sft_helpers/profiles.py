@@ -152,13 +152,6 @@ def read_profile(name: str | None = None, **overrides: Any) -> Profile:
     return Profile(name=name, reasons=reasons, **_validated(name, values))
 
 
-def has_gpu() -> bool:
-    """Whether a CUDA GPU can be used."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _fields() -> dict[str, str]:
     """Setting -> its type's name."""
     hidden = ("name", "reasons")

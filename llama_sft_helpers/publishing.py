@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_sft_helpers.folders import PublishError, full_disk_explained
+from llama_sft_helpers.folders import PublishError, full_disk_explained, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,13 +113,8 @@ def write_model_card(
     header = f"---\n{_metadata(profile)}\n---\n"
     mark = _CARD_MARK.format(hashlib.sha256((header + body).encode()).hexdigest())
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(".README.md.part")
-    try:
-        with full_disk_explained(path):
-            scratch.write_text(f"{header}{mark}\n{body}", encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with full_disk_explained(path):
+        write_text(path, f"{header}{mark}\n{body}")
     return path
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import html
 import itertools
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from llama_sft_helpers.modes import evaluation_mode
 from llama_sft_helpers.quantization_plots import (
     plot_outliers,
     plot_quantization_error,
@@ -118,7 +118,7 @@ def summarize_forward_memory(model: nn.Module, batch: Mapping[str, torch.Tensor]
     """
     inputs = _checked(model, batch)
     weights = int(summarize_layers(model)["bytes"].sum())
-    with _evaluating(model):
+    with evaluation_mode(model), torch.no_grad():
         model(**inputs, use_cache=False)
         layers = _peak_bytes(model, inputs | {"logits_to_keep": 1})
         working = _peak_bytes(model, inputs)
@@ -236,7 +236,7 @@ def summarize_outliers(
 
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
     try:
-        with _evaluating(model):
+        with evaluation_mode(model), torch.no_grad():
             model(**inputs, use_cache=False)
     finally:
         for handle in hooks:
@@ -267,7 +267,7 @@ def summarize_predictions(model: nn.Module, batch: Mapping[str, torch.Tensor]) -
     """
     inputs = _checked(model, batch)
     frames = []
-    with _evaluating(model):
+    with evaluation_mode(model), torch.no_grad():
         logits = model(**inputs, use_cache=False).logits
         for row, ids in enumerate(inputs["input_ids"]):
             labels = ids[1:].to(logits.device)
@@ -350,19 +350,6 @@ def _checked(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, t
     if mask is not None and not mask[:, 1:].any():
         raise ValueError("The batch holds only padding (attention_mask is 0). Pass at least one text.")
     return inputs
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module's mode as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _peak_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:

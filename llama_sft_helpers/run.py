@@ -11,9 +11,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+from llama_sft_helpers.folders import write_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -278,15 +280,10 @@ def _write_notebook(notebook: Any, path: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     """Write a whole file or none."""
-    scratch = path.with_name(f".{path.name}.part")
     try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
+        write_text(path, text)
     except OSError as error:
         raise RunError(f"Cannot write {path}: {error.strerror}.{_explained(error)}") from error
-    finally:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
 
 
 def _index_page(profile_name: str, pages: list[tuple[str, float]]) -> str:

@@ -26,6 +26,7 @@ from llama_sft_helpers.checkpoints import (
     describe_run,
     latest_checkpoint,
 )
+from llama_sft_helpers.folders import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -275,7 +276,4 @@ def _checksum(tensor: torch.Tensor) -> int:
 
 def write_training_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
     """Write ``training_summary.json`` atomically; notebook 07 reads it."""
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, json.dumps(summary, indent=1))

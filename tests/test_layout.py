@@ -32,9 +32,8 @@ PIPELINE_CALLS = {"from_pretrained", "get_peft_model", "SFTTrainer", "train", "m
 EXCEPTIONS = {
     "demo_model": {"from_pretrained", "train"},  # the builder reads the GGUF and trains the tiny Llama
     "cli": {"from_pretrained"},  # `chat` loads the adapter it talks to
-    "speed": set(),
 }
-SHARED_MODULES = {"profiles", "memory", "memory_counts", "demo_model"}
+SHARED_MODULES = {"profiles", "memory", "memory_counts", "demo_model", "folders", "modes"}
 # step -> the further modules that belong to it alone
 PARTS = {
     "quantization": {"quantized_layers", "quantization_plots"},
@@ -42,7 +41,7 @@ PARTS = {
     "data": {"rows", "packing"},
     "training": {"checkpoints"},
     "speed": {"compiled_layers", "int8_product", "varlen"},
-    "evaluation": {"adapter", "chat", "folders", "publishing", "scaling"},
+    "evaluation": {"adapter", "chat", "publishing", "scaling"},
 }
 
 
