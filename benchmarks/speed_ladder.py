@@ -243,7 +243,6 @@ def run_rung(rung: Rung, args: argparse.Namespace) -> dict[str, Any]:  # noqa: P
     class Clock(TrainerCallback):
         times: list[float] = []  # noqa: RUF012
         losses: list[float] = []  # noqa: RUF012
-        tokens: list[int] = []  # noqa: RUF012
         norms: list[float] = []  # noqa: RUF012
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -262,9 +261,15 @@ def run_rung(rung: Rung, args: argparse.Namespace) -> dict[str, Any]:  # noqa: P
         def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
             if "loss" in logs:
                 self.losses.append(logs["loss"])
-                self.tokens.append(logs["num_tokens"])
                 self.norms.append(float(logs["grad_norm"]))
 
+    collate, tokens = trainer.data_collator, []
+
+    def count_and_collate(rows: list[dict[str, Any]]) -> Any:
+        tokens.append(sum(len(row["input_ids"]) for row in rows))
+        return collate(rows)
+
+    trainer.data_collator = count_and_collate
     profiler: Any = torch.profiler.profile() if args.profile else None
     clock = Clock()
     trainer.add_callback(clock)
@@ -280,7 +285,7 @@ def run_rung(rung: Rung, args: argparse.Namespace) -> dict[str, Any]:  # noqa: P
         return {**result, "error": f"out of memory: {str(error).splitlines()[0][:160]}"}
     step_seconds = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
     warm = min(WARM_STEPS, steps - 1)
-    real_tokens = clock.tokens[-1] - clock.tokens[warm - 1]
+    real_tokens = sum(tokens[warm:steps])
     timed = sum(step_seconds[warm:])
     per_second = real_tokens / timed
     steady = statistics.median(step_seconds[warm:])

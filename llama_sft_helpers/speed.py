@@ -32,6 +32,7 @@ __all__ = [
     "document_bounds",
     "int8_linear",
     "plot_ladder",
+    "read_results",
     "register_varlen_attention",
     "remember_modules",
     "summarize_ladder",
@@ -42,6 +43,25 @@ _ACROSS = {
     "peak_reserved_gib": "GiB reserved",
     "share_of_floor": "share of floor",
 }
+
+
+def read_results(name: str) -> dict[str, Any]:
+    """What a benchmark measured and the project keeps, with its card, versions and command.
+
+    Args:
+        name: A file of ``benchmarks/results`` without ``.json``, for example ``speed_h100_40gib``.
+
+    Raises:
+        FileNotFoundError: No such file; the message lists those that are there.
+    """
+    package = Path(__file__).parent
+    folders = (package / "results", package.parent / "benchmarks" / "results")  # of a wheel; of the checkout
+    for folder in folders:
+        if (file := folder / f"{name}.json").is_file():
+            results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return results
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
+    raise FileNotFoundError(f"no results {name!r}; expected one of {', '.join(known) or 'none: reinstall'}.")
 
 
 def summarize_ladder(

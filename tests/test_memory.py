@@ -45,6 +45,20 @@ def name_of(result):
 # --- Against an H100 ---
 
 
+def test_the_presets_ran_20_steps_on_cards_of_their_size_with_10_percent_to_spare():
+    ran = {result["preset"]: result for result in MEASURED if "preset" in result}
+    assert set(ran) == {"colab-a100", "colab-l4", "colab-t4"}
+    for name, result in ran.items():
+        profile = read_profile(name)
+        assert result["card_gib"] == profile.gpu_gib
+        assert result["share_of_card"] <= 0.9
+        assert len(result["losses"]) == 20
+        setting = {key: value for key, value in result["setting"].items() if hasattr(profile, key)}
+        shortened = setting.pop("gradient_accumulation_steps")
+        assert 2 <= shortened <= profile.gradient_accumulation_steps
+        assert setting == {key: getattr(profile, key) for key in setting}
+
+
 def test_the_calibration_covers_what_the_plan_distinguishes():
     settings = [result["setting"] for result in MEASURED]
     assert len(settings) >= 12

@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -439,6 +440,40 @@ def test_ladder_table_by_hand(results, tmp_path):
         assert table["epoch_hours"].tolist() == [10.0, 0.5]
         assert table["epoch_price"].tolist() == [20.0, 1.0]
         assert table["times_plain"].tolist() == [1.0, 20.0]
+
+
+def test_results_of_the_project_are_read_by_name_and_an_unknown_name_lists_them():
+    assert speed.read_results("speed_h100_40gib")["cap_gib"] == 40
+    with pytest.raises(FileNotFoundError, match=r"no results 'nonsense'; expected one of .*speed_h100_40gib"):
+        speed.read_results("nonsense")
+
+
+def test_the_kept_ladder_is_what_the_readme_says():
+    results = speed.read_results("speed_h100_40gib")
+    rungs = {rung["rung"]: rung for rung in results["rungs"] if "tokens_per_second" in rung}
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for name, rung in rungs.items():
+        assert f"| {name} | {rung['tokens_per_second']:,.0f} | {rung['peak_reserved_gib']:.1f} |" in text
+    times = rungs["fast"]["tokens_per_second"] / rungs["plain"]["tokens_per_second"]
+    assert f"{times:.1f} times `plain`" in text
+    assert results["command"] in text
+    for package, version in results["versions"].items():
+        assert f"{package} {version}" in text
+
+
+def test_the_kept_ladder_meets_its_targets():
+    rungs = {rung["rung"]: rung for rung in speed.read_results("speed_h100_40gib")["rungs"]}
+    fast = rungs["fast"]
+    assert fast["tokens_per_second"] >= max(12_500, 15 * rungs["plain"]["tokens_per_second"])
+    assert fast["peak_reserved_gib"] <= 30
+    compared = [rung for rung in rungs.values() if rung.get("same_data_as") and "losses" in rung]
+    assert len(compared) >= 5
+    for rung in compared:
+        assert rung["compared_steps"] == 20
+        pairs = zip(rung["losses"], rungs[rung["same_data_as"]]["losses"], strict=True)
+        assert max(abs(ours - theirs) / theirs for ours, theirs in pairs) < 0.01
+    small = {rung["rung"]: rung for rung in speed.read_results("speed_h100_15gib")["rungs"]}
+    assert small["compiled"]["tokens_per_second"] >= 8_000
 
 
 def test_ladder_without_rungs_is_refused():
