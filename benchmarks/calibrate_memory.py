@@ -70,19 +70,19 @@ FAST_SETTINGS = [
 ]
 PRESETS = ("colab-a100", "colab-l4", "colab-t4")
 _RECORDED = ("per_device_train_batch_size", "max_length", "packing", "gradient_checkpointing", "dtype")
+_PLAIN = {"attn_implementation": "sdpa", "fast_int8": False, "compile_layers": False}
 _SWITCHES = ("attn_implementation", "fast_int8", "compile_layers", "activation_memory_budget")
 
 
 def profile_of(setting: tuple) -> Profile:
     _, rows, max_length, packing, checkpointing, other = setting
-    base = {"attn_implementation": "sdpa", "fast_int8": False, "compile_layers": False}
     return read_profile(
         "colab-a100",
         per_device_train_batch_size=rows,
         max_length=max_length,
         packing=packing,
         gradient_checkpointing=checkpointing,
-        **{"gradient_accumulation_steps": 1, "activation_memory_budget": 1.0, **base, **other},
+        **{"gradient_accumulation_steps": 1, "activation_memory_budget": 1.0, **_PLAIN, **other},
     )
 
 
@@ -319,7 +319,7 @@ def compare(result: dict) -> str:
     """One line: planned, measured, difference, setting."""
     if "error" in result:
         return f"{result['error']} {result['setting']}"
-    settings = dict(result["setting"])
+    settings = {**_PLAIN, **result["setting"]}
     quantization = settings.pop("quantization")
     raw = json.loads((ROOT / "llama_sft_helpers/configs/llama3_8b.json").read_text())
     settings.setdefault("gradient_accumulation_steps", 1)
