@@ -361,23 +361,34 @@ def summarize_merge_fidelity(reference: torch.Tensor, merged: torch.Tensor) -> p
 
 
 def check_merge_fidelity(
-    reference: torch.Tensor, merged: torch.Tensor, max_kl_nats: float = 0.02, min_top1: float = 0.95
+    reference: torch.Tensor,
+    merged: torch.Tensor,
+    without_adapter: torch.Tensor,
+    max_share: float = 0.1,
 ) -> None:
-    """Check that merging kept the model's answers.
+    """Check that merging kept what the adapter does.
+
+    Rounding the sum of weight and update to 16 bits moves every prediction a little, so no fixed distance
+    is right for all models. The yardstick is the adapter itself: how far the model is without it.
 
     Args:
         reference: ``next_token_log_probs`` of base plus adapter [tokens, vocabulary].
         merged: The same of the merged model.
-        max_kl_nats: Largest mean divergence a token.
-        min_top1: Least share of tokens with the same first choice.
+        without_adapter: The same of the base model alone.
+        max_share: Largest divergence allowed, as a share of that of the base model alone. The share of
+            tokens whose first choice changes must not exceed the base model's either.
 
     Raises:
         EvaluationError: The merged model differs more than that, or is not finite.
     """
     found = summarize_merge_fidelity(reference, merged)
-    if not (found["kl_nats"] <= max_kl_nats and found["top1_agreement"] >= min_top1):
+    yardstick = summarize_merge_fidelity(reference, without_adapter)
+    most_kl = max_share * yardstick["kl_nats"]
+    if not (found["kl_nats"] <= most_kl and found["top1_agreement"] >= yardstick["top1_agreement"]):
         raise EvaluationError(
-            f"The merged model differs: KL {found['kl_nats']:.2g} nats a token (at most {max_kl_nats:g}), "
-            f"same first choice in {found['top1_agreement']:.1%} (at least {min_top1:.1%}). Merge onto a "
-            "fresh 16-bit or 32-bit base, not onto the quantized one, and check the adapter's base model."
+            f"The merged model differs: KL {found['kl_nats']:.2g} nats a token, expected at most "
+            f"{most_kl:.2g} ({max_share:.0%} of what the adapter itself changes); same first choice in "
+            f"{found['top1_agreement']:.1%} (without the adapter {yardstick['top1_agreement']:.1%}). "
+            "Merge onto a fresh 16-bit or 32-bit base, not onto the quantized one, and check the adapter's "
+            "base model."
         )

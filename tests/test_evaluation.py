@@ -213,10 +213,10 @@ def test_kl_and_top1_by_hand():
     assert found["worst_kl_nats"] == pytest.approx(kl, rel=1e-4)
     assert found["top1_agreement"] == 0.5
     with pytest.raises(EvaluationError, match="fresh 16-bit"):
-        check_merge_fidelity(reference, merged)
-    check_merge_fidelity(reference, reference.clone())
+        check_merge_fidelity(reference, merged, without_adapter=merged)
+    check_merge_fidelity(reference, reference.clone(), without_adapter=merged)
     with pytest.raises(EvaluationError):
-        check_merge_fidelity(reference, reference * float("nan"))
+        check_merge_fidelity(reference, reference * float("nan"), without_adapter=merged)
     with pytest.raises(ValueError, match="differ"):
         summarize_merge_fidelity(reference, merged[:1])
 
@@ -243,12 +243,22 @@ def test_a_16_bit_merge_is_faithful_and_an_int8_merge_of_small_updates_is_not(
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(base, trained.adapter)
     reference = next_token_log_probs(model, encoded[:4])
-    check_merge_fidelity(reference, next_token_log_probs(model.merge_and_unload(), encoded[:4]))
+    with model.disable_adapter():
+        without_adapter = next_token_log_probs(model, encoded[:4])
+    merged = next_token_log_probs(model.merge_and_unload(), encoded[:4])
+    check_merge_fidelity(reference, merged, without_adapter)
 
     int8 = PeftModel.from_pretrained(load_int8(tiny_model_dir), trained.adapter)
+    for name, weight in int8.named_parameters():
+        if "lora_B" in name:
+            weight.data *= 0.02  # as small as a pretrained model's updates are against the int8 grid
     reference = next_token_log_probs(int8, encoded[:4])
-    with int8.disable_adapter(), pytest.raises(EvaluationError):
-        check_merge_fidelity(reference, next_token_log_probs(int8, encoded[:4]))
+    with int8.disable_adapter():
+        without_adapter = next_token_log_probs(int8, encoded[:4])
+    int8.train(False)
+    merged = next_token_log_probs(int8.merge_and_unload(), encoded[:4])
+    with pytest.raises(EvaluationError, match="not onto the quantized one"):
+        check_merge_fidelity(reference, merged, without_adapter)
 
 
 def test_merging_and_saving_again_gives_the_same_bytes(trained, tiny_model_dir, tmp_path):  # noqa: F811
