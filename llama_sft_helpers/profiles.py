@@ -23,6 +23,13 @@ _CHOICES = {
     "dtype": ("bfloat16", "float16", "float32"),
     "attn_implementation": ("sdpa", "varlen"),
 }
+# what notebook 08 adds, switched off
+_PLAIN = {
+    "attn_implementation": "sdpa",
+    "fast_int8": False,
+    "compile_layers": False,
+    "activation_memory_budget": 1.0,
+}
 # (least GiB of GPU memory as the driver reports it, profile): the first that fits is taken
 _BY_GPU_GIB = ((36.0, "colab-a100"), (20.0, "colab-l4"), (0.0, "colab-t4"))
 
@@ -116,7 +123,7 @@ def available_profiles() -> list[str]:
     return sorted(path.stem for path in (_PACKAGE / "profiles").glob("*.toml"))
 
 
-def load_profile(name: str | None = None, **overrides: Any) -> Profile:
+def load_profile(name: str | None = None, *, fast: bool = True, **overrides: Any) -> Profile:
     """Load a profile by name, by ``$SFT_PROFILE``, or by the GPU memory that is there.
 
     A ``local:`` model id becomes a folder, built on first use (see ``demo_model``); ``local:alpaca_mini``
@@ -124,18 +131,20 @@ def load_profile(name: str | None = None, **overrides: Any) -> Profile:
 
     Args:
         name: A profile's name; None reads ``$SFT_PROFILE`` or looks at the GPU.
+        fast: False turns off what notebook 08 adds (varlen attention, ``fast_int8``, compiled layers) and
+            turns gradient checkpointing on where those had replaced it.
         overrides: Settings that replace the profile's, ``max_steps=60`` for instance.
 
     Raises:
         ProfileError: The name, a key or a value is not valid; the message lists the valid ones.
     """
-    profile = read_profile(name, **overrides)
+    profile = read_profile(name, fast=fast, **overrides)
     return dataclasses.replace(
         profile, model_id=_resolve_model(profile.model_id), dataset_id=_resolve_dataset(profile.dataset_id)
     )
 
 
-def read_profile(name: str | None = None, **overrides: Any) -> Profile:
+def read_profile(name: str | None = None, *, fast: bool = True, **overrides: Any) -> Profile:
     """As ``load_profile``, with ``local:`` ids left as they are and nothing built."""
     name = name or os.environ.get("SFT_PROFILE") or _pick_by_gpu()
     path = _PACKAGE / "profiles" / f"{name}.toml"
@@ -146,6 +155,11 @@ def read_profile(name: str | None = None, **overrides: Any) -> Profile:
     settings = tomllib.loads(path.read_text(encoding="utf-8"))["settings"]
     values = {key: entry["value"] for key, entry in settings.items()}
     reasons = {key: entry["reason"] for key, entry in settings.items()}
+    if not fast:
+        checkpointing = values["gradient_checkpointing"] or values["compile_layers"]
+        plain = {**_PLAIN, "gradient_checkpointing": checkpointing}
+        reasons |= {key: "fast=False: the plain path" for key, value in plain.items() if values[key] != value}
+        values |= plain
     for key, value in overrides.items():
         values[key] = value
         reasons[key] = "set by you"

@@ -1,3 +1,4 @@
+import dataclasses
 import tomllib
 
 import pytest
@@ -90,3 +91,16 @@ def test_torch_dtype_is_the_named_one():
     assert read_profile("colab-t4").torch_dtype is torch.float16
     settings = tomllib.loads((profiles._PACKAGE / "profiles" / "colab-t4.toml").read_text(encoding="utf-8"))
     assert settings["settings"]["dtype"]["value"] == "float16"
+
+
+def test_one_flag_turns_every_acceleration_off_and_checkpointing_on_in_their_place():
+    fast, plain = profiles.read_profile("colab-a100"), profiles.read_profile("colab-a100", fast=False)
+    assert (fast.fast_int8, fast.compile_layers, fast.attn_implementation) == (True, True, "varlen")
+    assert (plain.fast_int8, plain.compile_layers, plain.attn_implementation) == (False, False, "sdpa")
+    assert (fast.gradient_checkpointing, plain.gradient_checkpointing) == (False, True)
+    assert plain.reasons["fast_int8"] == "fast=False: the plain path"
+    changed = {f.name for f in dataclasses.fields(fast) if getattr(fast, f.name) != getattr(plain, f.name)}
+    switches = {"fast_int8", "compile_layers", "attn_implementation", "activation_memory_budget"}
+    assert changed == {*switches, "gradient_checkpointing"}
+    assert profiles.read_profile("cpu-demo", fast=False) == profiles.read_profile("cpu-demo")
+    assert profiles.read_profile("colab-a100", fast=False, fast_int8=True).fast_int8
