@@ -101,6 +101,6 @@ def test_one_flag_turns_every_acceleration_off_and_checkpointing_on_in_their_pla
     assert plain.reasons["fast_int8"] == "fast=False: the plain path"
     changed = {f.name for f in dataclasses.fields(fast) if getattr(fast, f.name) != getattr(plain, f.name)}
     switches = {"fast_int8", "compile_layers", "attn_implementation", "activation_memory_budget"}
-    assert changed == {*switches, "gradient_checkpointing"}
+    assert changed == {*switches, "gradient_checkpointing", "reasons"}
     assert profiles.read_profile("cpu-demo", fast=False) == profiles.read_profile("cpu-demo")
     assert profiles.read_profile("colab-a100", fast=False, fast_int8=True).fast_int8
