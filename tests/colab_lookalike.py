@@ -1,22 +1,39 @@
 """A look-alike of Colab's image: what does installing the series move there, and do the notebooks run?
 
 ``make colab-lookalike`` builds a virtual environment from ``constraints-colab.txt`` (the image's versions),
-installs the series on top as its notebooks do, without any constraint, and fails if that moved torch, numpy
-or pandas. Then every notebook runs on the tiny model, and the tests of 01 and 02 run, the widget's on
-ipywidgets 7.7 among them. Not collected by pytest: it downloads the image's packages.
+installs the last commit on top by the notebooks' own install cell, without any constraint, imports it all
+in the same process, and fails if that moved torch, numpy or pandas. Then every notebook runs on the tiny
+model, and the tests of 01 and 02 run, the widget's on ipywidgets 7.7 among them. Not collected by pytest:
+it downloads the image's packages.
 """
 
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 IMAGE = ROOT / "constraints-colab.txt"
 MUST_STAY = ("torch", "numpy", "pandas")
 IMAGE_PIP = "pip==24.1.2"
+# What a fresh kernel does with a notebook's first cells: install, then import without a restart.
+IN_A_KERNEL = """
+import json, subprocess, sys
+words, *more = json.loads(sys.argv[1]), *sys.argv[2:]
+subprocess.run([sys.executable, "-m", *words, *more], check=True)
+from llama_sft_helpers.environment import summarize_environment
+import bitsandbytes, datasets, peft, pyarrow, transformers, trl
+from llama_sft_helpers import data, evaluation, lora, quantization, speed, training
+from llama_sft_helpers.profiles import read_profile
+table = summarize_environment(read_profile("ci-tiny"))
+restart = table.loc[table["status"] == "restart", "component"].tolist()
+assert not restart, f"restart the session for {restart}"
+print("the install cell ran from a git URL; everything imports in the same session, no restart needed")
+"""
 
 
 def main() -> int:
@@ -28,7 +45,7 @@ def main() -> int:
     arguments = parser.parse_args()
     python = build_image(arguments.venv, arguments.torch)
     before = versions(python)
-    run(python, "-m", "pip", "install", "--quiet", f"{ROOT}[colab]", *image_only_requirements())
+    run(python, "-P", "-c", IN_A_KERNEL, json.dumps(install_line()), *image_only_requirements())
     moved = compare(before, versions(python))
     if arguments.report:
         arguments.report.write_text(json.dumps(moved, indent=2) + "\n", encoding="utf-8")
@@ -48,6 +65,17 @@ def build_image(venv: Path, torch: str) -> Path:
     run(python, "-m", "pip", "install", "--quiet", IMAGE_PIP)
     run(python, "-m", "pip", "install", "--quiet", torch, "--requirement", IMAGE)
     return python
+
+
+def install_line() -> list[str]:
+    """The notebooks' own install line as words, its repository replaced by this checkout's last commit."""
+    notebook = json.loads((ROOT / "notebooks" / "01_environment.ipynb").read_text(encoding="utf-8"))
+    cell = "".join(next(cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code"))
+    line = next(line.strip() for line in cell.splitlines() if line.strip().startswith("%pip"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    address = project["urls"]["Repository"]
+    assert address in line, f"{address} is not in {line!r}"
+    return shlex.split(line.removeprefix("%").replace(address, f"file://{ROOT}"))
 
 
 def image_only_requirements() -> list[str]:
