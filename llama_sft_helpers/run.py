@@ -42,7 +42,7 @@ def run_notebooks(
     out: Path,
     notebooks: Path | None = None,
     cell_timeout_seconds: int | None = None,
-) -> None:
+) -> dict[str, float]:
     """Execute notebooks for a profile, and write each as .ipynb and .html, and an index.
 
     The originals are read, never written. A failing notebook is written too, up to its failing cell.
@@ -53,6 +53,9 @@ def run_notebooks(
         out: Folder for the results; made if missing.
         notebooks: Folder of the originals; default ``./notebooks``, else the checkout's.
         cell_timeout_seconds: Limit for one cell; None for none.
+
+    Returns:
+        Seconds that each notebook took, its kernel's start included.
 
     Raises:
         RunError: Nothing to run, a folder that cannot be written or is in use, or the failing cell's message.
@@ -70,6 +73,7 @@ def run_notebooks(
             pages = _execute_all(paths, out, cell_timeout_seconds)
         _write(out / "index.html", _index_page(profile.name, pages))
     _report(out, trained=any(path.stem.endswith("training") for path in paths))
+    return dict(pages)
 
 
 def find_notebooks(folder: Path | None = None, only: str | None = None) -> list[Path]:

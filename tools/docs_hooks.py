@@ -10,11 +10,17 @@ import ast
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import matplotlib.pyplot as plt
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
+
+from llama_sft_helpers.memory import plan_memory, planned_peak_gib
+from llama_sft_helpers.profiles import read_profile
+from llama_sft_helpers.speed import plot_ladder, summarize_ladder
 
 ROOT = Path(__file__).parent.parent
 SCRATCH = ROOT / ".cache" / "docs"
@@ -34,6 +40,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for uri, content in pages.items():
         files.append(File.generated(config, uri, content=content))
+    for path in _figures():
+        files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         files.append(
             File.generated(config, f"notebooks/{path.name}", abs_src_path=str(_notebook(path, blob)))
@@ -80,9 +88,59 @@ def _benchmarks_page(blob: str) -> str:
         parts.append(
             f"## {path.stem.replace('_', ' ')}\n\n[`{path.name}`]({blob}benchmarks/results/{path.name})"
         )
+        if _draw(path.stem, result):
+            parts.append(f"![{path.stem.replace('_', ' ')}](figures/{path.stem}.svg)")
         parts.append(_facts(result))
         parts.extend(_table(rows) for rows in _row_lists(result))
     return "\n\n".join(parts)
+
+
+def _figures() -> list[Path]:
+    """Every result that can be drawn, as an SVG."""
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        figure = _draw(path.stem, json.loads(path.read_text(encoding="utf-8")))
+        if figure:
+            target = SCRATCH / f"{path.stem}.svg"
+            figure.savefig(target, bbox_inches="tight")
+            plt.close(figure)
+            drawn.append(target)
+    return drawn
+
+
+def _draw(name: str, result: Any) -> Any:
+    """The figure of a result, or None for a kind that is shown as a table only."""
+    if name.startswith("speed_h100"):
+        ladder = summarize_ladder(result, epoch_tokens=1, price_per_hour=0)
+        return plot_ladder(ladder, "tokens_per_second").figure
+    if name.startswith("memory_"):
+        return _draw_memory(result["results"]).figure
+    if name == "cpu_demo":
+        bars = plt.subplots(figsize=(7, 3))[1]
+        bars.barh(list(result["seconds"]), list(result["seconds"].values()), color="#0072B2")
+        bars.invert_yaxis()
+        bars.set(title=f"make record: {result['card']}", xlabel="seconds")
+        return bars.figure
+    return None
+
+
+def _draw_memory(results: list[dict[str, Any]]) -> Any:
+    """Planned against measured peak, a dot for each setting; on the line they are equal."""
+    config = json.loads((ROOT / "llama_sft_helpers/configs/llama3_8b.json").read_text(encoding="utf-8"))
+    planned = []
+    for row in results:
+        setting = {"gradient_accumulation_steps": 1, **row["setting"]}
+        quantization = setting.pop("quantization")
+        profile = read_profile("colab-a100", fast=False, **setting)
+        plan = plan_memory(SimpleNamespace(**config), profile, quantization=quantization)
+        planned.append(planned_peak_gib(plan))
+    measured = [row["measured_gib"] for row in results]
+    axes = plt.subplots(figsize=(4.5, 4))[1]
+    axes.plot([0, max(measured)], [0, max(measured)], color="0.6", linewidth=1)
+    axes.plot(measured, planned, "o", color="#0072B2", alpha=0.7)
+    axes.set(title="Planned against measured", xlabel="measured peak, GiB", ylabel="planned peak, GiB")
+    return axes
 
 
 def _facts(result: Any) -> str:

@@ -1,15 +1,23 @@
 """Record the notebooks' saved outputs: run them with profile cpu-demo and write them back, cleaned.
 
-A notebook is run again only if its code, its helpers or the versions changed since its outputs were recorded
+A notebook is run again only if its code cells or the versions changed since its outputs were recorded
 (``--force`` runs all). What is written differs from run to run only in what was measured (seconds, MiB).
+A cell's metadata can hold ``alt``, the text for those who cannot see its figure, and ``picture``, the name
+under which the figure is also written to ``docs/images``. The seconds go to
+``benchmarks/results/cpu_demo.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import importlib.metadata
+import json
+import os
+import platform
 import re
+import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +29,8 @@ from llama_sft_helpers.demo_model import models_dir
 from llama_sft_helpers.run import find_notebooks, run_notebooks
 
 ROOT = Path(__file__).parent.parent
+PICTURES = ROOT / "docs" / "images"
+TIMES = ROOT / "benchmarks" / "results" / "cpu_demo.json"
 PROFILE = "cpu-demo"
 KEY = "llama_sft"
 VERSIONS_OF = (
@@ -36,9 +46,9 @@ VERSIONS_OF = (
 
 
 def code_sha256(notebook: Any) -> str:
-    """Hash of a notebook's code cells, in order."""
-    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    return hashlib.sha256("\0".join(sources).encode()).hexdigest()
+    """Hash of a notebook's code cells, in order, whatever repository their install line names."""
+    sources = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return hashlib.sha256(re.sub(r"github\.com/[\w.-]+/[\w.-]+", "REPOSITORY", sources).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -59,10 +69,10 @@ def clean(notebook: Any, replacements: dict[str, str]) -> None:
         cell.metadata.pop("execution", None)
         cell.execution_count = number
         cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
-        for output in cell.outputs:
+        for place, output in enumerate(cell.outputs):
             if "execution_count" in output:
                 output.execution_count = number
-            _clean_output(output, cell.metadata.get("alt"), replacements)
+            _clean_output(output, cell.metadata.get("alt"), replacements, f"T_{number}_{place}")
 
 
 def _is_progress(output: Any) -> bool:
@@ -70,7 +80,7 @@ def _is_progress(output: Any) -> bool:
     return output.get("name") == "stderr" and "%|" in output.get("text", "")
 
 
-def _clean_output(output: Any, alt: str | None, replacements: dict[str, str]) -> None:
+def _clean_output(output: Any, alt: str | None, replacements: dict[str, str], table_id: str) -> None:
     data = output.get("data", {})
     data.pop("application/vnd.jupyter.widget-view+json", None)
     if alt and "image/png" in data:
@@ -80,38 +90,82 @@ def _clean_output(output: Any, alt: str | None, replacements: dict[str, str]) ->
             text = holder[key]
             for old, new in replacements.items():
                 text = text.replace(old, new)
-            holder[key] = re.sub(r" at 0x[0-9a-f]+>", ">", text)
+            text = re.sub(r" at 0x[0-9a-f]+>", ">", text)
+            holder[key] = re.sub(r"\bT_[0-9a-f]{5}\b", table_id, text)  # pandas draws a style's id by lot
+
+
+def pictures(notebook: Any) -> dict[str, bytes]:
+    """Name -> PNG of each figure whose cell names a picture; of several figures the last."""
+    found = {}
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}) and "picture" in cell.metadata:
+                found[cell.metadata["picture"]] = base64.b64decode(output.data["image/png"])
+    return found
+
+
+def write_times(seconds: dict[str, float]) -> None:
+    """Keep how long each notebook took, and on what."""
+    everything = {path.stem for path in find_notebooks(ROOT / "notebooks")} == set(seconds)
+    known = json.loads(TIMES.read_text(encoding="utf-8")) if TIMES.is_file() and not everything else {}
+    peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    report = {
+        "card": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
+        "versions": versions(),
+        "command": "make record",
+        "profile": PROFILE,
+        "peak_gib_of_a_process": round(max(peak_gib, known.get("peak_gib_of_a_process", 0)), 2),
+        "seconds": {**known.get("seconds", {}), **{name: round(value) for name, value in seconds.items()}},
+    }
+    TIMES.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
     """Record what is out of date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--force", action="store_true", help="run every notebook again")
+    parser.add_argument("--clean", action="store_true", help="run nothing: clean the outputs that are there")
     arguments = parser.parse_args()
     paths = find_notebooks(ROOT / "notebooks")
+    if arguments.clean:
+        for path in paths:
+            _clean_in_place(path)
+        return 0
     stale = [path for path in paths if arguments.force or not _is_current(path)]
     if not stale:
         print("Every notebook's outputs are up to date.")
         return 0
     if any(path.stem == "07_evaluation" for path in stale):  # it needs the adapter of 06
         stale = sorted({*stale, *(path for path in paths if path.stem == "06_training")})
+    PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "outputs"
-        run_notebooks(PROFILE, only=",".join(path.name[:2] for path in stale), out=out)
-        replacements = {
-            str(out): "outputs",
-            str(models_dir()): "models",
-            str(ROOT): ".",
-            sys.prefix: ".venv",
-            str(Path.home()): "~",
-        }
+        seconds = run_notebooks(PROFILE, only=",".join(path.name[:2] for path in stale), out=out)
         for path in stale:
             notebook = nbformat.read(out / path.name, as_version=4)
-            clean(notebook, replacements)
+            clean(notebook, {str(out): "outputs", **_machine_paths()})
             notebook.metadata[KEY] = stamp(notebook)
-            path.write_text(nbformat.writes(notebook, indent=1) + "\n", encoding="utf-8")
+            _write(notebook, path)
+            for name, content in pictures(notebook).items():
+                (PICTURES / f"{name}.png").write_bytes(content)
             print(f"recorded {path.name}")
+        write_times(seconds)
     return 0
+
+
+def _machine_paths() -> dict[str, str]:
+    """This machine's folders, and what stands for them in outputs."""
+    return {str(models_dir()): "models", str(ROOT): ".", sys.prefix: ".venv", str(Path.home()): "~"}
+
+
+def _clean_in_place(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    clean(notebook, _machine_paths())
+    _write(notebook, path)
+
+
+def _write(notebook: Any, path: Path) -> None:
+    path.write_text(nbformat.writes(notebook, indent=1).rstrip("\n") + "\n", encoding="utf-8")
 
 
 def _is_current(path: Path) -> bool:
