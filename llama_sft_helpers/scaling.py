@@ -35,7 +35,7 @@ def write_engine_configs(
     FSDP with nf4 weights, where each GPU holds a share of the model.
 
     Args:
-        folder: An empty folder, as ``publishing.new_folder`` yields it.
+        folder: An empty folder, as ``folders.new_folder`` yields it.
         profile: The run's profile. Its effective batch is kept if ``processes`` divides the accumulation.
         peft_config: The adapter's ``LoraConfig``.
         train_rows: Rows with ``prompt`` and ``completion``.
@@ -107,7 +107,8 @@ def _sft_settings(profile: Profile, peft_config: Any, processes: int) -> dict[st
         "max_steps": profile.max_steps,
         "learning_rate": profile.learning_rate,
         "lr_scheduler_type": "linear",
-        "gradient_checkpointing": profile.gradient_checkpointing,
+        # trl's command line compiles no layers, which is what lets a profile do without
+        "gradient_checkpointing": profile.gradient_checkpointing or profile.compile_layers,
         "eval_strategy": "steps",
         "eval_steps": profile.eval_steps,
         "save_steps": profile.save_steps,

@@ -6,6 +6,7 @@
 import importlib.metadata
 import json
 import os
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -38,5 +39,8 @@ def _write(path: Path) -> None:
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for section, names in _counts.items():
         known.setdefault(section, {}).update({name: dict(counts) for name, counts in names.items()})
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        known["card"] = torch.cuda.get_device_name()
     known["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
     path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")

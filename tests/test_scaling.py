@@ -66,6 +66,9 @@ def test_the_effective_batch_is_kept_where_it_divides(tmp_path):
     table = write(tmp_path / "a", "colab-a100")  # 2 rows x 4 accumulated on one GPU
     assert table["effective_batch_rows"].tolist() == [8, 8]
     assert read(tmp_path / "a" / "sft_ddp-int8.yaml")["gradient_accumulation_steps"] == 2
+    assert (
+        read(tmp_path / "a" / "sft_ddp-int8.yaml")["gradient_checkpointing"] is True
+    )  # trl compiles nothing
     table = write(tmp_path / "b", "colab-a100", processes=4)
     assert table["effective_batch_rows"].tolist() == [8, 8]
     table = write(tmp_path / "c", "colab-a100", processes=16)

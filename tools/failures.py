@@ -1,7 +1,8 @@
 """Write docs/failures.md from the doctor's table and the counts that its tests and the drills recorded.
 
 ``python tools/failures.py --record`` runs them first (minutes) and keeps their counts in docs/failures.json;
-``--check`` only says whether the page is up to date.
+``--check`` only says whether the page is up to date. Failures that need a GPU are counted where there is one:
+``SFT_DRILLS_JSON=docs/failures_gpu.json pytest -m gpu tests/gpu/test_doctor_gpu.py``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from llama_sft_helpers.doctor_table import TABLE, Failure
 
 ROOT = Path(__file__).parent.parent
 COUNTS = ROOT / "docs" / "failures.json"
+ON_GPU = ROOT / "docs" / "failures_gpu.json"
 PAGE = ROOT / "docs" / "failures.md"
 TESTS = ("tests/test_doctor.py", "tests/test_drills.py", "tests/test_security.py")
 
@@ -51,9 +53,9 @@ def record() -> int:
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode  # noqa: S603
 
 
-def page(counts: dict[str, Any]) -> str:
-    """The page as Markdown."""
-    failures, drills = counts["failures"], counts["drills"]
+def page(counts: dict[str, Any], on_gpu: dict[str, Any]) -> str:
+    """The page as Markdown, of the counts on a CPU and of those on a GPU."""
+    failures, drills = {**on_gpu["failures"], **counts["failures"]}, counts["drills"]
     parts = [_HEAD.format(total=_totals(failures, drills))]
     section = ""
     for failure in TABLE:
@@ -64,8 +66,13 @@ def page(counts: dict[str, Any]) -> str:
         parts.append(_row(failure, failures.get(failure.key, {})))
     parts.append(_DRILLS.rstrip("\n"))
     parts += [_drill_row(name, found) for name, found in sorted(drills.items())]
-    versions = ", ".join(f"{name} {version}" for name, version in counts["versions"].items())
+    names = ", ".join(sorted(set(on_gpu["failures"]) - set(counts["failures"])))
+    versions, gpu_versions = (
+        ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        for found in (counts, on_gpu)
+    )
     parts.append(_RERUN.format(versions=versions))
+    parts.append(f"On one {on_gpu['card']} ({names}): {gpu_versions}.\n")
     return "\n".join(parts)
 
 
@@ -131,7 +138,7 @@ def main() -> int:
     if arguments.record and record() != 0:
         print("A drill failed; the page was not written.", file=sys.stderr)
         return 1
-    text = page(json.loads(COUNTS.read_text(encoding="utf-8")))
+    text = page(*(json.loads(path.read_text(encoding="utf-8")) for path in (COUNTS, ON_GPU)))
     if arguments.check:
         return 0 if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text else 1
     PAGE.write_text(text, encoding="utf-8")
