@@ -63,7 +63,7 @@ $(VENV)/.docs: $(VENV)/.installed requirements-docs.txt
 	touch $@
 
 docs: $(VENV)/.docs  ## the static site in site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(DEMO) outputs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache test-artifacts

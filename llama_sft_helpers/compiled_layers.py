@@ -108,8 +108,7 @@ def compile_decoder_layers(model: torch.nn.Module, activation_memory_budget: flo
     Args:
         model: A Llama model, wrapped by PEFT or not.
         activation_memory_budget: Share of the activations to keep for the backward pass, in (0, 1]; below 1
-        the
-            compiler recomputes the cheapest products, see
+            the compiler recomputes the cheapest products, see
             https://pytorch.org/blog/activation-checkpointing-techniques/.
 
     Returns:

@@ -285,8 +285,7 @@ def use_fast_int8(model: torch.nn.Module, enabled: bool = True) -> int:
 
     Args:
         model: A model loaded with ``load_in_8bit=True``, before or after ``get_peft_model``; call it again
-        after
-            ``get_peft_model`` to fuse the LoRA products too.
+            after ``get_peft_model`` to fuse the LoRA products too.
         enabled: False puts the original classes back.
 
     Returns:

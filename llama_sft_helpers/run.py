@@ -6,6 +6,7 @@ import asyncio
 import html
 import json
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _IN_CHECKOUT = Path(__file__).parent.parent / "notebooks"
 
+_NO_DESCRIPTION = "No description has been provided for this image"  # nbconvert's words
 
 _INDEX_PAGE = """<!doctype html>
 <html lang="en">
@@ -279,7 +281,26 @@ def _write_notebook(notebook: Any, path: Path) -> None:
 
     _write(path, nbformat.writes(notebook))
     page, _ = HTMLExporter().from_notebook_node(notebook, resources={"metadata": {"name": path.stem}})
-    _write(path.with_suffix(".html"), page)
+    _write(path.with_suffix(".html"), describe_figures(page, notebook))
+
+
+def describe_figures(page: str, notebook: Any) -> str:
+    """Give a page's figures the text alternatives that their cells carry as ``alt`` in their metadata.
+
+    nbconvert's own template says of every figure that it has no description.
+
+    Args:
+        page: HTML that nbconvert made of the notebook.
+        notebook: The executed notebook.
+    """
+    texts = iter(
+        cell.metadata.get("alt", _NO_DESCRIPTION)
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    )
+    pattern = f'alt="{_NO_DESCRIPTION}"'
+    return re.sub(pattern, lambda _: f'alt="{html.escape(next(texts, _NO_DESCRIPTION))}"', page)
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """``llama-sft run`` and the command line's own behaviour, on notebooks written for the test."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llama_sft_helpers.cli import app
-from llama_sft_helpers.run import RunError, find_notebooks, run_notebooks
+from llama_sft_helpers.run import RunError, describe_figures, find_notebooks, run_notebooks
 
 
 @pytest.fixture
@@ -132,3 +133,32 @@ def test_demo_model_command_prints_the_folder_and_refuses_a_foreign_one(tiny_mod
     bad = runner.invoke(app, ["demo-model", str(tmp_path)])
     assert bad.exit_code == 1
     assert "was not built by llama-sft" in bad.stderr
+
+
+def test_figures_get_the_text_of_their_cell_in_order_and_escaped():
+    def cell(alt, figures=1):
+        metadata = {"alt": alt} if alt else {}
+        made = nbformat.v4.new_code_cell("draw()", metadata=metadata)
+        made.outputs = [nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo="})] * figures
+        return made
+
+    notebook = nbformat.v4.new_notebook(
+        cells=[cell('Bars of "x" <y>'), cell(None), cell("A line", figures=2)]
+    )
+    from nbconvert import HTMLExporter
+
+    page, _ = HTMLExporter().from_notebook_node(notebook)
+    found = re.findall(r'<img[^>]* alt="([^"]*)"', describe_figures(page, notebook))
+    none = "No description has been provided for this image"
+    assert found == ["Bars of &quot;x&quot; &lt;y&gt;", none, "A line", "A line"]
+
+
+def test_a_runs_page_describes_its_figures(write_notebooks, tmp_path):
+    figure = "import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.show()"
+    originals = write_notebooks(n01_figure=[figure])
+    path = originals / "01_figure.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[0].metadata["alt"] = "A line that rises"
+    nbformat.write(notebook, path)
+    run_notebooks("ci-tiny", only=None, out=tmp_path / "out", notebooks=originals)
+    assert 'alt="A line that rises"' in (tmp_path / "out" / "01_figure.html").read_text(encoding="utf-8")

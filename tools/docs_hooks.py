@@ -9,18 +9,25 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import matplotlib.pyplot as plt
+import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from llama_sft_helpers.memory import plan_memory, planned_peak_gib
 from llama_sft_helpers.profiles import read_profile
+from llama_sft_helpers.run import describe_figures
 from llama_sft_helpers.speed import plot_ladder, summarize_ladder
+
+with warnings.catch_warnings():  # mkdocs shows every deprecation, those between two libraries too
+    warnings.simplefilter("ignore")
+    import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 SCRATCH = ROOT / ".cache" / "docs"
@@ -43,10 +50,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in _figures():
         files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        files.append(
-            File.generated(config, f"notebooks/{path.name}", abs_src_path=str(_notebook(path, blob)))
-        )
+        _notebook(path, blob)
+        folders = {"src_dir": str(SCRATCH), "dest_dir": config.site_dir}
+        # not File.generated: mkdocs-jupyter wraps the file and would lose a generated one's path
+        files.append(File(f"notebooks/{path.name}", use_directory_urls=config.use_directory_urls, **folders))
     return files
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Give the notebooks' figures their text alternatives."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    return describe_figures(html, nbformat.read(SCRATCH / page.file.src_uri, as_version=4))
 
 
 def _markdown(path: Path, blob: str) -> str:
@@ -55,14 +70,14 @@ def _markdown(path: Path, blob: str) -> str:
     return re.sub(r"\]\((?!https?://|#|notebooks/|images/|failures\.md)([\w./-]+)\)", rf"]({blob}\1)", text)
 
 
-def _notebook(path: Path, blob: str) -> Path:
+def _notebook(path: Path, blob: str) -> None:
+    """A copy of a notebook whose links lead into the site or the repository."""
     text = path.read_text(encoding="utf-8").replace("](../", f"]({blob}")
     text = re.sub(r"\]\((\d\d_\w+)\.ipynb\)", r"](../\1/)", text)
-    target = SCRATCH / path.name
+    target = SCRATCH / "notebooks" / path.name
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.is_file() or target.read_text(encoding="utf-8") != text:
         target.write_text(text, encoding="utf-8")
-    return target
 
 
 def _api_page() -> str:
