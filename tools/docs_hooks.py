@@ -6,7 +6,6 @@ and the benchmark page is drawn from ``benchmarks/results/*.json``. Nothing is c
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import warnings
@@ -83,13 +82,8 @@ def _notebook(path: Path, blob: str) -> None:
 def _api_page() -> str:
     modules = sorted(path.stem for path in (ROOT / "llama_sft_helpers").glob("[a-z]*.py"))
     ordered = [*STEPS, *(name for name in modules if name not in STEPS)]
-    sections = [f"## {name}\n\n{_first_line(name)}\n\n::: llama_sft_helpers.{name}\n" for name in ordered]
+    sections = [f"## {name}\n\n::: llama_sft_helpers.{name}\n" for name in ordered]
     return "\n".join(["# API reference\n\nOne module per notebook, then those they share.\n", *sections])
-
-
-def _first_line(module: str) -> str:
-    tree = ast.parse((ROOT / "llama_sft_helpers" / f"{module}.py").read_text(encoding="utf-8"))
-    return (ast.get_docstring(tree) or "").partition("\n")[0]
 
 
 def _benchmarks_page(blob: str) -> str:
