@@ -85,6 +85,7 @@ def measure(path: Path, cache: Path, max_length: int) -> dict[str, object]:
 def environment() -> dict[str, object]:
     packages = ("datasets", "tokenizers", "transformers", "pyarrow", "llama-models")
     return {
+        "card": f"CPU, {len(os.sched_getaffinity(0))} cores, {platform.machine()}",
         "command": "python benchmarks/tokenize_52k.py",
         "cpus": len(os.sched_getaffinity(0)),
         "load_average_before": round(os.getloadavg()[0], 2),

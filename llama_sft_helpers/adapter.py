@@ -14,6 +14,8 @@ from typing import Any
 import pandas as pd
 import torch
 
+from llama_sft_helpers.folders import hash_files
+
 _WEIGHTS = "adapter_model.safetensors"
 
 
@@ -37,7 +39,9 @@ def find_base_model(folder: str | Path) -> str:
     return str(_read_adapter_config(Path(folder)).get("base_model_name_or_path"))
 
 
-def check_adapter(folder: str | Path, model: torch.nn.Module, base_model_id: str) -> None:
+def check_adapter(
+    folder: str | Path, model: torch.nn.Module, base_model_id: str, sha256: str | None = None
+) -> None:
     """Check an adapter folder against the base model it is about to be loaded on.
 
     ``PeftModel.from_pretrained`` only warns about missing tensors, and takes an adapter of any base whose
@@ -47,6 +51,8 @@ def check_adapter(folder: str | Path, model: torch.nn.Module, base_model_id: str
         folder: The adapter folder that notebook 06 wrote.
         model: The base model, without an adapter.
         base_model_id: The id or folder the base model was loaded from.
+        sha256: ``folders.hash_files`` of the folder when it was written; a changed byte is noticed by this
+            alone.
 
     Raises:
         AdapterError: Folder or file missing or damaged, another base model, or shapes that do not fit.
@@ -65,6 +71,11 @@ def check_adapter(folder: str | Path, model: torch.nn.Module, base_model_id: str
     if odd:
         raise AdapterError(f"{odd[0]} in {folder} is not finite. Train again with a lower learning rate.")
     _check_shapes(folder, shapes, model)
+    if sha256 is not None and (found := hash_files(folder)) != sha256:
+        raise AdapterError(
+            f"The weights in {folder} have the hash {found[:16]}..., expected {sha256[:16]}...: they changed "
+            "since notebook 06 wrote them. Copy the folder again, or run notebook 06 again."
+        )
 
 
 def check_adapter_loaded(model: torch.nn.Module, folder: str | Path) -> None:

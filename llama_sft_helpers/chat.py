@@ -87,7 +87,7 @@ def run_chat(answer: Answer, *, tuned: bool = True, prompt: str | None = None) -
     """
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
     if prompt is not None:
         _print_answer(console, answer(prompt, tuned))
         return

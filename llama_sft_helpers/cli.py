@@ -49,6 +49,7 @@ def run(
     cell_timeout: Annotated[int, typer.Option(help="Seconds a cell may take; 0 for no limit.")] = 0,
 ) -> None:
     """Execute the notebooks in order into a folder (.ipynb and .html); stops at the first failing cell."""
+    from llama_sft_helpers.demo_model import ModelBuildError
     from llama_sft_helpers.profiles import ProfileError
     from llama_sft_helpers.run import RunError, run_notebooks
 
@@ -56,7 +57,7 @@ def run(
         run_notebooks(
             profile, only=only, out=out, notebooks=notebooks, cell_timeout_seconds=cell_timeout or None
         )
-    except (RunError, ProfileError) as error:
+    except (RunError, ProfileError, ModelBuildError) as error:
         _fail(error)
 
 
@@ -113,14 +114,15 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Plan the GPU memory of a training step, component by component, before spending it."""
+    from llama_sft_helpers.demo_model import ModelBuildError
     from llama_sft_helpers.memory import print_plan
-    from llama_sft_helpers.profiles import ProfileError, load_profile
+    from llama_sft_helpers.profiles import load_profile
 
     try:
         chosen = load_profile(profile)
         config = _model_config(chosen.model_id)
         fits = print_plan(config, chosen, quantization=quantization, gpu_gib=gpu_gib, as_json=as_json)
-    except (ProfileError, ValueError) as error:
+    except (ValueError, OSError, ModelBuildError) as error:
         _fail(error)
     else:
         raise typer.Exit(0 if fits or gpu_gib is None else 1)

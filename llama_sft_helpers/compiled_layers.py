@@ -10,6 +10,7 @@ import functools
 import gc
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,7 @@ class CompiledLayers:
                 compiled: Any = compile_fx(graph, inputs, config_patches=_INDUCTOR)
             gc.collect()
             gc.freeze()  # a compiler leaves a million objects, which the collector need not look at again
+            self._undo.append(gc.unfreeze)
             return compiled
         except Exception as error:  # any failure of a compiler: the uncompiled graph computes the same
             self._fall_back(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
@@ -137,8 +139,14 @@ class _Walks:
     """Answers what a walk over a root's modules would, until one registers a module or parameter."""
 
     def __init__(self, root: Any) -> None:
-        self.root = root
+        self._root = weakref.ref(
+            root
+        )  # the hooks below are the process's: they must not keep the model alive
         self.forget()
+
+    @property
+    def root(self) -> Any:
+        return self._root()
 
     def registered(self, parent: torch.nn.Module, name: str, module: Any) -> None:
         if id(parent) in self.known:  # and not, say, the list of layers that every forward pass slices anew
@@ -201,7 +209,7 @@ def remember_modules(model: torch.nn.Module) -> Callable[[], None]:
         for name in ("named_modules", "named_parameters", "train", "num_parameters"):
             if hasattr(type(root), name):
                 setattr(root, name, getattr(walks, name))
-                undo.append(functools.partial(delattr, root, name))
+                undo.append(functools.partial(root.__dict__.pop, name, None))
         undo.append(hooks.register_module_module_registration_hook(walks.registered).remove)
         undo.append(hooks.register_module_parameter_registration_hook(walks.registered).remove)
 
@@ -216,7 +224,7 @@ def _call_layer(compiled: Callable[..., Any], layer: Any, hidden: torch.Tensor, 
     """Run one layer compiled, with everything that changes between batches marked as a changing shape."""
     if kwargs.get("past_key_values") is not None:  # generation: the cache grows with every token
         return layer._call_impl(hidden, **kwargs)
-    if torch.is_grad_enabled() and layer.training and not hidden.requires_grad:
+    if torch.is_grad_enabled() and not hidden.requires_grad:
         hidden = (
             hidden.detach().requires_grad_()
         )  # as every later layer's input, so that the first shares their graph

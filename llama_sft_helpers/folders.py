@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def write_text(path: str | Path, text: str) -> None:
         OSError: It could not be written; what was there before is as it was.
     """
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.part")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         scratch.write_text(text, encoding="utf-8")
         scratch.replace(path)
@@ -67,7 +69,12 @@ def new_folder(target: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
             (building / _STAMP).write_text("This folder is replaced by the next run.\n", encoding="utf-8")
         if target.exists():
             target.rename(old)
-        building.rename(target)
+        try:
+            building.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
 
 
 def _refuse_foreign(target: Path) -> None:

@@ -252,7 +252,7 @@ def plot_update_spectrum(model: Any) -> Axes:
     for i, (projection, group) in enumerate(spectra.items()):
         padded = torch.stack([torch.nn.functional.pad(v, (0, len(shown) - v.numel())) for v in group])
         style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markersize": 4, "linewidth": 1.2}
-        axes.plot(shown, padded.median(0).values, label=projection, **style)
+        axes.plot(shown, padded.quantile(0.5, dim=0), label=projection, **style)
     axes.axvline(r + 0.5, color="0.4", linestyle="--", linewidth=1, label=f"r = {r}: 0 beyond")
     axes.set_title("Singular values of the update B·A·α/r, median over the layers")
     axes.set(xlabel="index of the singular value", ylabel="singular value (units of W)")
@@ -306,7 +306,8 @@ def _adapter_row(name: str, layer: Any, adapter: str) -> dict[str, Any]:
 
 def _gradient_counts(grads: list[torch.Tensor | None]) -> tuple[int, int, float]:
     largest = [grad.abs().max().item() for grad in grads if grad is not None]
-    return len(largest), sum(value > 0 for value in largest), max(largest, default=0.0)
+    top = torch.tensor(largest).max().item() if largest else 0.0  # a NaN among them shows, unlike in max()
+    return len(largest), sum(value > 0 for value in largest), top
 
 
 def _crc32(tensor: torch.Tensor) -> int:

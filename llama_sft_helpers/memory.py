@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llama_sft_helpers.memory_counts import Shape, activation_rows, adapter_rows, weight_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import pandas as pd
     from matplotlib.axes import Axes
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from llama_sft_helpers.profiles import Profile
 
 GIB = 2**30
-CARDS_GIB = (16, 24, 40, 80)
+# What PyTorch can use of the cards sold as 16, 24, 40 and 80 GB: a T4, an L4, the two A100s or an H100.
+CARDS_GIB = {"16 GB": 14.6, "24 GB": 22.0, "40 GB": 39.4, "80 GB": 79.1}
 QUANTIZATIONS = ("int8", "nf4", "16-bit")
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -48,7 +49,7 @@ def plan_memory(
     Args:
         config: A ``LlamaConfig`` (``AutoConfig.from_pretrained`` loads no weights).
         profile: Gives batch, length, packing, checkpointing, precision, attention and speed switches.
-        quantization: ``int8`` (LLM.int8), ``nf4`` (QLoRA) or ``16-bit`` (none).
+        quantization: ``int8`` (LLM.int8), ``nf4`` (QLoRA's, not doubly quantized) or ``16-bit`` (none).
         lora_rank: LoRA's ``r``.
         target_modules: The linears that get an adapter.
 
@@ -82,27 +83,39 @@ def planned_peak_gib(plan: pd.DataFrame) -> float:
 
 
 def plan_fit(
-    config: Any, profile: Profile, *, quantization: str = "int8", cards_gib: tuple[float, ...] = CARDS_GIB
+    config: Any,
+    profile: Profile,
+    *,
+    quantization: str = "int8",
+    cards_gib: Mapping[str, float] = CARDS_GIB,
 ) -> pd.DataFrame:
     """Hold the plan against cards: does it fit, and if not, the first change that would make it fit.
 
+    Args:
+        config: As for ``plan_memory``.
+        profile: As for ``plan_memory``.
+        quantization: As for ``plan_memory``.
+        cards_gib: Name -> GiB that PyTorch can use, which is less than the GB a card is sold with.
+
     Returns:
-        Columns ``card_gib``, ``planned_gib``, ``share``, ``verdict`` (fits, tight, does not fit), ``change``.
+        Columns ``card``, ``card_gib``, ``planned_gib``, ``share``, ``verdict`` (fits, tight, does not fit),
+        ``change``.
     """
     import pandas as pd
 
     planned = float(plan_memory(config, profile, quantization=quantization)["gib"].sum())
     rows = [
         (
+            name,
             card,
             planned,
             planned / card,
             _verdict(planned, card),
             "" if planned <= card * _TIGHT else _change_that_fits(config, profile, quantization, card),
         )
-        for card in cards_gib
+        for name, card in cards_gib.items()
     ]
-    return pd.DataFrame(rows, columns=["card_gib", "planned_gib", "share", "verdict", "change"])
+    return pd.DataFrame(rows, columns=["card", "card_gib", "planned_gib", "share", "verdict", "change"])
 
 
 def print_plan(
@@ -124,7 +137,7 @@ def print_plan(
     from rich.table import Table
 
     plan = plan_memory(config, profile, quantization=quantization)
-    cards = (gpu_gib,) if gpu_gib else CARDS_GIB
+    cards = {"yours": gpu_gib} if gpu_gib else CARDS_GIB
     fit = plan_fit(config, profile, quantization=quantization, cards_gib=cards)
     if as_json:
         tables = {"plan": plan.to_dict("records"), "fit": fit.to_dict("records")}
@@ -202,41 +215,47 @@ def smaller_profiles(profile: Profile) -> list[tuple[str, Profile]]:
 
 
 def explain_oom(config: Any, profile: Profile, *, quantization: str = "int8") -> str:
-    """Say what filled the card, by the plan's largest item, and what the next try changes.
-
-    Raises:
-        ValueError: As ``plan_smaller_batch``.
-    """
+    """Say what filled the card, by the plan's largest item, and what the next try changes or is left."""
     plan = plan_memory(config, profile, quantization=quantization)
     largest = plan.loc[plan["gib"].idxmax()]
+    said = (
+        f"Out of GPU memory. Planned peak {planned_peak_gib(plan):.1f} GiB, its largest item: "
+        f"{largest['component']}, {largest['gib']:.1f} GiB ({largest['how']}). "
+    )
+    if profile.per_device_train_batch_size == 1:
+        return f"{said}One row is the smallest micro-batch. What is left to change: {_what_is_left(profile)}."
     smaller = plan_smaller_batch(profile)
     planned = planned_peak_gib(plan_memory(config, smaller, quantization=quantization))
     return (
-        f"Out of GPU memory. Planned peak {planned_peak_gib(plan):.1f} GiB, its largest item: "
-        f"{largest['component']}, {largest['gib']:.1f} GiB ({largest['how']}). Next try, with the same "
-        f"effective batch: per_device_train_batch_size={smaller.per_device_train_batch_size}, "
+        f"{said}Next try, with the same effective batch: "
+        f"per_device_train_batch_size={smaller.per_device_train_batch_size}, "
         f"gradient_accumulation_steps={smaller.gradient_accumulation_steps}, planned peak {planned:.1f} GiB."
     )
 
 
 def plan_smaller_batch(profile: Profile) -> Profile:
-    """The profile with half the micro-batch and twice the accumulation: the same effective batch.
+    """The profile with the next smaller micro-batch that keeps the effective batch: half, for even ones.
 
     Raises:
-        ValueError: The micro-batch cannot be halved; the message names what is left to change.
+        ValueError: The micro-batch is one row; the message names what is left to change.
     """
     batch = profile.per_device_train_batch_size
-    if batch % 2:
-        rest = [change for change, _ in smaller_profiles(profile) if "batch_size" not in change]
+    if batch == 1:
         raise ValueError(
-            f"per_device_train_batch_size={batch} cannot be halved, expected an even number. What is left to "
-            f"change: {rest[0] if rest else 'a smaller model'}, or 4-bit weights."
+            "per_device_train_batch_size=1 is the smallest micro-batch, expected at least 2. What is left to "
+            f"change: {_what_is_left(profile)}."
         )
+    smaller = next(size for size in range(batch - 1, 0, -1) if batch % size == 0)
     return dataclasses.replace(
         profile,
-        per_device_train_batch_size=batch // 2,
-        gradient_accumulation_steps=profile.gradient_accumulation_steps * 2,
+        per_device_train_batch_size=smaller,
+        gradient_accumulation_steps=profile.gradient_accumulation_steps * (batch // smaller),
     )
+
+
+def _what_is_left(profile: Profile) -> str:
+    rest = [change for change, _ in smaller_profiles(profile) if "batch_size" not in change]
+    return f"{rest[0] if rest else 'a smaller model'}, or 4-bit weights"
 
 
 def _shrink(profile: Profile) -> Iterator[dict[str, Any]]:
@@ -244,7 +263,8 @@ def _shrink(profile: Profile) -> Iterator[dict[str, Any]]:
         yield {"gradient_checkpointing": True}
     batch, accumulation = profile.per_device_train_batch_size, profile.gradient_accumulation_steps
     while batch > 1:
-        batch, accumulation = batch // 2, accumulation * batch // (batch // 2)
+        smaller = next(size for size in range(batch - 1, 0, -1) if batch % size == 0)
+        batch, accumulation = smaller, accumulation * (batch // smaller)
         yield {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     length = profile.max_length
     while length > 256:

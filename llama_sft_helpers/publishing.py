@@ -24,6 +24,7 @@ _SUMMARY_KEYS = (
     "train_seconds",
     "train_tokens",
     "peak_gib",
+    "adapter_sha256",
     "profile",
     "versions",
 )
@@ -129,8 +130,11 @@ def _is_own_card(text: str) -> bool:
 
 
 def is_llama3(model_id: str) -> bool:
-    """Whether a model id names Meta's Llama 3, whose license asks for a certain name and notice."""
-    return bool(re.match(r"(meta-llama/)?(meta-)?llama-3-", model_id, flags=re.IGNORECASE))
+    """Whether a model id, of Meta's or of a copy, or a folder names Llama 3.
+
+    Its license asks for a certain name and notice.
+    """
+    return bool(re.match(r"(meta-)?llama-3-", Path(model_id).name, flags=re.IGNORECASE))
 
 
 def _licence(model_id: str) -> str:
@@ -255,6 +259,13 @@ def check_repo_id(repo_id: str, base_model_id: str) -> None:
     Raises:
         PublishError: The name is not valid, or not as the license asks.
     """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PublishError(f"{repo_id!r} is no repository name; expected your-name/model-name.") from error
     if not _is_hub_id(repo_id):
         raise PublishError(f"{repo_id!r} is no repository name; expected your-name/model-name.")
     name = repo_id.rpartition("/")[2]

@@ -282,7 +282,10 @@ def summarize_predictions(model: nn.Module, batch: Mapping[str, torch.Tensor]) -
                 }
             )
             mask = inputs.get("attention_mask")
-            frames.append(frame if mask is None else frame[mask[row, 1:].bool().cpu().numpy()])
+            if mask is not None:  # neither a padding token, nor a token predicted from one
+                real = mask[row].bool().cpu().numpy()
+                frame = frame[real[1:] & real[:-1]]
+            frames.append(frame)
     return pd.concat(frames, ignore_index=True)
 
 

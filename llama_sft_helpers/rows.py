@@ -234,7 +234,9 @@ def _dialogue_fault(messages: Any) -> tuple[str, str] | None:
     """What is wrong with the shape of a chat; its texts are looked at as cells."""
     if messages is None:
         return "null-cell", "messages is null, expected a list"
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "content" in m for m in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and "content" in m and isinstance(m.get("role"), str) for m in messages
+    ):
         return "wrong-type", "messages is no list of {'role': ..., 'content': ...}"
     roles = [message.get("role") for message in messages]
     if roles[-2:] != ["user", "assistant"]:
@@ -298,7 +300,10 @@ def _find_token_problems(
     found: dict[str, list[int]],
 ) -> None:
     """Rows with control tokens in their text, and rows longer than max_length, in chunks."""
-    special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or "(?!)")
+    # all_special_tokens names a few: in Llama 3's tokenizer BOS and EOS alone of 256
+    controls = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = sorted(controls | set(tokenizer.all_special_tokens))
+    special = re.compile("|".join(map(re.escape, names)) or "(?!)")
     for start in range(0, len(good), _CHUNK_ROWS):
         indices, examples = zip(*good[start : start + _CHUNK_ROWS], strict=True)
         batch = {key: [example[key] for example in examples] for key in ("prompt", "completion")}
@@ -318,7 +323,7 @@ def _decode(path: Path) -> str:
     except UnicodeDecodeError as error:
         before = raw[: error.start]
         line = before.count(b"\n") + 1
-        row = line - 1 - (path.suffix.lower() == ".csv")
+        row = max(line - 1 - (path.suffix.lower() == ".csv"), 0)
         raise DataError(
             "wrong-encoding",
             f"{path.name}, line {line}: byte 0x{raw[error.start]:02X} is not UTF-8. "

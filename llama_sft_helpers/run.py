@@ -68,6 +68,10 @@ def run_notebooks(
 
     paths = find_notebooks(notebooks, only)
     out = out.expanduser().resolve()
+    if any(path.resolve().parent == out for path in paths):
+        raise RunError(
+            f"{out} holds the originals, which are never written. Choose another folder: --out DIR."
+        )
     with _output_folder(out), _terminable():
         (out / "index.html").unlink(missing_ok=True)  # it would speak of an earlier run
         profile = load_profile(profile_name)
@@ -94,6 +98,8 @@ def find_notebooks(folder: Path | None = None, only: str | None = None) -> list[
         return paths
     wanted = [number.strip().zfill(2) for number in only.split(",") if number.strip()]
     numbers = [path.name[:2] for path in paths]
+    if not wanted:
+        raise RunError(f"--only {only!r} names no notebook. Valid numbers: {', '.join(numbers)}.")
     if unknown := [number for number in wanted if number not in numbers]:
         raise RunError(f"There is no notebook {', '.join(unknown)}. Valid numbers: {', '.join(numbers)}.")
     return [path for path in paths if path.name[:2] in wanted]

@@ -78,11 +78,12 @@ _NF4 = {
     "use_bnb_nested_quant": True,
     "bnb_4bit_quant_storage": "bfloat16",
     "dtype": "bfloat16",
+    "use_cpu": False,
 }
 
 
 def _sft_settings(profile: Profile, peft_config: Any, processes: int) -> dict[str, Any]:
-    on_gpu = profile.gpu_gib > 0
+    on_gpu, targets = profile.gpu_gib > 0, peft_config.target_modules
     return {
         "model_name_or_path": profile.model_id,
         # trl's command line keeps LoRA in bfloat16, which float16's loss scaling refuses
@@ -98,7 +99,9 @@ def _sft_settings(profile: Profile, peft_config: Any, processes: int) -> dict[st
         "lora_alpha": peft_config.lora_alpha,
         "lora_dropout": float(peft_config.lora_dropout),
         "lora_task_type": "CAUSAL_LM",
-        "lora_target_modules": sorted(peft_config.target_modules),
+        "lora_target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "use_rslora": peft_config.use_rslora,
+        "use_dora": peft_config.use_dora,
         "max_length": profile.max_length,
         "packing": profile.packing,
         "per_device_train_batch_size": profile.per_device_train_batch_size,

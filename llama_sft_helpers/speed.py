@@ -86,7 +86,8 @@ def summarize_ladder(
     if not rungs:
         raise ValueError("the results hold no finished rung; run benchmarks/speed_ladder.py first.")
     table = pd.DataFrame(rungs).set_index("rung")
-    table["times_plain"] = table["tokens_per_second"] / table["tokens_per_second"].iloc[0]
+    plain = report["rungs"][0].get("tokens_per_second", float("nan"))  # the first rung, or nothing to compare
+    table["times_plain"] = table["tokens_per_second"] / plain
     table["epoch_hours"] = epoch_tokens / table["tokens_per_second"] / 3600
     table["epoch_price"] = table["epoch_hours"] * price_per_hour
     columns = ["tokens_per_second", "times_plain", "peak_reserved_gib", "share_of_floor", "compile_seconds"]

@@ -50,6 +50,7 @@ __all__ = [
     "write_training_summary",
 ]
 
+_THROUGHPUT = ["step", "seconds", "tokens", "tokens_per_second", "peak_gib", "seconds_left"]
 _ORANGE, _BLUE = "#D55E00", "#0072B2"
 
 
@@ -70,7 +71,8 @@ class ThroughputCallback(TrainerCallback):
     """Measures each optimiser step: tokens per second, peak memory, time left.
 
     Real tokens are counted (trl's ``num_tokens``; padding is left out), and the time that evaluation and
-    saving take does not count as training time.
+    saving take does not count as training time. The figures also go into the trainer's log, so they are in
+    its checkpoints, and a resumed run goes on with those of the steps before.
 
     Attributes:
         rows: One dict a step: ``step``, ``seconds``, ``tokens``, ``tokens_per_second``, ``peak_gib``,
@@ -80,7 +82,12 @@ class ThroughputCallback(TrainerCallback):
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
         self._started = 0.0
-        self._step_seconds = 0.0
+        self._seconds = 0.0  # since the last log
+        self._tokens_before = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over the steps that a resumed run's log already holds; trl counts its tokens from 0 again."""
+        self.rows = [{key: row[key] for key in _THROUGHPUT} for row in state.log_history if "seconds" in row]
         self._tokens_before = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -91,7 +98,7 @@ class ThroughputCallback(TrainerCallback):
         """Stop the step's clock."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._step_seconds = time.perf_counter() - self._started
+        self._seconds += time.perf_counter() - self._started
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the row of the step that was just logged."""
@@ -99,25 +106,25 @@ class ThroughputCallback(TrainerCallback):
             return
         total = float(logs.get("num_tokens", 0.0))
         tokens, self._tokens_before = total - self._tokens_before, total
-        steps = len(self.rows) + 1
-        mean = (sum(row["seconds"] for row in self.rows) + self._step_seconds) / steps
-        self.rows.append(
-            {
-                "step": state.global_step,
-                "seconds": self._step_seconds,
-                "tokens": tokens,
-                "tokens_per_second": tokens / self._step_seconds if self._step_seconds else 0.0,
-                "peak_gib": peak_memory_gib(),
-                "seconds_left": mean * (state.max_steps - state.global_step),
-            }
-        )
+        seconds, self._seconds = self._seconds, 0.0
+        pace = (sum(row["seconds"] for row in self.rows) + seconds) / state.global_step
+        row = {
+            "step": state.global_step,
+            "seconds": seconds,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds if seconds else 0.0,
+            "peak_gib": peak_memory_gib(),
+            "seconds_left": pace * (state.max_steps - state.global_step),
+        }
+        self.rows.append(row)
+        if state.log_history:
+            state.log_history[-1].update(row)
 
     def to_frame(self) -> pd.DataFrame:
         """``rows`` as a table, indexed by step."""
         import pandas as pd
 
-        columns = ["step", "seconds", "tokens", "tokens_per_second", "peak_gib", "seconds_left"]
-        return pd.DataFrame(self.rows, columns=columns).set_index("step")
+        return pd.DataFrame(self.rows, columns=_THROUGHPUT).set_index("step")
 
 
 class LiveLossCallback(TrainerCallback):

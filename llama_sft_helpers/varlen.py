@@ -136,6 +136,11 @@ def _varlen_attention(  # noqa: PLR0917
     """Shapes: query ``(batch, heads, tokens, head_dim)``; result ``(batch, tokens, heads, head_dim)``."""
     positions: Any = kwargs.get("position_ids")
     same = query.shape[2] == key.shape[2] and positions is not None
+    if dropout and attention_mask is None and same and bool((positions == 0).sum() > positions.shape[0]):
+        raise ValueError(
+            f"attention 'varlen' has no dropout (attention_dropout={dropout}), and packed documents would "
+            "see each other without a mask; expected 0. Set config.attention_dropout = 0, or use 'sdpa'."
+        )
     if (
         _varlen_kernel is None
         or attention_mask is not None
@@ -169,6 +174,8 @@ _last_bounds: list[Any] = [None, None]
 @torch.compiler.disable
 def _cached_bounds(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
     """``document_bounds``, computed once for all layers of a forward pass (each costs a GPU wait)."""
+    if position_ids.is_inference():  # has no version counter
+        return document_bounds(position_ids)
     key = (position_ids.data_ptr(), position_ids._version, tuple(position_ids.shape))
     if _last_bounds[0] != key or _last_bounds[1][2] is not position_ids.untyped_storage():
         _last_bounds[:] = [key, (*document_bounds(position_ids), position_ids.untyped_storage())]

@@ -17,6 +17,7 @@ from llama_sft_helpers.adapter import (
     merge_device_map,
     summarize_int8_merge,
 )
+from llama_sft_helpers.folders import hash_files
 
 
 @pytest.fixture
@@ -103,6 +104,17 @@ def test_a_truncated_file_is_damaged(folder, base, size):
     weights(folder).write_bytes(content[:size])
     with pytest.raises(AdapterError, match="is damaged"):
         check_adapter(folder, base, find_base_model(folder))
+
+
+def test_a_changed_byte_among_the_weights_is_noticed_by_the_hash(folder, base):
+    written = hash_files(folder)
+    check_adapter(folder, base, find_base_model(folder), sha256=written)
+    content = bytearray(weights(folder).read_bytes())
+    content[-5] ^= 1
+    weights(folder).write_bytes(content)
+    check_adapter(folder, base, find_base_model(folder))  # a finite number of the right shape
+    with pytest.raises(AdapterError, match=f"expected {written[:16]}.*they changed since"):
+        check_adapter(folder, base, find_base_model(folder), sha256=written)
 
 
 def test_a_corrupted_header_is_damaged_and_a_missing_file_is_missing(folder, base):

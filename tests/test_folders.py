@@ -6,11 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
-from llama_sft_helpers.folders import PublishError, hash_files, new_folder
+from llama_sft_helpers.folders import PublishError, hash_files, new_folder, write_text
 
 
 def test_a_folder_appears_when_complete_and_is_replaced_by_the_next_run(tmp_path):
@@ -113,3 +115,38 @@ def test_the_hash_covers_names_and_bytes(tmp_path):
     assert hash_files(tmp_path) != by_hand
     with pytest.raises(PublishError, match=r"has no \*.gguf"):
         hash_files(tmp_path, "*.gguf")
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+    target = tmp_path / "merged"
+    with new_folder(target) as folder:
+        (folder / "weights").write_text("old")
+    rename = Path.rename
+
+    def failing(self, to):
+        if self.name == "new":
+            raise OSError(5, "Input/output error")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"), new_folder(target) as folder:
+        (folder / "weights").write_text("new")
+    assert (target / "weights").read_text() == "old"
+
+
+def test_two_writers_of_one_file_never_show_half_of_it(tmp_path):
+    path, texts = tmp_path / "file.txt", ["a" * 200_000, "b" * 200_000]
+    seen = set()
+
+    def write(text):
+        for _ in range(30):
+            write_text(path, text)
+            seen.add(path.read_text(encoding="utf-8"))
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen <= set(texts)
+    assert [item.name for item in tmp_path.iterdir()] == ["file.txt"]

@@ -343,9 +343,7 @@ def test_spectrum_is_drawn_from_the_singular_values(trained):
     layers = [trained.get_submodule(f"base_model.model.model.layers.{i}.mlp.up_proj") for i in (0, 1)]
     values = [np.linalg.svd(dense_update(layer, 1.0), compute_uv=False)[:16] for layer in layers]
     drawn = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
-    assert np.allclose(
-        drawn["up_proj"][:16], np.minimum(*values), rtol=1e-6
-    )  # torch's median of two: the lower
+    assert np.allclose(drawn["up_proj"][:16], np.mean(values, axis=0), rtol=1e-5)  # the median of two
     assert (drawn["up_proj"][16:] == 0).all()
     assert axes.get_xlabel()
     assert "W" in axes.get_ylabel()

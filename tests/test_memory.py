@@ -50,8 +50,9 @@ def test_the_presets_ran_20_steps_on_cards_of_their_size_with_10_percent_to_spar
     assert set(ran) == {"colab-a100", "colab-l4", "colab-t4"}
     for name, result in ran.items():
         profile = read_profile(name)
-        assert result["card_gib"] == profile.gpu_gib
-        assert result["share_of_card"] <= 0.9
+        # measured under the size that the card is sold with, judged by what of it can be used
+        assert profile.gpu_gib <= result["card_gib"] <= profile.gpu_gib * 1.1
+        assert result["share_of_card"] * result["card_gib"] <= 0.9 * profile.gpu_gib
         assert len(result["losses"]) == 20
         setting = {key: value for key, value in result["setting"].items() if hasattr(profile, key)}
         shortened = setting.pop("gradient_accumulation_steps")
@@ -237,7 +238,7 @@ def test_wrong_arguments_are_named(arguments, message):
 @pytest.mark.parametrize("name", ["colab-a100", "colab-l4", "colab-t4"])
 def test_every_preset_fits_its_own_card_with_10_percent_to_spare(name):
     profile = read_profile(name)
-    fit = plan_fit(LLAMA3, profile, cards_gib=(profile.gpu_gib,))
+    fit = plan_fit(LLAMA3, profile, cards_gib={name: profile.gpu_gib})
     assert fit["verdict"].item() == "fits"
     assert fit["share"].item() <= 0.9
 
@@ -245,7 +246,7 @@ def test_every_preset_fits_its_own_card_with_10_percent_to_spare(name):
 def test_verdicts_and_a_change_that_does_fit():
     profile = plain_a100(gradient_checkpointing=False, per_device_train_batch_size=4)
     planned = plan_memory(LLAMA3, profile)["gib"].sum()
-    fit = plan_fit(LLAMA3, profile, cards_gib=(planned / 2, planned * 1.05, planned * 1.2))
+    fit = plan_fit(LLAMA3, profile, cards_gib={"a": planned / 2, "b": planned * 1.05, "c": planned * 1.2})
     assert fit["verdict"].tolist() == ["does not fit", "tight", "fits"]
     assert fit["change"].iloc[-1] == ""
     changes = dict(smaller_profiles(profile))
@@ -256,7 +257,7 @@ def test_verdicts_and_a_change_that_does_fit():
 
 def test_the_advice_ends_with_4_bits_and_a_smaller_model():
     profile = read_profile("colab-t4")
-    fit = plan_fit(LLAMA3, profile, cards_gib=(9.0, 4.0))
+    fit = plan_fit(LLAMA3, profile, cards_gib={"a": 9.0, "b": 4.0})
     assert fit["change"].tolist()[0].startswith("4-bit weights (nf4)")
     assert fit["change"].tolist()[1] == "a smaller model"
 
@@ -265,6 +266,20 @@ def test_smaller_profiles_keep_the_effective_batch():
     profile = plain_a100(per_device_train_batch_size=8, gradient_accumulation_steps=3)
     for _, smaller in smaller_profiles(profile):
         assert smaller.per_device_train_batch_size * smaller.gradient_accumulation_steps == 24
+
+
+def test_the_exercise_of_06_says_what_the_plan_says():
+    """Without checkpointing the plain path does not fit 24 GB, and its activations grow about threefold."""
+    plain = read_profile("colab-a100", fast=False, gradient_checkpointing=False)
+    fit = plan_fit(LLAMA3, plain).set_index("card")
+    assert fit.loc["24 GB", "verdict"] == "does not fit"
+    sizes = [
+        gib_of(plan_memory(LLAMA3, profile, quantization=kind), "activations")
+        for kind in ("int8", "nf4")
+        for profile in (plain, read_profile("colab-a100", fast=False))
+    ]
+    assert 2.5 < sizes[0] / sizes[1] < 3.5, sizes
+    assert sizes[2] / sizes[3] > 10, sizes
 
 
 # --- Measured against planned, out of memory, figure, command ---
@@ -295,9 +310,22 @@ def test_half_the_batch_twice_the_accumulation_and_then_no_further():
     profile = plan_smaller_batch(plain_a100())
     assert (profile.per_device_train_batch_size, profile.gradient_accumulation_steps) == (1, 8)
     with pytest.raises(
-        ValueError, match=r"per_device_train_batch_size=1 cannot be halved.*max_length=1024, or 4-bit"
+        ValueError, match=r"batch_size=1 is the smallest micro-batch.*max_length=1024, or 4-bit"
     ):
         plan_smaller_batch(profile)
+    odd = plan_smaller_batch(plain_a100(per_device_train_batch_size=9, gradient_accumulation_steps=2))
+    assert (odd.per_device_train_batch_size, odd.gradient_accumulation_steps) == (3, 6)
+
+
+@pytest.mark.parametrize("name", ["colab-a100", "colab-l4", "colab-t4"])
+def test_out_of_memory_is_explained_for_every_preset_down_to_one_row(name):
+    profile = read_profile(name)
+    rows = profile.per_device_train_batch_size * profile.gradient_accumulation_steps
+    while profile.per_device_train_batch_size > 1:
+        assert "Next try, with the same effective batch" in explain_oom(LLAMA3, profile)
+        profile = plan_smaller_batch(profile)
+        assert profile.per_device_train_batch_size * profile.gradient_accumulation_steps == rows
+    assert "One row is the smallest micro-batch. What is left to change: " in explain_oom(LLAMA3, profile)
     with pytest.raises(ValueError, match="gradient_checkpointing=True"):
         plan_smaller_batch(dataclasses.replace(profile, gradient_checkpointing=False))
 
@@ -317,7 +345,8 @@ def test_the_command_prints_the_same_plan():
     told = json.loads(done.stdout)
     plan = plan_memory(LLAMA3, read_profile("colab-a100"))
     assert [row["gib"] for row in told["plan"]] == plan["gib"].tolist()
-    assert [row["card_gib"] for row in told["fit"]] == [16, 24, 40, 80]
+    assert [row["card"] for row in told["fit"]] == ["16 GB", "24 GB", "40 GB", "80 GB"]
+    assert all(row["card_gib"] < float(row["card"].split()[0]) for row in told["fit"])
     table = runner.invoke(app, ["plan", "--profile", "colab-a100"])
     assert f"{plan['gib'].sum():.2f} GiB in all" in table.stdout
 

@@ -1,5 +1,6 @@
 import dataclasses
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -91,6 +92,18 @@ def test_torch_dtype_is_the_named_one():
     assert read_profile("colab-t4").torch_dtype is torch.float16
     settings = tomllib.loads((profiles._PACKAGE / "profiles" / "colab-t4.toml").read_text(encoding="utf-8"))
     assert settings["settings"]["dtype"]["value"] == "float16"
+
+
+def test_results_go_to_google_drive_where_it_is_mounted(monkeypatch):
+    monkeypatch.delenv("SFT_OUTPUT_DIR", raising=False)
+    profile = read_profile("cpu-demo")
+    assert profile.output_dir == Path("outputs").resolve() / "cpu-demo"
+    drive = Path("/content/drive/MyDrive")
+    is_dir = Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", lambda self: self == drive or is_dir(self))
+    assert profile.output_dir == drive / "llama-sft" / "cpu-demo"
+    monkeypatch.setenv("SFT_OUTPUT_DIR", "/elsewhere")
+    assert profile.output_dir == Path("/elsewhere")
 
 
 def test_one_flag_turns_every_acceleration_off_and_checkpointing_on_in_their_place():

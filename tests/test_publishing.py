@@ -142,6 +142,9 @@ def test_rows_have_a_hash_of_their_content_only():
         ("meta-llama/Llama-3-8B", True),
         ("HuggingFaceTB/SmolLM2-135M", False),
         ("meta-llama/Llama-2-7b", False),
+        ("NousResearch/Meta-Llama-3-8B", True),
+        ("unsloth/llama-3-8b", True),
+        ("/content/Meta-Llama-3-8B", True),
     ],
 )
 def test_llama_3_is_told_from_other_models(name, expected):
@@ -155,6 +158,9 @@ def test_repository_names():
         check_repo_id("ada/my-alpaca", "meta-llama/Meta-Llama-3-8B")
     with pytest.raises(PublishError, match="your-name/model-name"):
         check_repo_id("my-alpaca", "x/y")
+    for name in ("../my", "me/a--b", "me/.x"):
+        with pytest.raises(PublishError, match="your-name/model-name"):
+            check_repo_id(name, "x/y")
 
 
 # --- The hub ---

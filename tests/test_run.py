@@ -162,3 +162,24 @@ def test_a_runs_page_describes_its_figures(write_notebooks, tmp_path):
     nbformat.write(notebook, path)
     run_notebooks("ci-tiny", only=None, out=tmp_path / "out", notebooks=originals)
     assert 'alt="A line that rises"' in (tmp_path / "out" / "01_figure.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", [["run"], ["plan"]])
+def test_a_model_that_cannot_be_built_is_one_clear_error(command, tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("a file where the models' folder should be")
+    monkeypatch.setenv("SFT_MODELS_DIR", str(tmp_path / "taken"))
+    extra = ["--out", tmp_path / "out"] if command == ["run"] else []
+    done = run(*command, "--profile", "ci-tiny", *extra)
+    assert done.returncode == 1
+    assert "Cannot write the model to" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_originals_folder_is_no_output_folder_and_an_empty_choice_is_no_run(write_notebooks, tmp_path):
+    originals = write_notebooks(n01_first=["1"])
+    before = (originals / "01_first.ipynb").read_bytes()
+    with pytest.raises(RunError, match="holds the originals, which are never written"):
+        run_notebooks("ci-tiny", only=None, out=originals, notebooks=originals)
+    assert (originals / "01_first.ipynb").read_bytes() == before
+    with pytest.raises(RunError, match="--only ',' names no notebook"):
+        run_notebooks("ci-tiny", only=",", out=tmp_path / "out", notebooks=originals)

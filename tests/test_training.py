@@ -57,6 +57,34 @@ def run_folder(finished, tmp_path):
     return Path(shutil.copytree(finished[3], tmp_path / "run"))
 
 
+def test_throughput_goes_on_after_a_resume_with_the_steps_before(tmp_path):
+    """As after a lost session: a new trainer and a new callback, on an earlier run's checkpoint."""
+    settings = {"max_steps": 6, "save_steps": 3, "eval_strategy": "no"}
+    whole = ThroughputCallback()
+    tiny_training.build_trainer(tmp_path, [whole], **settings).train()
+    resumed = ThroughputCallback()
+    trainer = tiny_training.build_trainer(tmp_path / "again", [resumed], **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.to_frame().index.tolist() == [1, 2, 3, 4, 5, 6]
+    assert resumed.to_frame()["tokens"].tolist() == whole.to_frame()["tokens"].tolist()
+    assert resumed.to_frame()["seconds"][:3].tolist() == whole.to_frame()["seconds"][:3].tolist()
+    logged = [row["tokens"] for row in trainer.state.log_history if "tokens" in row]
+    assert logged == whole.to_frame()["tokens"].tolist()
+
+
+def test_throughput_counts_all_the_time_since_the_last_log(tmp_path):
+    every = ThroughputCallback()
+    tiny_training.build_trainer(tmp_path / "a", [every], max_steps=4, eval_strategy="no").train()
+    second = ThroughputCallback()
+    tiny_training.build_trainer(
+        tmp_path / "b", [second], max_steps=4, eval_strategy="no", logging_steps=2
+    ).train()
+    assert second.to_frame().index.tolist() == [2, 4]
+    assert second.to_frame()["tokens"].sum() == every.to_frame()["tokens"].sum()
+    for row in second.rows:
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+
+
 # --- The numbers ---
 
 

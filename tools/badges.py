@@ -32,12 +32,15 @@ def restamp(new: str) -> list[Path]:
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", new):
         raise ValueError(f"REPO={new!r}: expected owner/name, for example llama-sft/llama-sft-notebooks.")
-    old = current_repository()
+    old = re.escape(current_repository())
+    named = re.compile(
+        rf"(?<=github\.com/){old}\b|(?<=/github/){old}\b"
+    )  # an address, and nothing that looks alike
     changed = []
     for path in (path for pattern in PLACES for path in sorted(ROOT.glob(pattern))):
         text = path.read_text(encoding="utf-8")
-        if old in text:
-            path.write_text(text.replace(old, new), encoding="utf-8")
+        if (stamped := named.sub(new, text)) != text:
+            path.write_text(stamped, encoding="utf-8")
             changed.append(path)
     return changed
 

@@ -135,8 +135,9 @@ def main() -> int:
     if not stale:
         print("Every notebook's outputs are up to date.")
         return 0
-    if any(path.stem == "07_evaluation" for path in stale):  # it needs the adapter of 06
-        stale = sorted({*stale, *(path for path in paths if path.stem == "06_training")})
+    together = {path for path in paths if path.stem in ("06_training", "07_evaluation")}
+    if together & set(stale):  # 07 judges the adapter of 06
+        stale = sorted({*stale, *together})
     PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "outputs"
