@@ -118,6 +118,10 @@ def test_commands_switch_and_leave(monkeypatch, capsys):
     assert "four" not in out
 
 
+def test_emoji_codes_in_an_answer_stay_as_they_are(monkeypatch, capsys):
+    assert "T:use :warning: and :100:" in talk(monkeypatch, capsys, "use :warning: and :100:")
+
+
 def test_the_end_of_the_input_leaves_and_a_prompt_answers_once(monkeypatch, capsys):
     assert "B:one" in talk(monkeypatch, capsys, "one", tuned=False)
     assert talk(monkeypatch, capsys, "ignored", prompt="just this") == "T:just this [bold]x[/bold]\n"

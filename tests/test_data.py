@@ -724,3 +724,26 @@ def test_notebook_runs_on_llama_3s_own_tokenizer(tmp_path, monkeypatch):
     shown = json.dumps(notebook, ensure_ascii=False)
     assert "<|reserved_special_token_2|>', 128004" in shown
     assert "375 of 375 rows are used, 0 are left out" in shown
+
+
+def test_control_tokens_that_the_tokenizer_does_not_name_are_found_too(tiny_tokenizer):
+    """As Llama 3's: BOS and EOS are named, the other special tokens are only in its table."""
+    from transformers import PreTrainedTokenizerFast
+
+    few = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer.backend_tokenizer,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|end_of_text|>",
+    )
+    assert "<|eot_id|>" not in few.all_special_tokens
+    rows = [{"instruction": "Say", "input": "", "output": f"hi {token}"} for token in ("<|eot_id|>", "<b>")]
+    report = data.summarize_rows(rows, few)
+    assert report.loc["special-token", "first_indices"] == [0]
+
+
+def test_a_chat_turn_without_a_role_is_a_wrong_type(tiny_tokenizer):
+    turns = [{"content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    report = data.summarize_rows(
+        [{"messages": turns}, {"messages": [{"role": None, "content": "x"}, *turns[1:]]}]
+    )
+    assert report.loc["wrong-type", "rows"] == 2

@@ -130,6 +130,13 @@ class TestAccess:
             monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{held.getsockname()[1]}")
             assert reason_of(token=GOOD) == "hub-unreachable"
 
+    def test_an_address_that_is_none(self, hub, monkeypatch):
+        monkeypatch.setenv("HF_ENDPOINT", "http://localhost:port")
+        with pytest.raises(AccessError) as caught:
+            check_access(MODEL, GOOD)
+        assert caught.value.reason == "hub-unreachable"
+        assert "InvalidURL" in str(caught.value)
+
     def test_offline_mode(self, hub, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(AccessError, match="HF_HUB_OFFLINE is set"):

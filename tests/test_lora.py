@@ -1,6 +1,7 @@
 """LoRA's helpers against independent truths: hand counts, PEFT's count, NumPy's SVD in float64."""
 
 import logging
+import math
 
 import matplotlib as mpl
 import numpy as np
@@ -419,3 +420,10 @@ def test_sweep_is_drawn_with_ranks_and_base_line():
     assert "nats" in axes.get_ylabel()
     with pytest.raises(ValueError, match="lacks parameters"):
         lora.plot_sweep(make_sweep(SEEN).drop(columns="parameters"), 3.5)
+
+
+def test_a_nan_gradient_shows_wherever_it_stands():
+    bad, good = torch.tensor([float("nan")]), torch.ones(1)
+    for grads in ([bad, good], [good, bad]):
+        assert math.isnan(lora._gradient_counts(grads)[2])
+    assert lora._gradient_counts([None])[2] == 0.0

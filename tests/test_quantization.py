@@ -599,3 +599,19 @@ def test_outlier_channels_on_a_gpu_equal_those_of_bitsandbytes(tiny_model_dir, b
     table = quantization.summarize_outliers(model, batch.to("cuda"), threshold=1.5)
     linear = model.model.layers[0].self_attn.q_proj
     assert table.iloc[0]["channels"] == tuple(linear.state.idx.tolist())
+
+
+def test_left_padding_scores_the_same_tokens_as_none(tiny_model):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    alone = quantization.summarize_predictions(
+        tiny_model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    )
+    padded = {
+        "input_ids": torch.cat([torch.full((1, 3), 4), ids], dim=1),
+        "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1]]),
+    }
+    assert (
+        quantization.summarize_predictions(tiny_model, padded)["label"].tolist()
+        == alone["label"].tolist()
+        == [6, 7, 8]
+    )

@@ -489,3 +489,36 @@ def test_plot_ladder_shows_each_rung(results):
     assert ax.get_title()
     with pytest.raises(ValueError, match="no column 'nonsense'"):
         speed.plot_ladder(table, "nonsense")
+
+
+def test_without_the_plain_rung_there_is_nothing_to_compare_with(results):
+    results["rungs"][0] = {"rung": "plain", "error": "out of memory"}
+    assert speed.summarize_ladder(results, 1, 1.0)["times_plain"].isna().all()
+
+
+def test_dropout_would_let_packed_documents_see_each_other_and_is_refused(monkeypatch):
+    monkeypatch.setattr(varlen, "_varlen_kernel", lambda *a: pytest.fail("the kernel has no dropout"))
+    tensors = [torch.randn(1, 2, 6, 4) for _ in range(3)]
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with pytest.raises(ValueError, match=r"attention_dropout=0.1.*expected 0"):
+        varlen._varlen_attention(None, *tensors, None, dropout=0.1, position_ids=positions)
+
+
+def test_document_bounds_in_inference_mode():
+    with torch.inference_mode():
+        bounds, longest = varlen._cached_bounds(torch.tensor([[0, 1, 0, 1, 2]]))
+    assert (bounds.tolist(), longest) == ([0, 2, 5], 3)
+
+
+def test_remembered_modules_do_not_keep_a_model_alive(tiny_model):
+    import gc
+    import weakref
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    known = weakref.ref(model)
+    speed.remember_modules(model)
+    speed.remember_modules(model)()  # a second undo finds what the first one left
+    model(torch.zeros(1, 2))
+    del model
+    gc.collect()
+    assert known() is None
