@@ -130,7 +130,8 @@ def load_profile(name: str | None = None, *, fast: bool = True, **overrides: Any
     becomes the folder of the shipped rows.
 
     Args:
-        name: A profile's name; None reads ``$SFT_PROFILE`` or looks at the GPU.
+        name: A profile's name, or a TOML file of one's own that changes some settings of a shipped profile
+            (see ``read_profile``); None reads ``$SFT_PROFILE`` or looks at the GPU.
         fast: False turns off what notebook 08 adds (varlen attention, ``fast_int8``, compiled layers) and
             turns gradient checkpointing on where those had replaced it.
         overrides: Settings that replace the profile's, ``max_steps=60`` for instance.
@@ -145,8 +146,19 @@ def load_profile(name: str | None = None, *, fast: bool = True, **overrides: Any
 
 
 def read_profile(name: str | None = None, *, fast: bool = True, **overrides: Any) -> Profile:
-    """As ``load_profile``, with ``local:`` ids left as they are and nothing built."""
+    """As ``load_profile``, with ``local:`` ids left as they are and nothing built.
+
+    A file of one's own names the shipped profile it starts from, and what it changes::
+
+        profile = "colab-a100"
+        [settings]
+        max_steps = 200
+        learning_rate = { value = 1e-4, reason = "our rows are long" }
+    """
     name = name or os.environ.get("SFT_PROFILE") or _pick_by_gpu()
+    changed: dict[str, tuple[Any, str]] = {}
+    if name.endswith(".toml"):
+        name, changed = _read_changes(Path(name))
     path = _PACKAGE / "profiles" / f"{name}.toml"
     if name not in available_profiles():
         raise ProfileError(
@@ -160,10 +172,33 @@ def read_profile(name: str | None = None, *, fast: bool = True, **overrides: Any
         plain = {**_PLAIN, "gradient_checkpointing": checkpointing}
         reasons |= {key: "fast=False: the plain path" for key, value in plain.items() if values[key] != value}
         values |= plain
-    for key, value in overrides.items():
+    for key, (value, reason) in {**changed, **{k: (v, "set by you") for k, v in overrides.items()}}.items():
         values[key] = value
-        reasons[key] = "set by you"
+        reasons[key] = reason
     return Profile(name=name, reasons=reasons, **_validated(name, values))
+
+
+def _read_changes(path: Path) -> tuple[str, dict[str, tuple[Any, str]]]:
+    """A reader's own file: the shipped profile it starts from, and setting -> (value, reason)."""
+    example = 'profile = "colab-a100", then [settings] and max_steps = 200'
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ProfileError(
+            f"Cannot read the profile {path.absolute()}: {error}. Expected a TOML file: {example}."
+        ) from error
+    base, settings = content.get("profile"), content.get("settings", {})
+    if not isinstance(base, str) or not isinstance(settings, dict):
+        raise ProfileError(
+            f"{path.absolute()} must name the shipped profile that it starts from, one of "
+            f"{', '.join(available_profiles())}: {example}. Found the keys {', '.join(content) or 'none'}."
+        )
+    entries = {key: entry if isinstance(entry, dict) else {"value": entry} for key, entry in settings.items()}
+    if lacking := [key for key, entry in entries.items() if "value" not in entry]:
+        raise ProfileError(f"{path.absolute()}, setting {lacking[0]!r}: a table must hold value = ...")
+    return base, {
+        key: (e["value"], str(e.get("reason", f"set in {path.name}"))) for key, e in entries.items()
+    }
 
 
 def _fields() -> dict[str, str]:

@@ -50,7 +50,7 @@ def run_notebooks(
     The originals are read, never written. A failing notebook is written too, up to its failing cell.
 
     Args:
-        profile_name: Profile; None picks by the GPU that is there.
+        profile_name: Profile or a TOML file of one's own; None picks by the GPU that is there.
         only: Comma-separated numbers, ``"03,04"``; None runs all.
         out: Folder for the results; made if missing.
         notebooks: Folder of the originals; default ``./notebooks``, else the checkout's.
@@ -75,7 +75,9 @@ def run_notebooks(
     with _output_folder(out), _terminable():
         (out / "index.html").unlink(missing_ok=True)  # it would speak of an earlier run
         profile = load_profile(profile_name)
-        with _environment(SFT_PROFILE=profile.name, SFT_OUTPUT_DIR=str(out), MPLBACKEND=None):
+        with _environment(
+            SFT_PROFILE=_from_anywhere(profile_name) or profile.name, SFT_OUTPUT_DIR=str(out), MPLBACKEND=None
+        ):
             pages = _execute_all(paths, out, cell_timeout_seconds)
         _write(out / "index.html", _index_page(profile.name, pages))
     _report(out, trained=any(path.stem.endswith("training") for path in paths))
@@ -103,6 +105,12 @@ def find_notebooks(folder: Path | None = None, only: str | None = None) -> list[
     if unknown := [number for number in wanted if number not in numbers]:
         raise RunError(f"There is no notebook {', '.join(unknown)}. Valid numbers: {', '.join(numbers)}.")
     return [path for path in paths if path.name[:2] in wanted]
+
+
+def _from_anywhere(profile_name: str | None) -> str | None:
+    """A profile's own TOML file as an absolute path: the kernels run in another folder."""
+    given = profile_name or os.environ.get("SFT_PROFILE") or ""
+    return str(Path(given).absolute()) if given.endswith(".toml") else None
 
 
 @contextmanager

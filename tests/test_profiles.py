@@ -117,3 +117,52 @@ def test_one_flag_turns_every_acceleration_off_and_checkpointing_on_in_their_pla
     assert changed == {*switches, "gradient_checkpointing", "reasons"}
     assert profiles.read_profile("cpu-demo", fast=False) == profiles.read_profile("cpu-demo")
     assert profiles.read_profile("colab-a100", fast=False, fast_int8=True).fast_int8
+
+
+def write_own(folder, text):
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_file_of_ones_own_changes_a_shipped_profile(tmp_path, monkeypatch):
+    text = """
+    profile = "colab-t4"
+    [settings]
+    max_steps = 7
+    learning_rate = { value = 1e-4, reason = "our rows are long" }
+    """
+    own = read_profile(write_own(tmp_path, text), max_new_tokens=9)
+    shipped = read_profile("colab-t4")
+    changes = {"max_steps": 7, "learning_rate": 1e-4, "max_new_tokens": 9}
+    assert own == dataclasses.replace(shipped, **changes)
+    reasons = own.to_frame()["reason"]
+    assert reasons[["max_steps", "learning_rate", "max_new_tokens"]].tolist() == [
+        "set in mine.toml",
+        "our rows are long",
+        "set by you",
+    ]
+    monkeypatch.setenv("SFT_PROFILE", str(tmp_path / "mine.toml"))
+    assert read_profile().max_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("profile = ", r"Cannot read the profile .*mine.toml"),
+        ("[settings]\nmax_steps = 3", r"must name the shipped profile .*colab-a100.*Found the keys settings"),
+        ('profile = "colab-a100"\nsettings = 3', "must name the shipped profile"),
+        ('profile = "mine"', "no profile 'mine'"),
+        ('profile = "colab-a100"\n[settings]\nmax_stepz = 3', "no setting 'max_stepz'"),
+        ('profile = "colab-a100"\n[settings]\nmax_steps = "3"', "expected int"),
+        ('profile = "colab-a100"\n[settings.max_steps]\nreason = "r"', "must hold value"),
+    ],
+)
+def test_a_bad_file_of_ones_own_is_explained(tmp_path, text, expected):
+    with pytest.raises(ProfileError, match=expected):
+        read_profile(write_own(tmp_path, text))
+
+
+def test_a_missing_file_of_ones_own_is_named():
+    with pytest.raises(ProfileError, match=r"Cannot read the profile .*nowhere.toml.*No such file"):
+        read_profile("nowhere.toml")
