@@ -49,7 +49,7 @@ def read_only(folder):
 
 def leftovers(folder):
     """Scratch files and folders that a run should have taken away."""
-    kept = ("*.part", ".*.part", ".*.tmp", ".tiny-llama.*", ".model.*", ".merged.*")
+    kept = ("*.part", ".*.part", ".*.tmp", ".tiny-llama.*", ".smollm2-*", ".model.*", ".merged.*")
     found = [path for pattern in kept for path in folder.rglob(pattern)]
     return [path for path in found if path.suffix != ".lock"]
 
@@ -121,10 +121,9 @@ def test_the_disk_fills_up_while_a_checkpoint_is_written(tmp_path, tiny_model_di
 # --- Full and read-only disks elsewhere ---
 
 
-def test_the_disk_is_full_at_the_model_build(tmp_path, monkeypatch):
+def test_the_disk_is_full_at_the_model_build(tmp_path):
     from llama_sft_helpers import demo_model
 
-    monkeypatch.setattr(demo_model, "_TINY_STEPS", 2)
     for kib in (8, 64, 256, 500, 600, 700, 750):
         with small_disk(tmp_path / f"disk-{kib}", kib) as disk:
             with pytest.raises(demo_model.ModelBuildError, match="Nothing was left behind") as caught:
@@ -259,7 +258,7 @@ def _page_is_written(process, out, models):
 # phase -> (the cells of 01, when it is reached)
 _PHASES = {
     "start": (["1"], _exists(".llama-sft-run.lock")),
-    "model build": (["1"], lambda process, out, models: bool(list(models.glob(".tiny-llama.*/model")))),
+    "model build": (["1"], lambda process, out, models: bool(list(models.glob(".smollm2-*/model")))),
     "kernel start": (["1"], lambda process, out, models: bool(_kernel_of(process))),
     "cell that sleeps": (["open('in_cell', 'w').close(); import time; time.sleep(60)"], _exists("in_cell")),
     "cell that computes": ([_TRAINING_CELL], _exists("in_cell")),
@@ -284,8 +283,9 @@ def test_a_run_interrupted_in_every_phase(tmp_path, originals, phase, number):
     out, models = tmp_path / "out", tmp_path / "models"
     models.mkdir()
     environment = os.environ | ({"SFT_MODELS_DIR": str(models)} if phase == "model build" else {})
+    profile = "cpu-demo" if phase == "model build" else "ci-tiny"  # the tiny model is only copied
     process = subprocess.Popen(
-        [*COMMAND, "run", "--profile", "ci-tiny", "--out", str(out), "--notebooks", str(folder)],
+        [*COMMAND, "run", "--profile", profile, "--out", str(out), "--notebooks", str(folder)],
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
@@ -362,8 +362,8 @@ def test_two_runs_into_one_folder_at_once(tmp_path, originals):
 
 def test_two_model_builds_at_once(tmp_path):
     code = (
-        "import sys; from llama_sft_helpers import demo_model as d; d._TINY_STEPS = 5; "
-        "print(d.ensure_model('tiny-llama', sys.argv[1]))"
+        "import sys; from llama_sft_helpers.demo_model import ensure_model; "
+        "print(ensure_model('tiny-llama', sys.argv[1]))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "model")]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
