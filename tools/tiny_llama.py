@@ -47,7 +47,7 @@ def ship(shipped: Path = demo_model._SHIPPED) -> bool:
     weights = hashlib.sha256((shipped / "model.safetensors").read_bytes()).hexdigest()[:16]
     stamp = {"model": "tiny-llama", "recipe": tiny_llama.recipe(), "weights": weights}
     part = shipped / f"{demo_model._STAMP}.part"
-    part.write_text(json.dumps(stamp) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(stamp), encoding="utf-8")
     os.replace(part, shipped / demo_model._STAMP)
     return kept
 
