@@ -49,7 +49,7 @@ def read_only(folder):
 
 def leftovers(folder):
     """Scratch files and folders that a run should have taken away."""
-    kept = ("*.part", ".*.part", ".*.tmp", ".tiny-llama.*", ".smollm2-*", ".model.*", ".merged.*")
+    kept = ("*.part", ".*.part", ".*.tmp", ".tiny-llama.*", ".model.*", ".merged.*")
     found = [path for pattern in kept for path in folder.rglob(pattern)]
     return [path for path in found if path.suffix != ".lock"]
 
@@ -255,10 +255,24 @@ def _page_is_written(process, out, models):
     return (out / "01_a.ipynb").exists() and not (out / "01_a.html").exists()
 
 
+# The command line, where the tiny model takes a minute instead of the blink of copying it.
+_SLOW_COPY = """
+import time
+from llama_sft_helpers import demo_model
+from llama_sft_helpers.cli import app
+
+def copy_and_wait(folder, copy=demo_model._copy_tiny_llama):
+    copy(folder)
+    time.sleep(60)
+
+demo_model._BUILDERS["tiny-llama"] = copy_and_wait
+app()
+"""
+
 # phase -> (the cells of 01, when it is reached)
 _PHASES = {
     "start": (["1"], _exists(".llama-sft-run.lock")),
-    "model build": (["1"], lambda process, out, models: bool(list(models.glob(".smollm2-*/model")))),
+    "model build": (["1"], lambda process, out, models: bool(list(models.glob(".tiny-llama.*/model")))),
     "kernel start": (["1"], lambda process, out, models: bool(_kernel_of(process))),
     "cell that sleeps": (["open('in_cell', 'w').close(); import time; time.sleep(60)"], _exists("in_cell")),
     "cell that computes": ([_TRAINING_CELL], _exists("in_cell")),
@@ -283,9 +297,9 @@ def test_a_run_interrupted_in_every_phase(tmp_path, originals, phase, number):
     out, models = tmp_path / "out", tmp_path / "models"
     models.mkdir()
     environment = os.environ | ({"SFT_MODELS_DIR": str(models)} if phase == "model build" else {})
-    profile = "cpu-demo" if phase == "model build" else "ci-tiny"  # the tiny model is only copied
+    command = [sys.executable, "-c", _SLOW_COPY] if phase == "model build" else COMMAND
     process = subprocess.Popen(
-        [*COMMAND, "run", "--profile", profile, "--out", str(out), "--notebooks", str(folder)],
+        [*command, "run", "--profile", "ci-tiny", "--out", str(out), "--notebooks", str(folder)],
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
