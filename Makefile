@@ -7,7 +7,7 @@ REQS   := pyproject.toml requirements-colab.txt requirements-tested.txt requirem
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: colab-lookalike demo test test-slow test-gpu test-browser lint format record failures badges docs clean
+.PHONY: colab-lookalike demo test test-avx2 test-default test-one-thread test-cpus test-slow test-gpu test-browser lint format record failures badges docs clean tiny-llama
 
 $(VENV)/.installed: $(REQS)
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12"'
@@ -23,6 +23,18 @@ demo: $(VENV)/.installed  ## the whole series in 8-bit on SmolLM2-135M-Instruct,
 test: $(VENV)/.installed  ## lint, types, unit tests and every notebook on the tiny model
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
+
+# The tests on other CPUs than this one: sums are taken in another order there, so last digits differ. Each run
+# begins with an empty folder of models, so that nothing built under other limits is used.
+LIMITS_test-avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+LIMITS_test-default := ATEN_CPU_CAPABILITY=default
+LIMITS_test-one-thread := OMP_NUM_THREADS=1
+test-avx2 test-default test-one-thread: $(VENV)/.installed  ## the tests without AVX-512, vector units, threads
+	models=$$(mktemp -d) && trap 'rm -rf "$$models"' EXIT && \
+	  $(LIMITS_$@) SFT_MODELS_DIR="$$models" $(BIN)/python -m pytest $(ARGS)
+
+test-cpus:  ## all three, one after the other
+	for target in test-avx2 test-default test-one-thread; do $(MAKE) --no-print-directory $$target || exit 1; done
 
 test-slow: $(VENV)/.installed  ## the minutes-long tests
 	$(BIN)/python -m pytest -m slow
@@ -54,6 +66,9 @@ record: $(VENV)/.installed  ## run the notebooks with cpu-demo and save their ou
 
 failures: $(VENV)/.installed  ## run the drills and write docs/failures.md from their counts (some minutes)
 	$(BIN)/python tools/failures.py --record
+
+tiny-llama: $(VENV)/.installed  ## train the tests' model again after a change to tiny_llama.py or the rows
+	$(BIN)/python tools/tiny_llama.py
 
 badges: $(VENV)/.installed  ## point badges and install cells at another repository: make badges REPO=owner/name
 	$(BIN)/python tools/badges.py "$(REPO)"

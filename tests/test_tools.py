@@ -1,6 +1,7 @@
 """The tools that keep badges, recorded outputs and the site true."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,42 @@ def test_a_changed_cell_makes_recorded_outputs_stale(record, tmp_path):
     assert not record._is_current(path)
 
 
+@pytest.mark.parametrize(
+    ("target", "limits"),
+    [
+        (
+            "test-avx2",
+            {
+                "ATEN_CPU_CAPABILITY": "avx2",
+                "ONEDNN_MAX_CPU_ISA": "AVX2",
+                "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+            },
+        ),
+        ("test-default", {"ATEN_CPU_CAPABILITY": "default"}),
+        ("test-one-thread", {"OMP_NUM_THREADS": "1"}),
+    ],
+)
+def test_the_tests_of_other_cpus_run_under_their_limits_and_in_a_fresh_models_folder(
+    tmp_path, target, limits
+):
+    """``make`` runs a stand-in for Python that writes its environment down."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    python = bin_folder / "python"
+    python.write_text(f'#!/bin/sh\nenv > {tmp_path}/seen\nls -A "$SFT_MODELS_DIR" > {tmp_path}/models\n')
+    python.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "OMP_NUM_THREADS")
+    outside = {name: value for name, value in os.environ.items() if name not in names}
+    command = ["make", "-C", str(ROOT), target, f"VENV={tmp_path}", f"BIN={bin_folder}"]
+    subprocess.run(command, env=outside, check=True, capture_output=True)
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
+    assert {name: seen[name] for name in names if name in seen} == limits
+    assert (tmp_path / "models").read_text() == ""
+    assert seen["SFT_MODELS_DIR"] != os.environ["SFT_MODELS_DIR"]
+    assert not Path(seen["SFT_MODELS_DIR"]).exists()  # taken away again
+
+
 @pytest.mark.slow
 def test_the_wheel_installs_in_a_clean_venv_with_data_inside(tmp_path):
     subprocess.run(
@@ -94,6 +131,7 @@ def test_the_wheel_installs_in_a_clean_venv_with_data_inside(tmp_path):
     assert "llama_sft_helpers/profiles/colab-a100.toml" in names
     assert "llama_sft_helpers/configs/llama3_8b.json" in names
     assert "llama_sft_helpers/results/speed_h100_40gib.json" in names
+    assert "llama_sft_helpers/models/tiny-llama/model.safetensors" in names
     assert not [name for name in names if name.startswith(("tests", "tools", "notebooks"))]
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
@@ -101,3 +139,11 @@ def test_the_wheel_installs_in_a_clean_venv_with_data_inside(tmp_path):
     code = "from llama_sft_helpers.profiles import available_profiles; print(*available_profiles())"
     result = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "colab-a100" in result.stdout
+    packages = Path(importlib.util.find_spec("filelock").origin).parents[1]  # what the wheel needs is here
+    code = f"import sys; sys.path.append({str(packages)!r}); "
+    code += "from llama_sft_helpers.demo_model import ensure_model; print(ensure_model('tiny-llama', 'tiny'))"
+    subprocess.run([python, "-c", code], cwd=tmp_path, check=True)
+    shipped = ROOT / "llama_sft_helpers" / "models" / "tiny-llama"
+    assert {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()} == {
+        path.name: path.read_bytes() for path in shipped.iterdir()
+    }
