@@ -33,12 +33,12 @@ EXCEPTIONS = {
     "demo_model": {"from_pretrained", "train"},  # the builder reads the GGUF and trains the tiny Llama
     "cli": {"from_pretrained"},  # `chat` loads the adapter it talks to
 }
-SHARED_MODULES = {"profiles", "memory", "memory_counts", "demo_model", "folders", "modes"}
+SHARED_MODULES = {"profiles", "memory", "memory_counts", "demo_model", "folders", "modes", "checksums"}
 # step -> the further modules that belong to it alone
 PARTS = {
     "quantization": {"quantized_layers", "quantization_plots"},
     "lora": {"lora_sweep"},
-    "data": {"rows", "packing"},
+    "data": {"rows", "packing", "splits"},
     "training": {"checkpoints"},
     "speed": {"compiled_layers", "int8_product", "varlen"},
     "evaluation": {"adapter", "chat", "publishing", "scaling"},

@@ -245,7 +245,7 @@ def test_frozen_table_is_unmoved_by_training_and_by_nothing_else(adapted):
     layer.weight.data[2, 3] += 1
     layer.state.SCB[0] *= 1.001
     after = lora.summarize_frozen(adapted)
-    changed = after.index[after["crc32"] != before["crc32"]]
+    changed = after.index[after["checksum"] != before["checksum"]]
     assert [name.rpartition(".")[2] for name in changed] == ["weight", "SCB"]
     assert all("layers.1.self_attn.v_proj" in name for name in changed)
 
