@@ -33,7 +33,8 @@ class SplitPlan:
 
     def __str__(self) -> str:
         total = self.train_rows + self.eval_rows + self.unused + self.unusable
-        fewer = f" (one in ten; the profile asks for {self.asked:,})" if self.eval_rows < self.asked else ""
+        few = f" (a tenth of the rows, at least one, instead of {self.asked:,})"
+        fewer = few if self.eval_rows < self.asked else ""
         return (
             f"{total:,} rows: {self.train_rows:,} to train on, {self.eval_rows:,} held out{fewer}; left out: "
             f"{self.unusable:,} that cannot be used, {self.unused:,} beyond the profile's train_rows"
