@@ -40,7 +40,7 @@ def summarize_training_result(
             f"The loss was lowest after step {step} ({lowest:.4f}) and rose again: max_steps={step} would do."
         )
     if eval_rows < _FEW_ROWS:
-        advice.append(f"Held out: {eval_rows} of the rows. With so few, either direction may be luck.")
+        advice.append(f"Rows held out: {eval_rows}. With so few, either direction may be luck.")
     return _finding("held-out loss", f"below {before:.4f}", f"{after:.4f}", after < before, advice)
 
 
@@ -57,11 +57,13 @@ def summarize_gain(losses: pd.DataFrame) -> pd.DataFrame:
         advice.append("The adapter made it worse on these rows: see the advice in 06, and train again.")
     if not high < 0:
         advice.append(
-            f"The interval over {int(line['rows'])} held-out rows reaches 0 or above, so a gain cannot be "
-            "told from luck: hold out more rows."
+            f"Its interval (rows held out: {int(line['rows'])}) reaches 0 or above, so a gain cannot be told "
+            "from luck: hold out more rows."
         )
     elif line["rows"] < _FEW_ROWS:
-        advice.append(f"An interval from {int(line['rows'])} rows is itself uncertain: hold out more rows.")
+        advice.append(
+            f"Rows held out: {int(line['rows'])}. So few make the interval itself uncertain: hold out more."
+        )
     measured = f"{change:+.4f} ({low:+.4f} to {high:+.4f})"
     return _finding("change of the held-out loss", "below 0", measured, change < 0, advice)
 

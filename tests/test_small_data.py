@@ -153,7 +153,7 @@ def test_a_risen_loss_is_a_finding_with_advice():
     assert row["verdict"] == "not as hoped"
     assert row["hoped_for"] == "below 1.5000"
     assert "lowest after step 8 (1.2000)" in row["advice"]
-    assert "Held out: 2" in row["advice"]
+    assert "Rows held out: 2." in row["advice"]
 
 
 def test_a_fallen_loss_leaves_nothing_to_do():
@@ -170,7 +170,7 @@ def test_a_fallen_loss_leaves_nothing_to_do():
     [
         (-0.2, -0.1, 200, "as hoped", "nothing to do"),
         (-0.2, 0.1, 200, "as hoped", "cannot be told from luck"),
-        (-0.2, -0.1, 1, "as hoped", "itself uncertain"),
+        (-0.2, -0.1, 1, "as hoped", "interval itself uncertain"),
         (0.2, 0.3, 200, "not as hoped", "made it worse"),
     ],
 )
