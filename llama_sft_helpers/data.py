@@ -1,7 +1,8 @@
 """Notebook 05: tokens, labels, lengths and packing, seen as the model gets them.
 
 Nothing here tokenizes for training: the batches that are drawn and counted come from ``SFTTrainer`` itself.
-``rows`` checks rows and files, ``packing`` measures lengths and packed blocks; both are offered here too.
+``rows`` checks rows and files, ``packing`` measures lengths and packed blocks, ``splits`` plans what is held
+out; all are offered here too.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from llama_sft_helpers.rows import (
     summarize_rows,
     to_prompt_completion,
 )
+from llama_sft_helpers.splits import SplitPlan, plan_split
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataError",
+    "SplitPlan",
     "TokenError",
     "check_boundary",
     "check_eos_is_trained",
@@ -48,6 +51,7 @@ __all__ = [
     "choose_pad_token",
     "count_tokens",
     "plan_packing",
+    "plan_split",
     "plot_lengths",
     "plot_packing",
     "render_loss_mask",

@@ -8,14 +8,14 @@ The functions take the model that PEFT's ``get_peft_model`` returned and look at
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 
-from llama_sft_helpers.lora_sweep import COLOURS, MARKERS, plot_sweep, summarize_claims
+from llama_sft_helpers.checksums import checksum
+from llama_sft_helpers.lora_sweep import COLOURS, MARKERS, SweepPlan, plan_sweep, plot_sweep, summarize_claims
 from llama_sft_helpers.memory import TARGET_MODULES
 from llama_sft_helpers.memory_counts import Shape
 from llama_sft_helpers.modes import evaluation_mode
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterNotNoopError",
+    "SweepPlan",
     "check_adapter_is_noop",
     "plan_adapters",
+    "plan_sweep",
     "plot_sweep",
     "plot_update_spectrum",
     "summarize_adapters",
@@ -124,10 +126,10 @@ def summarize_gradients(model: Any) -> pd.DataFrame:
 def summarize_frozen(model: Any) -> pd.DataFrame:
     """A checksum of every tensor that is not trained, int8 scales included: equal tables, equal base model.
 
-    Reads each tensor once to the CPU: about a second a GiB.
+    Each checksum is computed where its tensor lies, so nothing is copied from a GPU.
 
     Returns:
-        Index ``tensor``; ``dtype``, ``bytes`` and ``crc32`` of its bytes.
+        Index ``tensor``; ``dtype``, ``bytes`` and ``checksum`` of its bytes.
 
     Raises:
         ValueError: The model holds no values (meta device), or nothing is frozen.
@@ -137,8 +139,8 @@ def summarize_frozen(model: Any) -> pd.DataFrame:
     if not frozen:
         raise ValueError("Every parameter of this model is trained; pass what get_peft_model returned.")
     _refuse_meta(model)
-    rows = [(name, str(t.dtype).removeprefix("torch."), t.nbytes, _crc32(t)) for name, t in frozen.items()]
-    return pd.DataFrame(rows, columns=["tensor", "dtype", "bytes", "crc32"]).set_index("tensor")
+    rows = [(name, str(t.dtype).removeprefix("torch."), t.nbytes, checksum(t)) for name, t in frozen.items()]
+    return pd.DataFrame(rows, columns=["tensor", "dtype", "bytes", "checksum"]).set_index("tensor")
 
 
 def summarize_training_state(model: Any, optimizer: torch.optim.Optimizer) -> pd.DataFrame:
@@ -308,11 +310,6 @@ def _gradient_counts(grads: list[torch.Tensor | None]) -> tuple[int, int, float]
     largest = [grad.abs().max().item() for grad in grads if grad is not None]
     top = torch.tensor(largest).max().item() if largest else 0.0  # a NaN among them shows, unlike in max()
     return len(largest), sum(value > 0 for value in largest), top
-
-
-def _crc32(tensor: torch.Tensor) -> int:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy().tobytes())
 
 
 def _singular_values(layer: Any, adapter: str) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -14,6 +16,97 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 BYTES = 16  # float32: a trainable parameter, its gradient and Adam's two means
 _SWEEP_COLUMNS = ("targets", "r", "parameters", "held_out_loss")
+# How many (target sets, learning rates, ranks) to try, from all down to the least that the claims need. What
+# is dropped first tells least: a rank between two others, then the outer rates, then the middle set.
+_SIZES = ((3, 4, 4), (3, 4, 3), (3, 3, 3), (3, 2, 3), (2, 2, 3), (2, 2, 2), (2, 1, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep trains within its budget; printed, it says how long that takes and what is left out.
+
+    Attributes:
+        targets: Names of the target sets.
+        learning_rates: Rates of which each set picks its own, at the first rank.
+        ranks: Ranks of each set, at its own rate; the first rank once more from another seed.
+        seconds: Planned time.
+        budget_seconds: Time that was allowed; the least sweep may need more.
+        left_out: What the caller offered and the budget does not allow.
+    """
+
+    targets: tuple[str, ...]
+    learning_rates: tuple[float, ...]
+    ranks: tuple[int, ...]
+    seconds: float
+    budget_seconds: float
+    left_out: tuple[str, ...]
+
+    @property
+    def adapters(self) -> int:
+        """Adapters to train: for each set its rates, its other ranks, and one from another seed."""
+        return _count_adapters(len(self.targets), len(self.learning_rates), len(self.ranks))
+
+    def __str__(self) -> str:
+        over = ", more than that: it is the least that the claims need" * (self.seconds > self.budget_seconds)
+        return (
+            f"{self.adapters} adapters, about {self.seconds:.0f} s of the {self.budget_seconds:.0f} s that "
+            f"the profile allows{over}; left out: {', '.join(self.left_out) or 'nothing'}"
+        )
+
+
+def plan_sweep(
+    targets: Sequence[str],
+    learning_rates: Sequence[float],
+    ranks: Sequence[int],
+    *,
+    seconds_per_adapter: float,
+    budget_seconds: float,
+) -> SweepPlan:
+    """Plan as much of a sweep as fits a budget of time; two sets at two ranks with one rate are the least.
+
+    Args:
+        targets: Names of the target sets, the most informative first.
+        learning_rates: Rates to pick from, the most informative first.
+        ranks: Ranks, the most informative first; the rates are picked at the first.
+        seconds_per_adapter: What training and measuring one adapter takes.
+        budget_seconds: What the profile allows (``sweep_seconds``).
+
+    Raises:
+        ValueError: Fewer than two sets, one rate or two ranks, or a time that is not above 0.
+    """
+    lengths = (len(targets), len(learning_rates), len(ranks))
+    if not _fits(_SIZES[-1], lengths):
+        raise ValueError(
+            f"Got {lengths} target sets, learning rates and ranks; expected at least {_SIZES[-1]}."
+        )
+    if not (seconds_per_adapter > 0 and budget_seconds > 0):
+        raise ValueError(
+            f"An adapter takes {seconds_per_adapter!r} s of {budget_seconds!r} s; expected both above 0."
+        )
+    sizes = [lengths, *(size for size in _SIZES if _fits(size, lengths))]
+    affordable = [size for size in sizes if _count_adapters(*size) * seconds_per_adapter <= budget_seconds]
+    sets, rates, kept = affordable[0] if affordable else sizes[-1]
+    return SweepPlan(
+        targets=tuple(targets[:sets]),
+        learning_rates=tuple(learning_rates[:rates]),
+        ranks=tuple(ranks[:kept]),
+        seconds=_count_adapters(sets, rates, kept) * seconds_per_adapter,
+        budget_seconds=budget_seconds,
+        left_out=(
+            *targets[sets:],
+            *(f"learning rate {rate:g}" for rate in learning_rates[rates:]),
+            *(f"r={r}" for r in ranks[kept:]),
+        ),
+    )
+
+
+def _fits(size: tuple[int, int, int], lengths: tuple[int, int, int]) -> bool:
+    return all(wanted <= there for wanted, there in zip(size, lengths, strict=True))
+
+
+def _count_adapters(sets: int, rates: int, ranks: int) -> int:
+    """Of each set: its rates at the first rank, the other ranks, and the first rank from another seed."""
+    return sets * (rates + ranks - 1 + 1)
 
 
 def plot_sweep(sweep: pd.DataFrame, base_loss: float) -> Axes:

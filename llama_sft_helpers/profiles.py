@@ -64,6 +64,7 @@ class Profile:
         eval_steps: Optimiser steps between held-out losses.
         save_steps: Optimiser steps between checkpoints.
         max_new_tokens: Longest generated answer, in tokens.
+        sweep_seconds: Seconds that notebook 04's comparison of adapters may take.
         reasons: One line for each setting.
     """
 
@@ -88,6 +89,7 @@ class Profile:
     eval_steps: int
     save_steps: int
     max_new_tokens: int
+    sweep_seconds: int
     reasons: dict[str, str] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property

@@ -56,7 +56,7 @@ class DataError(ValueError):
 
     Attributes:
         reason: A key of the table that ``summarize_rows`` shows, or ``bad-json``, ``bad-csv``,
-            ``wrong-encoding``, ``no-rows``, ``unknown-file``, ``no-pad-token``.
+            ``wrong-encoding``, ``no-rows``, ``too-few-rows``, ``unknown-file``, ``no-pad-token``.
         row: 0-based index of the first row concerned; None where no row is to blame.
     """
 

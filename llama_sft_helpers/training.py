@@ -26,6 +26,7 @@ from llama_sft_helpers.checkpoints import (
     describe_run,
     latest_checkpoint,
 )
+from llama_sft_helpers.checksums import check_base_unchanged, checksum_base
 from llama_sft_helpers.folders import write_text
 
 if TYPE_CHECKING:
@@ -232,53 +233,6 @@ def check_gradients_reach_adapters(model: torch.nn.Module) -> None:
             f"(first: {bad[0]}). Expected: 0. Run a backward pass after an update, and check that nothing "
             "detaches the hidden states (gradient checkpointing needs model.enable_input_require_grads())."
         )
-
-
-def checksum_base(model: torch.nn.Module) -> dict[str, int]:
-    """A 64-bit checksum of every frozen weight's bytes, int8 scales included, computed where they lie.
-
-    Two sums modulo 2^64 over the bytes, one weighted by position: a single changed bit always changes it.
-    """
-    sums = {name: _checksum(p.data) for name, p in model.named_parameters() if not p.requires_grad}
-    for name, module in model.named_modules():
-        scales = _int8_scales(module)
-        if scales is not None:
-            sums[f"{name}.SCB"] = _checksum(scales)
-    return sums
-
-
-def check_base_unchanged(model: torch.nn.Module, before: Mapping[str, int]) -> None:
-    """Check that the frozen weights are bit for bit those that ``checksum_base`` saw.
-
-    Raises:
-        AssertionError: A weight changed, appeared or went; the message counts them and names the first.
-    """
-    after = checksum_base(model)
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if changed:
-        raise AssertionError(
-            f"Measured: {len(changed)} of {len(before)} base weights changed (first: {changed[0]}). "
-            "Expected: 0. Only the adapter may train: check requires_grad, and that it was not merged."
-        )
-
-
-def _int8_scales(module: torch.nn.Module) -> torch.Tensor | None:
-    """The row scales of a ``Linear8bitLt``: bitsandbytes moves them from the weight at the first forward."""
-    if not isinstance(module, torch.nn.Linear):  # PEFT's wrapper shows its base layer's weight as its own
-        return None
-    at_weight = getattr(module.weight, "SCB", None)
-    at_state = getattr(getattr(module, "state", None), "SCB", None)
-    scales = at_state if at_weight is None else at_weight
-    return scales if isinstance(scales, torch.Tensor) else None
-
-
-@torch.no_grad()
-def _checksum(tensor: torch.Tensor) -> int:
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    tail = -data.numel() % 8
-    words = torch.nn.functional.pad(data, (0, tail)).view(torch.int64)
-    weights = torch.arange(1, 2 * words.numel() + 1, 2, device=words.device)  # odd: no bit of a word is lost
-    return hash((data.numel(), int(words.sum()), int((words * weights).sum())))
 
 
 def write_training_summary(path: str | Path, summary: Mapping[str, Any]) -> None:

@@ -34,12 +34,21 @@ EXCEPTIONS = {
     "tiny_llama": {"train"},  # the recipe of the tests' model
     "cli": {"from_pretrained"},  # `chat` loads the adapter it talks to
 }
-SHARED_MODULES = {"profiles", "memory", "memory_counts", "demo_model", "tiny_llama", "folders", "modes"}
+SHARED_MODULES = {
+    "checksums",
+    "demo_model",
+    "folders",
+    "memory",
+    "memory_counts",
+    "modes",
+    "profiles",
+    "tiny_llama",
+}
 # step -> the further modules that belong to it alone
 PARTS = {
     "quantization": {"quantized_layers", "quantization_plots"},
     "lora": {"lora_sweep"},
-    "data": {"rows", "packing"},
+    "data": {"rows", "packing", "splits"},
     "training": {"checkpoints"},
     "speed": {"compiled_layers", "int8_product", "varlen"},
     "evaluation": {"adapter", "chat", "publishing", "scaling"},

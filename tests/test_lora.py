@@ -245,7 +245,7 @@ def test_frozen_table_is_unmoved_by_training_and_by_nothing_else(adapted):
     layer.weight.data[2, 3] += 1
     layer.state.SCB[0] *= 1.001
     after = lora.summarize_frozen(adapted)
-    changed = after.index[after["crc32"] != before["crc32"]]
+    changed = after.index[after["checksum"] != before["checksum"]]
     assert [name.rpartition(".")[2] for name in changed] == ["weight", "SCB"]
     assert all("layers.1.self_attn.v_proj" in name for name in changed)
 
@@ -427,3 +427,67 @@ def test_a_nan_gradient_shows_wherever_it_stands():
     for grads in ([bad, good], [good, bad]):
         assert math.isnan(lora._gradient_counts(grads)[2])
     assert lora._gradient_counts([None])[2] == 0.0
+
+
+# --- the sweep's budget ---
+
+SETS = ["all seven", "q and v", "attention"]
+RATES = [8e-3, 2e-3, 5e-4, 3.2e-2]
+RANKS = [16, 4, 64, 8]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "adapters", "left_out"),
+    [
+        (1.0, 24, ()),  # 3 sets x (4 rates + 3 other ranks + 1 other seed)
+        (10.0, 24, ()),
+        (10.1, 21, ("r=8",)),
+        (12.0, 18, ("learning rate 0.032", "r=8")),
+        (16.0, 15, ("learning rate 0.0005", "learning rate 0.032", "r=8")),
+        (20.0, 10, ("attention", "learning rate 0.0005", "learning rate 0.032", "r=8")),
+        (30.0, 8, ("attention", "learning rate 0.0005", "learning rate 0.032", "r=64", "r=8")),
+    ],
+)
+def test_a_sweep_is_cut_to_its_budget_from_the_least_informative_end(seconds, adapters, left_out):
+    plan = lora.plan_sweep(SETS, RATES, RANKS, seconds_per_adapter=seconds, budget_seconds=240)
+    assert plan.adapters == adapters
+    assert plan.left_out == left_out
+    assert plan.seconds == pytest.approx(adapters * seconds)
+    assert plan.seconds <= 240
+    told = f"{adapters} adapters, about {adapters * seconds:.0f} s of the 240 s that the profile allows; "
+    assert str(plan) == f"{told}left out: {', '.join(left_out) or 'nothing'}"
+
+
+def test_the_least_sweep_is_trained_though_it_takes_longer():
+    plan = lora.plan_sweep(SETS, RATES, RANKS, seconds_per_adapter=100, budget_seconds=240)
+    assert (plan.targets, plan.learning_rates, plan.ranks) == (("all seven", "q and v"), (8e-3,), (16, 4))
+    assert "6 adapters, about 600 s of the 240 s that the profile allows, more than that" in str(plan)
+
+
+@pytest.mark.parametrize("seconds", [1, 11, 13, 16, 20, 24, 30, 100])
+def test_every_planned_sweep_can_be_judged_and_drawn(seconds):
+    plan = lora.plan_sweep(SETS, RATES, RANKS, seconds_per_adapter=seconds, budget_seconds=240)
+    losses = {
+        targets: {r: 3.0 + n / 10 + r / 1000 for r in plan.ranks} for n, targets in enumerate(plan.targets)
+    }
+    sweep = make_sweep(losses)
+    claims = lora.summarize_claims(sweep, noise=0.02)
+    assert (
+        len(claims) == len(plan.targets) + 1
+    )  # the widest against each other set, one budget, r against sets
+    assert len(lora.plot_sweep(sweep, 3.5).get_lines()) == len(plan.targets) + 1
+
+
+@pytest.mark.parametrize(
+    ("sets", "rates", "ranks", "seconds", "told"),
+    [
+        (SETS[:1], RATES, RANKS, 1, r"Got \(1, 4, 4\).*at least \(2, 1, 2\)"),
+        (SETS, [], RANKS, 1, r"Got \(3, 0, 4\)"),
+        (SETS, RATES, [16], 1, r"Got \(3, 4, 1\)"),
+        (SETS, RATES, RANKS, 0, "takes 0 s of 240 s"),
+        (SETS, RATES, RANKS, float("nan"), "takes nan s"),
+    ],
+)
+def test_sweeps_that_cannot_be_planned_are_told(sets, rates, ranks, seconds, told):
+    with pytest.raises(ValueError, match=told):
+        lora.plan_sweep(sets, rates, ranks, seconds_per_adapter=seconds, budget_seconds=240)

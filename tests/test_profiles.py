@@ -15,7 +15,7 @@ def test_shipped_profiles_are_complete_and_every_setting_has_a_reason():
     for name in SHIPPED:
         frame = read_profile(name).to_frame()
         assert frame["reason"].str.len().min() > 5, name
-        assert len(frame) == 20
+        assert len(frame) == 21
 
 
 def test_environment_variable_picks_the_profile(monkeypatch):
@@ -52,6 +52,7 @@ def test_overrides_replace_values_and_say_so():
         ("ci-tiny", {"max_steps": True}, "is of type bool, expected int"),
         ("ci-tiny", {"packing": 1}, "is of type int, expected bool"),
         ("ci-tiny", {"max_steps": 0}, "too small"),
+        ("ci-tiny", {"sweep_seconds": 0}, "'sweep_seconds': 0 is too small, expected at least 1"),
         ("ci-tiny", {"dtype": "float8"}, "not one of bfloat16, float16, float32"),
         ("ci-tiny", {"activation_memory_budget": 1.5}, r"outside \(0, 1\]"),
     ],
