@@ -108,7 +108,7 @@ def check_adapter_loaded(model: torch.nn.Module, folder: str | Path) -> None:
 def _read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     if not folder.is_dir():
-        raise AdapterError(f"There is no adapter folder {folder}. Run notebook 06 first: it writes it.")
+        raise AdapterError(_no_adapter(folder))
     if not path.is_file():
         raise AdapterError(
             f"{folder} is no adapter folder: it has no {path.name}. Give the folder that notebook 06 wrote."
@@ -122,6 +122,19 @@ def _read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(f"{path} describes no LoRA adapter. Give the folder that notebook 06 wrote.")
     return config
+
+
+def _no_adapter(folder: Path) -> str:
+    """The ways to an adapter; one of another profile is named, as 06 may have run on another GPU."""
+    others = [path.parent for path in folder.parent.parent.glob("*/adapter/adapter_config.json")]
+    found = "".join(f"\n- {path} is there: load_profile({path.parent.name!r}) finds it." for path in others)
+    return (
+        f"There is no adapter folder {folder}. Ways to one:\n"
+        "- Run notebook 06 first: it writes it.\n"
+        "- On Colab each notebook has a machine of its own: mount Google Drive in 06 and in 07 "
+        "(`connect_drive()`), so that 07 finds what 06 wrote.\n"
+        '- Take a published one by its name on the hub: adapter = "owner/name" in notebook 07.' + found
+    )
 
 
 def _same_model(one: str, other: str) -> bool:

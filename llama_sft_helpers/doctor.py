@@ -268,12 +268,14 @@ def _version(package: str) -> str:
 
 def _stale(package: str) -> dict[str, str] | None:
     """The package's two versions, if the one in memory is not the one on disk."""
+    from llama_sft_helpers.environment import same_version
+
     loaded = getattr(sys.modules.get(package), "__version__", None)
     if not isinstance(loaded, str):
         return None
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         on_disk = importlib.metadata.version(package)
-        if loaded.partition("+")[0] != on_disk.partition("+")[0]:
+        if not same_version(loaded, on_disk):
             return {"package": package, "loaded": loaded, "on_disk": on_disk}
     return None
 

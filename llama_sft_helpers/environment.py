@@ -141,6 +141,40 @@ def list_problems(summary: pd.DataFrame) -> list[str]:
     ]
 
 
+def same_version(one: str, other: str) -> bool:
+    """Whether two versions are equal without their local part, the text behind the "+".
+
+    torch from PyPI calls itself 2.11.0 in its metadata and 2.11.0+cu130 in ``torch.__version__``. See
+    https://packaging.python.org/en/latest/specifications/version-specifiers/#local-version-identifiers.
+    """
+    from packaging.version import Version
+
+    return Version(Version(one).public) == Version(Version(other).public)
+
+
+def check_imports() -> None:
+    """Check that no package of the series was replaced on disk after this session had imported it.
+
+    A notebook's kernel may have imported pandas, and pandas pyarrow, before the first cell installs a newer
+    pyarrow. The old one then stays in memory, where it cannot load the new one's files.
+
+    Raises:
+        EnvironmentCheckError: Another version is in memory than on disk; only a restart helps.
+    """
+    both = {name: (_version_in_memory(name), _version_on_disk(name)) for name in PACKAGES}
+    stale = [
+        f"{name} {loaded} (now {on_disk} on disk)"
+        for name, (loaded, on_disk) in both.items()
+        if loaded and on_disk and not same_version(loaded, on_disk)
+    ]
+    if stale:
+        raise EnvironmentCheckError(
+            f"This session had imported {', '.join(stale)} before the installation, and Python keeps what it "
+            "has imported. Nothing is broken, but the session must start anew: Runtime > Restart session, "
+            "then run the notebook from its first cell. Nothing is installed a second time."
+        )
+
+
 # --- Measuring ---
 
 
@@ -348,9 +382,9 @@ def _judge_package(machine: Machine, name: str, tested: str, bounds: SpecifierSe
     public = Version(here).public
     if not bounds.contains(public):
         return _row(name, here, tested or str(bounds), False, (_side(public, bounds), install))
-    if loaded and Version(loaded).public != public:
+    if loaded and not same_version(loaded, here):
         return _row(name, f"{here} on disk, {loaded} in memory", shown, False, ("restart", _RESTART))
-    return _row(name, here, shown, not tested or public == Version(tested).public, ("other version", ""))
+    return _row(name, here, shown, not tested or same_version(here, tested), ("other version", ""))
 
 
 def _judge_demo_model(machine: Machine, profile: Profile) -> list[_Row]:

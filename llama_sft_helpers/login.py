@@ -29,6 +29,7 @@ STATUS_PAGE = "https://status.huggingface.co"
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # the order in which huggingface_hub reads them
 _COLAB_SECRET = "HF_TOKEN"  # noqa: S105 (the secret's name)
 _colab_refused = False  # Colab asks at every look; after a no, huggingface_hub does not ask again either
+_PLACES = {"env": "the environment", "cache": "the cache", "colab-secret": "Colab's secrets"}
 _Result = TypeVar("_Result")
 
 # reason -> (what is the case, page to open, what to do there); {repo} is the model, {detail} the hub's words
@@ -236,7 +237,48 @@ def login_widget(repo_id: str, login: Callable[..., None] | None = None) -> Any:
     return widgets.VBox([widgets.HTML(note), widgets.HBox([field, button]), status])
 
 
+def use_token(model_id: str) -> Any:
+    """Find the token for a model of the hub and give it to this session's ``huggingface_hub``.
+
+    The token is the one of ``find_token``; Colab's secret is handed on as the environment variable
+    ``HF_TOKEN``, for this session only. Then the hub is asked whether the model is open, as ``check_access``
+    does. A folder needs no token: nothing is looked for or asked.
+
+    Args:
+        model_id: The model that the notebook will load, ``owner/name``, or a folder.
+
+    Returns:
+        A sentence, or, where the model does not open, the widget of ``login_widget`` with the reason in it.
+    """
+    global _colab_refused  # noqa: PLW0603
+    if model_id.startswith("local:") or Path(model_id).is_dir():
+        return "The model is a folder on this machine: no token is needed."
+    _colab_refused = False  # the reader runs the cell again after granting access: ask again
+    found = find_token()
+    if found.source == "colab-secret" and found.token:
+        os.environ["HF_TOKEN"] = found.token
+    text, opens = _try_token(model_id, found)
+    if opens:
+        return text
+    widget = login_widget(model_id)
+    widget.children[-1].value = _status(text, "error")
+    return widget
+
+
 # --- The widget's parts and answers ---
+
+
+def _try_token(model_id: str, found: FoundToken) -> tuple[str, bool]:
+    """What the hub says to a token, and whether the notebook can go on with it."""
+    here = f"Token from {_PLACES[found.source]} ({mask(found.token)})" if found.token else "No token found"
+    if _colab_refused:
+        here += "; this notebook may not read the secret HF_TOKEN: switch on 'Notebook access' under the key"
+    try:
+        check_access(model_id, found.token)
+    except AccessError as error:
+        # without an answer the files may still lie in the cache, and nothing is known against the token
+        return f"{here}.\n{error}", error.reason == "hub-unreachable" and found.token is not None
+    return f"{here}: {model_id} is open.", True
 
 
 def _password_field() -> Any:
@@ -284,8 +326,7 @@ def _keep(token: str, keep: Callable[..., None]) -> None:
 def _describe(found: FoundToken) -> str:
     if not found.token:
         return "No token found. Cells that download a gated model need one; all others run without."
-    places = {"env": "the environment", "cache": "the cache", "colab-secret": "Colab's secrets"}
-    return f"A token was found in {places[found.source]} ({mask(found.token)}). Another one replaces it."
+    return f"A token was found in {_PLACES[found.source]} ({mask(found.token)}). Another one replaces it."
 
 
 def _status(text: str, state: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import sys
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 _PACKAGE = Path(__file__).parent
+_DRIVE = Path("/content/drive")  # where Colab's own examples and its Files panel mount Google Drive
 _CHOICES = {
     "dtype": ("bfloat16", "float16", "float32"),
     "attn_implementation": ("sdpa", "varlen"),
@@ -104,7 +106,7 @@ class Profile:
         """Where a run writes: ``$SFT_OUTPUT_DIR``, else Google Drive if mounted, else ``outputs/``."""
         if folder := os.environ.get("SFT_OUTPUT_DIR"):
             return Path(folder).expanduser().resolve()
-        drive = Path("/content/drive/MyDrive")
+        drive = _DRIVE / "MyDrive"
         parent = drive / "llama-sft" if drive.is_dir() else Path("outputs").resolve()
         return parent / self.name
 
@@ -118,6 +120,41 @@ class Profile:
     def _repr_html_(self) -> str:
         table = self.to_frame().to_html(justify="left", notebook=True)
         return f"<b>Profile {self.name}</b>{table}"
+
+
+def connect_drive() -> str:
+    """On Colab, ask to mount Google Drive, so that ``output_dir`` outlives the machine.
+
+    Colab itself shows the dialog that asks. After a no, or a failure, results go to the machine's own disk.
+    Nothing is asked where ``$SFT_OUTPUT_DIR`` names a folder, or Drive is mounted already. See
+    https://colab.research.google.com/notebooks/io.ipynb.
+
+    Returns:
+        A sentence that says where results go, and whether they outlive the machine.
+    """
+    if os.environ.get("SFT_OUTPUT_DIR"):
+        return "Results go to the folder that SFT_OUTPUT_DIR names."
+    if "google.colab" not in sys.modules:
+        return "This is not Colab: results go to the folder outputs, and stay on this machine."
+    if reason := _mount_drive():
+        return (
+            f"Google Drive is not mounted ({reason}). Results go to {Path('outputs').resolve()} on this "
+            "machine and will be lost with it: the next notebook, on a machine of its own, will not find "
+            "them. Run this cell again to be asked again."
+        )
+    return f"Google Drive is mounted: results go to {_DRIVE / 'MyDrive' / 'llama-sft'} and stay there."
+
+
+def _mount_drive() -> str:
+    """Mount Drive unless it is mounted: "" or why it is not."""
+    try:
+        if not (_DRIVE / "MyDrive").is_dir():
+            from google.colab import drive
+
+            drive.mount(str(_DRIVE))
+    except Exception as error:  # Colab raises MessageError after a refusal, ValueError after a failed mount
+        return f"{type(error).__name__}: {error}"
+    return "" if (_DRIVE / "MyDrive").is_dir() else f"there is no {_DRIVE / 'MyDrive'}"
 
 
 def available_profiles() -> list[str]:

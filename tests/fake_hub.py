@@ -184,8 +184,8 @@ class FakeHub:
                 self._send(hub._answer(Request(self.command, path, user, kind, body, dict(self.headers))))
 
             def _send(self, answer: Answer) -> None:
-                text = answer.body if isinstance(answer.body, str) else json.dumps(answer.body)
-                data = text.encode()
+                text = answer.body if isinstance(answer.body, str | bytes) else json.dumps(answer.body)
+                data = text if isinstance(text, bytes) else text.encode()
                 self.send_response(answer.status)
                 for name, value in {"Content-Type": "application/json", **answer.headers}.items():
                     self.send_header(name, value)

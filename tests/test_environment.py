@@ -9,6 +9,7 @@ import time
 import types
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -23,7 +24,9 @@ from llama_sft_helpers.environment import (
     PACKAGES,
     EnvironmentCheckError,
     check_environment,
+    check_imports,
     device_map,
+    same_version,
     summarize_environment,
 )
 from llama_sft_helpers.profiles import read_profile
@@ -237,6 +240,68 @@ print(row["status"], "|", row["installed"])
         monkeypatch.setattr(environment, "_in_notebook", lambda: True)
         row = problem(table(monkeypatch, on_disk=with_package(trl=None)))
         assert row["fix"].startswith("%pip install")
+
+
+class TestVersions:
+    @pytest.mark.parametrize(
+        ("one", "other", "equal"),
+        [
+            ("2.11.0", "2.11.0+cu130", True),
+            ("2.11.0+cu128", "2.11.0+cu130", True),
+            ("2.11", "2.11.0", True),
+            ("2.11.0", "2.11.1", False),
+            ("2.11.0", "2.11.0rc1", False),
+            ("18.1.0", "26.0.1", False),
+        ],
+    )
+    def test_the_local_part_is_no_difference(self, one, other, equal):
+        assert same_version(one, other) is equal
+        assert same_version(other, one) is equal
+
+    @pytest.fixture
+    def torch_from_pypi(self, monkeypatch):
+        """Torch's wheel on PyPI: 2.11.0 in its metadata, 2.11.0+cu130 in the module."""
+        on_disk = importlib.metadata.version
+        versions = {"torch": "2.11.0"}
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: versions.get(name) or on_disk(name))
+        monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+        return versions
+
+    def stale_import_cells(self):
+        """The code under "A stale import" in notebook 01."""
+        cells = json.loads((ROOT / "notebooks" / "01_environment.ipynb").read_text(encoding="utf-8"))["cells"]
+        source = {cell["id"]: "".join(cell["source"]) for cell in cells}
+        names = {"PACKAGES": ["torch"], "pd": pandas, "sys": sys, "importlib": importlib}
+        names["same_version"] = same_version
+        exec(source["01-017"] + "\n" + source["01-018"], names)
+        return names["stale"]
+
+    def test_notebook_01_goes_on_with_torch_from_pypi(self, torch_from_pypi):
+        assert self.stale_import_cells().empty
+
+    def test_notebook_01_stops_at_an_older_torch_in_memory(self, torch_from_pypi):
+        torch_from_pypi["torch"] = "2.12.0"
+        with pytest.raises(AssertionError, match="Restart the session: torch"):
+            self.stale_import_cells()
+
+    def test_no_restart_with_torch_from_pypi(self, torch_from_pypi):
+        check_imports()
+        assert environment._version_in_memory("torch") == "2.11.0+cu130"
+
+    def test_a_replaced_import_is_named_with_both_versions_and_the_way_out(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(__version__="18.1.0"))
+        on_disk = importlib.metadata.version("pyarrow")
+        with pytest.raises(EnvironmentCheckError, match="Restart session") as caught:
+            check_imports()
+        assert f"pyarrow 18.1.0 (now {on_disk} on disk)" in str(caught.value)
+        assert "torch" not in str(caught.value)
+
+    def test_what_is_not_imported_or_not_installed_needs_no_restart(self, monkeypatch):
+        for name in PACKAGES:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setitem(sys.modules, "torchao", types.SimpleNamespace(__version__="0.10.0"))
+        monkeypatch.setattr(environment, "_version_on_disk", lambda name: None if name == "torchao" else "9")
+        check_imports()
 
 
 NO_GPU = {"gpu": None, "gpu_gib": 0.0, "capability": None, "bf16": False, "driver_cuda": None}

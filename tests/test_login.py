@@ -221,7 +221,7 @@ class TestFindToken:
         assert mask(None) == "none"
 
 
-class TestColabSecret:
+class ColabSecret:
     """``google.colab.userdata`` as Colab has it: a secret that is granted, refused or missing."""
 
     @pytest.fixture
@@ -256,6 +256,8 @@ class TestColabSecret:
 
         return install
 
+
+class TestColabSecret(ColabSecret):
     def colab_row(self):
         return login.summarize_token_sources().set_index("source").loc["colab-secret"]
 
@@ -284,6 +286,73 @@ class TestColabSecret:
         assert find_token().source == "env"
         assert self.colab_row()["token"] == "not asked"
         assert asked == []
+
+
+class TestUseToken(ColabSecret):
+    """The one call of notebooks 03 to 08, with the real client against the fake hub."""
+
+    def client_token(self):
+        """What the hub's client would send now, Colab's secrets apart."""
+        return huggingface_hub.get_token()
+
+    def text_of(self, widget):
+        return widget.children[-1].value
+
+    def test_the_secret_reaches_the_client(self, secret, hub, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "")  # so that what is set here is taken back after the test
+        secret("granted")
+        answer = login.use_token(MODEL)
+        assert answer == f"Token from Colab's secrets (ends in …7Qz9): {MODEL} is open."
+        assert self.client_token() == TOKEN
+        assert not Path(constants.HF_TOKEN_PATH).exists()  # for this session only
+        assert [user for *_, user in hub.requests] == ["gil"]
+
+    def test_refused_shows_the_widget_and_the_next_call_asks_again(self, secret, hub, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "")
+        asked = secret("refused")
+        widget = login.use_token(MODEL)
+        assert "may not read the secret" in self.text_of(widget)
+        assert "Notebook access" in self.text_of(widget)
+        assert "no-token" in self.text_of(widget)
+        assert asked == ["HF_TOKEN"]
+        secret("granted")
+        assert "is open" in login.use_token(MODEL)
+
+    def test_missing_shows_the_widget_and_its_log_in_counts(self, secret, hub):
+        secret("missing")
+        widget = login.use_token(MODEL)
+        assert "No token found" in self.text_of(widget)
+        assert self.client_token() is None
+        field, button = widget.children[1].children
+        field.value = GOOD
+        button.click()
+        assert "is open" in self.text_of(widget)
+        assert self.client_token() == GOOD
+
+    @pytest.mark.parametrize(
+        ("token", "reason"), [(STRANGER, "gated-not-accepted"), ("hf_no", "invalid-token")]
+    )
+    def test_a_token_that_does_not_open_the_model(self, hub, monkeypatch, token, reason):
+        monkeypatch.setenv("HF_TOKEN", token)
+        assert reason in self.text_of(login.use_token(MODEL))
+
+    def test_an_open_model_needs_no_token(self, hub):
+        assert login.use_token("org/open") == "No token found: org/open is open."
+
+    def test_without_an_answer_a_token_is_good_enough(self, hub, monkeypatch):
+        hub.fail_status = 503
+        monkeypatch.setenv("HF_TOKEN", GOOD)
+        assert "hub-unreachable" in login.use_token(MODEL)
+        monkeypatch.delenv("HF_TOKEN")
+        assert "hub-unreachable" in self.text_of(login.use_token(MODEL))
+
+    @pytest.mark.parametrize("model", ["local:tiny-llama", str(Path(__file__).parent)])
+    def test_a_folder_asks_nobody(self, secret, hub, model):
+        asked = secret("granted")
+        assert "no token is needed" in login.use_token(model)
+        assert asked == []
+        assert hub.requests == []
+        assert "HF_TOKEN" not in os.environ
 
 
 class TestWidget:
