@@ -178,6 +178,19 @@ def read_profile(name: str | None = None, *, fast: bool = True, **overrides: Any
     return Profile(name=name, reasons=reasons, **_validated(name, values))
 
 
+def checkpointing_name() -> str:
+    """What the installed transformers calls recomputing the activations in the backward pass.
+
+    Returns:
+        ``activation_checkpointing``, or ``gradient_checkpointing`` where it does not know that name yet. Both
+        an argument of ``SFTConfig``, and with ``_enable`` or ``_disable`` added a method of the model.
+    """
+    from transformers import TrainingArguments
+
+    new = "activation_checkpointing"
+    return new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
+
+
 def _read_changes(path: Path) -> tuple[str, dict[str, tuple[Any, str]]]:
     """A reader's own file: the shipped profile it starts from, and setting -> (value, reason)."""
     example = 'profile = "colab-a100", then [settings] and max_steps = 200'

@@ -33,6 +33,7 @@ def train_adapter(profile, folder: Path, *, max_steps=None):
     from trl import SFTConfig, SFTTrainer
 
     from llama_sft_helpers.data import to_prompt_completion
+    from llama_sft_helpers.profiles import checkpointing_name
 
     set_seed(42)
     rows = load_dataset(profile.dataset_id, split="train")
@@ -53,7 +54,7 @@ def train_adapter(profile, folder: Path, *, max_steps=None):
         learning_rate=profile.learning_rate,
         lr_scheduler_type="linear",
         bf16=False,
-        gradient_checkpointing=False,
+        **{checkpointing_name(): False},
         save_strategy="no",
         logging_steps=1,
         seed=42,

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from llama_sft_helpers import data
+from llama_sft_helpers.profiles import checkpointing_name
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -74,7 +75,7 @@ def build_trainer(model, tokenizer, rows, folder, **changes):
     options = {"max_length": 2048, "per_device_train_batch_size": 8, **changes}
     args = SFTConfig(
         str(folder),
-        gradient_checkpointing=False,
+        **{checkpointing_name(): False},
         use_cpu=True,
         bf16=False,
         report_to="none",

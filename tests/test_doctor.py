@@ -30,6 +30,7 @@ from provocations import (
 from llama_sft_helpers import doctor
 from llama_sft_helpers.doctor import Explanation, LossError, check_loss_history, explain
 from llama_sft_helpers.doctor_table import RENAMED_ARGUMENTS, TABLE
+from llama_sft_helpers.profiles import checkpointing_name
 
 ROOT = Path(__file__).parent.parent
 ROWS = [{"prompt": "Say hi. ", "completion": "hi there"}] * 8
@@ -61,7 +62,7 @@ def trainer(tmp_path, tiny_tokenizer):
             "max_length": 64,
             "use_cpu": True,
             "bf16": False,
-            "gradient_checkpointing": False,
+            checkpointing_name(): False,
             "report_to": "none",
             "logging_steps": 1,
             "save_strategy": "no",

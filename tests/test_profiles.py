@@ -1,11 +1,18 @@
 import dataclasses
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
 
 from llama_sft_helpers import profiles
-from llama_sft_helpers.profiles import ProfileError, available_profiles, load_profile, read_profile
+from llama_sft_helpers.profiles import (
+    ProfileError,
+    available_profiles,
+    checkpointing_name,
+    load_profile,
+    read_profile,
+)
 
 SHIPPED = ["ci-tiny", "colab-a100", "colab-l4", "colab-t4", "cpu-demo"]
 
@@ -166,3 +173,26 @@ def test_a_bad_file_of_ones_own_is_explained(tmp_path, text, expected):
 def test_a_missing_file_of_ones_own_is_named():
     with pytest.raises(ProfileError, match=r"Cannot read the profile .*nowhere.toml.*No such file"):
         read_profile("nowhere.toml")
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_checkpointing_is_set_by_its_name_without_a_deprecation(tiny_model, tmp_path, value):
+    from trl import SFTConfig
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, **{checkpointing_name(): value})
+        getattr(tiny_model, f"{checkpointing_name()}_{'enable' if value else 'disable'}")()
+    assert not [str(item.message) for item in caught if "checkpointing" in str(item.message)]
+    assert config.gradient_checkpointing is value  # what trl 1.16 reads, under either version
+    assert {layer.gradient_checkpointing for layer in tiny_model.model.layers} == {value}
+
+
+def test_checkpointing_has_the_name_that_the_library_knows(monkeypatch):
+    from transformers import TrainingArguments
+
+    old, new = {"gradient_checkpointing": None}, {"activation_checkpointing": None}
+    monkeypatch.setattr(TrainingArguments, "__dataclass_fields__", old)
+    assert checkpointing_name() == "gradient_checkpointing"
+    monkeypatch.setattr(TrainingArguments, "__dataclass_fields__", {**old, **new})
+    assert checkpointing_name() == "activation_checkpointing"

@@ -159,6 +159,8 @@ def test_a_checkpoint_does_not_run_a_pickle(name, payload, tmp_path, tiny_model,
     from peft import LoraConfig, get_peft_model
     from trl import SFTConfig, SFTTrainer
 
+    from llama_sft_helpers.profiles import checkpointing_name
+
     config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"])
     trainer = SFTTrainer(
         get_peft_model(tiny_model, config),
@@ -168,7 +170,7 @@ def test_a_checkpoint_does_not_run_a_pickle(name, payload, tmp_path, tiny_model,
             save_steps=1,
             use_cpu=True,
             bf16=False,
-            gradient_checkpointing=False,
+            **{checkpointing_name(): False},
             report_to="none",
             disable_tqdm=True,
         ),

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from llama_sft_helpers import int8_product, speed, varlen
+from llama_sft_helpers.profiles import checkpointing_name
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -149,7 +150,7 @@ def test_fused_lora_computes_what_peft_computes(tiny_model_int8, batch, checkpoi
     speed.use_fast_int8(model)
     if checkpointing:
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        getattr(model, f"{checkpointing_name()}_enable")({"use_reentrant": False})
     logits, grads = run(model, batch)
     assert torch.allclose(logits, expected, atol=1e-4)
     assert set(grads) >= set(expected_grads)

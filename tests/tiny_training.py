@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llama_sft_helpers.data import to_prompt_completion
 from llama_sft_helpers.demo_model import ensure_model
-from llama_sft_helpers.profiles import load_profile
+from llama_sft_helpers.profiles import checkpointing_name, load_profile
 from llama_sft_helpers.training import RunGuardCallback, describe_run, latest_checkpoint
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -60,7 +60,7 @@ def build_trainer(folder, callbacks=(), model=None, **changes):
         "max_steps": 4,
         "learning_rate": 5e-3,
         "bf16": False,
-        "gradient_checkpointing": False,
+        checkpointing_name(): False,
         "eval_strategy": "steps",
         "eval_steps": 3,
         "save_steps": 2,
