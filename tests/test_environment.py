@@ -13,7 +13,6 @@ import pandas
 import pytest
 import torch
 from packaging.requirements import Requirement
-from packaging.version import Version
 from typer.testing import CliRunner
 
 from llama_sft_helpers import environment
@@ -32,10 +31,17 @@ from llama_sft_helpers.environment import (
 from llama_sft_helpers.profiles import read_profile
 
 ROOT = Path(__file__).parent.parent
-TESTED = {name: importlib.metadata.version(name) for name in PACKAGES if name != "torchao"}
+LINES = [
+    line.partition("#")[0].strip()
+    for file in ("requirements-tested.txt", "requirements-colab.txt")
+    for line in (ROOT / file).read_text(encoding="utf-8").splitlines()
+]
+TESTED = {pin.name: next(iter(pin.specifier)).version for pin in map(Requirement, filter(None, LINES))}
+# a machine on which nothing is to be mended, with the newest libraries too: this one's own versions
+INSTALLED = {name: importlib.metadata.version(name) for name in PACKAGES if name != "torchao"}
 A100 = environment.Machine(
     python="3.13.0",
-    on_disk=TESTED,
+    on_disk=INSTALLED,
     in_memory={},
     driver_cuda="12.8",
     toolkit_cuda="12.5",
@@ -57,8 +63,8 @@ def table(monkeypatch, profile="colab-a100", **changes):
 
 
 def with_package(**versions):
-    """The tested packages, some of them changed or, with None, removed."""
-    return {name: version for name, version in {**TESTED, **versions}.items() if version}
+    """The installed packages, some of them changed or, with None, removed."""
+    return {name: version for name, version in {**INSTALLED, **versions}.items() if version}
 
 
 def problem(summary):
@@ -86,12 +92,7 @@ class TestTable:
 
     def test_tested_comes_from_the_requirement_files(self, monkeypatch):
         """A second reading of the same fact: the files themselves, not the installed metadata."""
-        lines = [
-            line.split("#")[0].strip()
-            for name in ("requirements-tested.txt", "requirements-colab.txt")
-            for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
-        ]
-        requirements = [Requirement(line) for line in lines if line]
+        requirements = [Requirement(line) for line in LINES if line]
         summary = table(monkeypatch)
         compared = 0
         for requirement in requirements:
@@ -232,8 +233,10 @@ print(row["status"], "|", row["installed"])
         assert answer.stdout.strip() == "restart | 0.17.0 on disk, 0.16.0 in memory", answer.stderr
 
     def test_local_version_is_no_difference(self, monkeypatch):
-        torch_version = f"{Version(TESTED['torch']).public}+cu128"
-        summary = table(monkeypatch, on_disk=with_package(torch=torch_version), in_memory={"torch": "2.13.0"})
+        torch_version = f"{TESTED['torch']}+cu128"
+        summary = table(
+            monkeypatch, on_disk=with_package(torch=torch_version), in_memory={"torch": TESTED["torch"]}
+        )
         assert summary["status"]["torch"] == "ok"
 
     def test_notebooks_get_the_magic(self, monkeypatch):
@@ -335,7 +338,7 @@ class TestGpu:
         changes = {**NO_GPU, "driver_cuda": "12.8", "on_disk": with_package(torch="2.13.0+cpu")}
         row = problem(table(monkeypatch, **changes))
         assert row["status"] == "GPU hidden"
-        assert row["fix"] == 'pip install --force-reinstall "torch==2.13.0"'
+        assert row["fix"] == f'pip install --force-reinstall "torch=={TESTED["torch"]}"'
 
     def test_driver_older_than_torch_needs(self, monkeypatch):
         changes = {**NO_GPU, "driver_cuda": "11.4", "on_disk": with_package(torch="2.13.0+cu128")}

@@ -1,6 +1,7 @@
 """The rules of the house, checked on the files themselves."""
 
 import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llama_sft_helpers"
@@ -214,3 +217,61 @@ def test_colab_requirements_leave_torch_numpy_and_pandas_alone():
     required = [line for line in lines if line and not line.startswith("#")]
     assert {re.split(r"[=<>;! ]", line)[0] for line in required}.isdisjoint({"torch", "numpy", "pandas"})
     assert all(re.search(r"  # .{20,}", line) for line in required), "each line says why it is there"
+
+
+def third_party_imports(code: str) -> set[str]:
+    """The packages that are imported, wherever in the code, that come neither with Python nor from here."""
+    python = re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.MULTILINE)
+    names = set()
+    for node in ast.walk(ast.parse(python)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module or "")
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"llama_sft_helpers"}
+
+
+def declared() -> dict[str, Requirement]:
+    """What installing the package with the notebooks' requirements brings for sure, by normalized name."""
+    lines = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    lines += (ROOT / "requirements-colab.txt").read_text(encoding="utf-8").splitlines()
+    found = [Requirement(line.partition("#")[0]) for line in lines if line.partition("#")[0].strip()]
+    return {canonicalize_name(item.name): item for item in found}
+
+
+# imported where they are there only, and why none of them is a requirement
+NOT_REQUIRED = {
+    "google": "google.colab is Colab's own",
+    "gguf": "builds the demo model; its error names the command that installs it",
+    "triton": "torch brings it where there is a GPU",
+}
+
+
+@pytest.mark.parametrize("path", [*MODULES, *NOTEBOOKS], ids=lambda path: path.stem)
+def test_what_is_imported_is_declared(path):
+    """Another package may stop bringing it: huggingface_hub 2 came without httpx, and 02 stopped."""
+    code = notebook_code(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    owners = importlib.metadata.packages_distributions()
+    for name in sorted(third_party_imports(code) - NOT_REQUIRED.keys()):
+        distributions = {canonicalize_name(owner) for owner in owners.get(name, [name])}
+        assert distributions & declared().keys(), f"{path.name} imports {name}, which nothing declares"
+
+
+def test_an_undeclared_import_is_seen():
+    magic = "%pip install x\n"
+    code = magic + "def f():\n    import httpx\nfrom yaml.nodes import Node\nimport re\nfrom . import a"
+    assert third_party_imports(code) == {"httpx", "yaml"}
+    assert "httpx" not in declared()
+    assert "pyyaml" in declared()
+
+
+def test_the_package_s_bounds_are_met_by_colabs_image():
+    lines = (ROOT / "constraints-colab.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line.partition("#")[0]) for line in lines if line.partition("#")[0].strip()]
+    image = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
+    image["torch"] = "2.11.0"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for item in map(Requirement, project["dependencies"]):
+        bounds = list(item.specifier)
+        assert all(bound.operator == ">=" for bound in bounds), f"{item}: lower bounds only"
+        assert item.specifier.contains(image[canonicalize_name(item.name)]), f"{item} moves Colab's version"

@@ -13,12 +13,12 @@ import types
 import warnings
 from pathlib import Path
 
-import httpx
 import huggingface_hub
 import nbformat
 import pytest
 from fake_hub import Account, Answer, FakeHub
 from huggingface_hub import constants, hf_api
+from huggingface_hub.errors import HTTPError
 from nbclient import NotebookClient
 
 from llama_sft_helpers import login
@@ -151,13 +151,15 @@ class TestAccess:
     def test_expired_token_over_https(self, no_token, monkeypatch):
         """Over https the client calls an expired token RepositoryNotFoundError; the reason stays right."""
 
+        client = sys.modules[HTTPError.__module__]  # the HTTP library that this huggingface_hub brings
+
         def expired(request):
             headers = {"X-Error-Message": 'User Access Token "laptop" is expired'}
-            return httpx.Response(401, headers=headers, request=request)
+            return client.Response(401, headers=headers, request=request)
 
         monkeypatch.setenv("HF_ENDPOINT", "https://hub.test")
-        transport = httpx.MockTransport(expired)
-        huggingface_hub.set_client_factory(lambda: httpx.Client(transport=transport))
+        transport = client.MockTransport(expired)
+        huggingface_hub.set_client_factory(lambda: client.Client(transport=transport))
         try:
             api = huggingface_hub.HfApi(endpoint="https://hub.test")
             with pytest.raises(huggingface_hub.errors.RepositoryNotFoundError):

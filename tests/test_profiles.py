@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 
 from llama_sft_helpers import profiles
-from llama_sft_helpers.profiles import ProfileError, available_profiles, load_profile, read_profile
+from llama_sft_helpers.profiles import (
+    ProfileError,
+    available_profiles,
+    load_profile,
+    read_profile,
+)
 
 SHIPPED = ["ci-tiny", "colab-a100", "colab-l4", "colab-t4", "cpu-demo"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -147,3 +148,80 @@ def test_the_wheel_installs_in_a_clean_venv_with_data_inside(tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()} == {
         path.name: path.read_bytes() for path in shipped.iterdir()
     }
+
+
+GH = """#!/usr/bin/env python3
+import os, sys
+from pathlib import Path
+issues = Path("issues")
+if sys.argv[1:3] == ["issue", "list"]:
+    titles = issues.read_text().splitlines() if issues.exists() else []
+    print(titles.count(os.environ["TITLE"]))
+else:
+    assert sys.argv[1:3] == ["issue", "create"], sys.argv
+    given = dict(zip(sys.argv[3::2], sys.argv[4::2]))
+    issues.open("a").write(given["--title"] + "\\n")
+    print(Path(given["--body-file"]).read_text())
+"""
+
+
+def test_the_weekly_job_opens_one_issue_when_the_newest_libraries_are_red(tmp_path):
+    """The step's own script, run twice with a stand-in for `gh`: the second time one is open."""
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "weekly.yml").read_text())["jobs"]["newest"]
+    run, report = job["steps"][-2:]
+    assert run["run"].startswith("make newest ")
+    assert run["continue-on-error"] is True
+    assert run["shell"] == "bash"  # else tee's exit code would count, and the job could never be red
+    assert report["if"] == f"steps.{run['id']}.outcome == 'failure'"
+    assert job["permissions"]["issues"] == "write"
+    (tmp_path / "gh").write_text(GH)
+    (tmp_path / "gh").chmod(0o755)
+    (tmp_path / "newest.log").write_text("FAILED tests/test_x.py::test_y\n")
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "TITLE": report["env"]["TITLE"],
+        "RUN": "https://run/1",
+    }
+    said = [
+        subprocess.run(
+            ["bash", "-e", "-c", report["run"]],
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            check=True,
+            stdout=-1,
+        ).stdout
+        for _ in range(2)
+    ]
+    assert "https://run/1" in said[0]
+    assert "FAILED tests/test_x.py::test_y" in said[0]
+    assert said[1] == ""
+    assert (tmp_path / "issues").read_text() == f"{report['env']['TITLE']}\n"
+
+
+def test_make_newest_turns_our_own_deprecations_into_errors(tmp_path):
+    """The filter as make hands it to the shell, on a submodule of ours that warns, and on another module."""
+    plan = subprocess.run(
+        ["make", "-n", "newest"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    command = next(line for line in plan.splitlines() if " -m pytest " in line)
+    option = command[command.index('-o "') :]
+    package = tmp_path / "llama_sft_helpers"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    warn = "import warnings\ndef f(kind):\n    warnings.warn('old', kind)\n"
+    (package / "lora.py").write_text(warn)
+    (tmp_path / "other.py").write_text(warn)
+    (tmp_path / "test_it.py").write_text(
+        "import pytest, other\nfrom llama_sft_helpers import lora\n"
+        "@pytest.mark.parametrize('kind', [DeprecationWarning, FutureWarning])\n"
+        "@pytest.mark.parametrize('module', [lora, other])\n"
+        "def test_it(module, kind):\n    module.f(kind)\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m pytest -q -p no:cacheprovider {option}"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "2 failed, 2 passed" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("FAILED test_it.py::test_it[llama_sft_helpers.lora-") == 2
