@@ -8,6 +8,7 @@ perplexity), and always measured in ``eval()`` mode: on a CPU, int8 layers compu
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     EncodedRow = Mapping[str, Sequence[int]]
 
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
-_ORANGE, _BLUE = "#D55E00", "#0072B2"  # Okabe and Ito's palette, told apart by colour-blind readers
+# Okabe and Ito's palette, told apart by colour-blind readers; with more models it begins again.
+_PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 class EvaluationError(AssertionError):
@@ -46,9 +48,17 @@ def encode_rows(
 
     Returns:
         One dict a row: ``input_ids``, and ``labels`` where the prompt's positions hold -100.
+
+    Raises:
+        ValueError: A row without ``prompt`` or ``completion``.
     """
     encoded = []
-    for row in rows:
+    for index, row in enumerate(rows):
+        if not {"prompt", "completion"} <= set(row):
+            raise ValueError(
+                f"Row {index} has the columns {list(row)}, expected prompt and completion. Alpaca and chat "
+                "rows become such rows by dataset.map(to_prompt_completion) (notebook 05)."
+            )
         prompt = tokenizer(row["prompt"]).input_ids
         both = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token).input_ids
         pairs = enumerate(zip(prompt, both, strict=False))
@@ -153,9 +163,14 @@ def summarize_perplexity(
         ``tokens``.
 
     Raises:
-        ValueError: No scored token, or models measured on different tokens.
+        ValueError: No model, no scored token, or models measured on different tokens.
     """
     names = list(rows)
+    if not names:
+        raise ValueError(
+            "rows is empty: no model to compare. Pass a name and the table that summarize_row_losses returns "
+            'for each model, for instance {"base": ..., "tuned": ...}.'
+        )
     tokens = rows[names[0]]["tokens"].to_numpy()
     if any(not np.array_equal(rows[name]["tokens"], tokens) for name in names) or not tokens.sum():
         raise ValueError(
@@ -293,7 +308,7 @@ def plot_stops(rows: Mapping[str, pd.DataFrame], stops: pd.DataFrame, ax: Axes |
     if ax is None:
         _, ax = plt.subplots(figsize=(7, 1.2 + 0.9 * len(rows)), layout="constrained")
     labels = []
-    for y, (name, colour) in enumerate(zip(rows, (_ORANGE, _BLUE, "#009E73", "#CC79A7"), strict=False)):
+    for y, (name, colour) in enumerate(zip(rows, itertools.cycle(_PALETTE), strict=False)):
         values = rows[name]["eos_probability"].dropna().to_numpy()
         spread = np.random.default_rng(0).uniform(-0.2, 0.2, len(values))
         ax.scatter(values, y + spread, s=22, color=colour, alpha=0.6, linewidths=0)

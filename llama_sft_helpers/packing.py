@@ -96,11 +96,17 @@ def plan_packing(lengths: Iterable[int], batch_size: int, max_length: int) -> pd
 
     Returns:
         strategy (index), batches (packed: blocks), tokens, padding_share (of all slots).
+
+    Raises:
+        ValueError: Lengths that are no positive token counts, or a batch_size or max_length below 1.
     """
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if value < 1:
+            raise ValueError(f"{name}={value} is too small, expected at least 1; pass what SFTConfig gets.")
     tokens = np.sort(np.minimum(_lengths_array(lengths), max_length))
     total, count = int(tokens.sum()), len(tokens)
     full, rest = divmod(count, batch_size)
-    padded = full * batch_size * _expected_longest(tokens, batch_size)
+    padded = full * batch_size * _expected_longest(tokens, batch_size) if full else 0.0
     padded += rest * _expected_longest(tokens, rest) if rest else 0.0
     batches = full + (rest > 0)
     draws = min(20, 1 + 20_000 // count)
