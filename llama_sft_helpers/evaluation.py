@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from llama_sft_helpers.batches import IGNORED, rows_without_eos
 from llama_sft_helpers.modes import evaluation_mode
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     EncodedRow = Mapping[str, Sequence[int]]
 
-IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 # Okabe and Ito's palette, told apart by colour-blind readers; with more models it begins again.
 _PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -81,12 +81,11 @@ def check_eos_in_labels(encoded: Sequence[EncodedRow], eos_token_id: int) -> Non
     Raises:
         EvaluationError: A row ends otherwise.
     """
-    for index, row in enumerate(encoded):
-        if row["labels"][-1] != eos_token_id:
-            raise EvaluationError(
-                f"Row {index}: its last label is {row['labels'][-1]}, expected EOS ({eos_token_id}). "
-                "Leave out rows longer than max_length, and keep EOS out of the label mask."
-            )
+    if lost := rows_without_eos([row["labels"] for row in encoded], eos_token_id):
+        raise EvaluationError(
+            f"Row {lost[0]}: its last label is {encoded[lost[0]]['labels'][-1:]}, expected EOS "
+            f"({eos_token_id}). Leave out rows longer than max_length, and keep EOS out of the label mask."
+        )
 
 
 def summarize_row_losses(model: Any, encoded: Sequence[EncodedRow], batch_size: int = 4) -> pd.DataFrame:

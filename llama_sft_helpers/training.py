@@ -7,11 +7,9 @@ way back, checkpoints and their errors, is in ``checkpoints.py``.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +24,7 @@ from llama_sft_helpers.checkpoints import (
     describe_run,
     latest_checkpoint,
 )
-from llama_sft_helpers.folders import write_text
+from llama_sft_helpers.summary import write_training_summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -281,8 +279,3 @@ def _checksum(tensor: torch.Tensor) -> int:
     weights = torch.arange(1, 2 * words.numel() + 1, 2, device=words.device)  # odd: no bit of a word is lost
     total, weighted = (int(found) % 2**64 for found in (words.sum(), (words * weights).sum()))
     return data.numel() << 128 | total << 64 | weighted  # no hash(): Python's of -1 and of -2 are the same
-
-
-def write_training_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
-    """Write ``training_summary.json`` atomically; notebook 07 reads it."""
-    write_text(path, json.dumps(summary, indent=1))
