@@ -8,7 +8,6 @@ half-written one behind.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import re
@@ -21,7 +20,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from llama_sft_helpers.folders import write_text
+from llama_sft_helpers.folders import free_bytes, is_full_disk, write_text
 
 RUN_FILE = "run.json"
 CHECKSUMS_FILE = "checksums.json"
@@ -34,14 +33,6 @@ _NEEDED = (
     "scheduler.pt",
     "rng_state.pth",
     "trainer_state.json",
-)
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_WRITE_FAILED = (
-    "PytorchStreamWriter",
-    "inline_container",
-    "No space left",
-    "os error 28",
-    "Disk quota exceeded",
 )
 
 
@@ -63,7 +54,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         "model": Path(str(base.config._name_or_path)).name,
         **shape,
         "quantization": str(getattr(base, "quantization_method", None) or "none").rpartition(".")[2],
-        "lora": f"r={lora.r}, lora_alpha={lora.lora_alpha}, {', '.join(sorted(lora.target_modules))}",
+        "lora": f"r={lora.r}, lora_alpha={lora.lora_alpha}, {_described(lora.target_modules)}",
         "rows": len(dataset),
         "data": _data_checksum(dataset),
         "max_length": args.max_length,
@@ -73,6 +64,13 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         "learning_rate": args.learning_rate,
         "seed": args.seed,
     }
+
+
+def _described(target_modules: Any) -> str:
+    """The names of LoRA's target modules, or the one pattern that a text is to PEFT."""
+    if isinstance(target_modules, str):
+        return f"modules matching {target_modules!r}"
+    return ", ".join(sorted(target_modules))
 
 
 def _data_checksum(dataset: Any) -> str:
@@ -107,8 +105,7 @@ class RunGuardCallback(TrainerCallback):
         shutil.rmtree(Path(args.output_dir) / f"checkpoint-{state.global_step}", ignore_errors=True)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         needed = 3 * 4 * trainable * 1.1 + 2**24  # adapter and AdamW's two averages, tokenizer, small files
-        free = shutil.disk_usage(args.output_dir).free
-        if free < needed:
+        if free_bytes(args.output_dir) < needed:
             raise CheckpointWriteError(
                 _no_room(Path(args.output_dir), f"{needed / 2**20:,.0f} MiB are needed")
             )
@@ -132,8 +129,7 @@ def checkpoint_errors(output_dir: str | Path) -> Iterator[None]:
     except CheckpointWriteError:
         raise
     except Exception as error:  # safetensors' own error is of no common kind
-        full = getattr(error, "errno", None) in _NO_SPACE or any(sign in str(error) for sign in _WRITE_FAILED)
-        if not full or isinstance(error, CheckpointError):
+        if not is_full_disk(error) or isinstance(error, CheckpointError):
             raise
         raise CheckpointWriteError(_no_room(Path(output_dir), "writing stopped half-way")) from error
 
@@ -258,7 +254,7 @@ def _check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
 
 
 def _no_room(folder: Path, what: str) -> str:
-    free = shutil.disk_usage(folder).free / 2**20
+    free = free_bytes(folder) / 2**20
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         last = latest_checkpoint(folder)

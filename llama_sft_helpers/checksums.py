@@ -8,9 +8,10 @@ import torch
 
 
 def checksum_base(model: torch.nn.Module) -> dict[str, int]:
-    """A 64-bit checksum of every frozen weight's bytes, int8 scales included, computed where they lie.
+    """A checksum of every frozen weight's bytes, int8 scales included, computed where they lie.
 
-    Two sums modulo 2^64 over the bytes, one weighted by position: a single changed bit always changes it.
+    The number of bytes and two sums modulo 2^64 over words of eight bytes, one weighted by position, side by
+    side in one integer: a single changed word always changes it.
     """
     sums = {name: checksum(p.data) for name, p in model.named_parameters() if not p.requires_grad}
     for name, module in model.named_modules():
@@ -42,7 +43,8 @@ def checksum(tensor: torch.Tensor) -> int:
     tail = -data.numel() % 8
     words = torch.nn.functional.pad(data, (0, tail)).view(torch.int64)
     weights = torch.arange(1, 2 * words.numel() + 1, 2, device=words.device)  # odd: no bit of a word is lost
-    return hash((data.numel(), int(words.sum()), int((words * weights).sum())))
+    total, weighted = (int(found) % 2**64 for found in (words.sum(), (words * weights).sum()))
+    return data.numel() << 128 | total << 64 | weighted  # no hash(): Python's of -1 and of -2 are the same
 
 
 def _int8_scales(module: torch.nn.Module) -> torch.Tensor | None:

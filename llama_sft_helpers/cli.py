@@ -132,9 +132,9 @@ def _model_config(model_id: str) -> Any:
     """A model's configuration; Llama 3 8B's comes with this package, as the hub's needs a token."""
     from transformers import AutoConfig
 
-    from llama_sft_helpers.environment import load_llama3_config
+    from llama_sft_helpers.llama import is_llama3, load_llama3_config
 
-    if model_id.endswith("/Meta-Llama-3-8B"):
+    if is_llama3(model_id, "8B"):
         return load_llama3_config()
     return AutoConfig.from_pretrained(model_id)
 

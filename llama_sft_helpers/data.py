@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from llama_sft_helpers.batches import IGNORED, document_bounds, rows_without_eos
 from llama_sft_helpers.packing import (
     TokenError,
     check_isolation,
-    document_bounds,
     plan_packing,
     plot_lengths,
     plot_packing,
@@ -68,7 +68,6 @@ __all__ = [
 
 Batch = Mapping[str, Any]
 
-_IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 _CHUNK_ROWS = 1000
 # Okabe-Ito hues; the frame tells the roles apart without colour too.
 _STYLES = {
@@ -214,7 +213,7 @@ def summarize_loss_mask(batch: Batch, tokenizer: Any) -> pd.DataFrame:
         roles = _roles(ids, labels, attended, tokenizer.eos_token_id)
         count = {role: roles.count(role) for role in _STYLES}
         eos = count["eos"] + count["eos_lost"]
-        scored = int((labels != _IGNORED).sum())
+        scored = int((labels != IGNORED).sum())
         lines.append((count["prompt"], count["completion"], eos, count["pad"], scored, bool(count["eos"])))
     columns = ["prompt", "completion", "eos", "pad", "scored", "eos_scored"]
     return pd.DataFrame(lines, columns=columns).rename_axis("row")
@@ -248,11 +247,14 @@ def check_eos_is_trained(batch: Batch, tokenizer: Any) -> None:
     Raises:
         TokenError: With the rows that would not teach the model to stop.
     """
-    table = summarize_loss_mask(batch, tokenizer)
-    lost = table.index[~table["eos_scored"]].tolist()
-    if lost:
+    documents = _documents(batch)
+    labels = [
+        [label for label, seen in zip(labels.tolist(), attended, strict=True) if seen]
+        for _, labels, attended in documents
+    ]
+    if lost := rows_without_eos(labels, tokenizer.eos_token_id):
         raise TokenError(
-            f"{len(lost)} of {len(table)} rows train no EOS ({tokenizer.eos_token}), expected 0; first rows "
+            f"{len(lost)} of {len(labels)} rows train no EOS ({tokenizer.eos_token}), expected 0; first rows "
             f"{lost[:5]}. Such rows teach the model never to stop. Set a pad token other than EOS "
             "(choose_pad_token), and leave out rows longer than max_length."
         )
@@ -283,9 +285,9 @@ def _roles(ids: torch.Tensor, labels: torch.Tensor, attended: list[bool], eos_to
         if not seen:
             roles.append("pad")
         elif position == last and token == eos_token_id:
-            roles.append("eos_lost" if label == _IGNORED else "eos")
+            roles.append("eos_lost" if label == IGNORED else "eos")
         else:
-            roles.append("prompt" if label == _IGNORED else "completion")
+            roles.append("prompt" if label == IGNORED else "completion")
     return roles
 
 

@@ -7,6 +7,7 @@ package as ``tiny_llama`` trained it. Both are ordinary Hugging Face folders.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -117,12 +118,18 @@ def _refuse_foreign(target: Path) -> None:
 def _build(name: str, target: Path, stamp: dict[str, str]) -> None:
     from safetensors import SafetensorError
 
+    from llama_sft_helpers.folders import is_full_disk
+
     try:
         _build_and_rename(name, target, stamp)
-    except (OSError, SafetensorError) as error:  # most often a full disk
+    except (OSError, SafetensorError) as error:
+        advice = f"Try again; if it fails again, the files that {name} is built from may be damaged."
+        if is_full_disk(error):
+            advice = "Free some space, choose another folder, or set SFT_MODELS_DIR."
+        elif isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+            advice = "Choose a folder that you may write to, or set SFT_MODELS_DIR."
         raise ModelBuildError(
-            f"Cannot write the model to {target}: {error}. Nothing was left behind. Free some space, choose "
-            "another folder, or set SFT_MODELS_DIR."
+            f"Cannot build the model {name} in {target}: {error}. Nothing was left behind. {advice}"
         ) from error
 
 

@@ -13,15 +13,12 @@ import dataclasses
 import html
 import importlib.metadata
 import importlib.util
-import json
 import math
 import re
 import sys
 import traceback
-import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_sft_helpers.doctor_table import RENAMED_ARGUMENTS, TABLE, Failure, Sign
@@ -365,10 +362,9 @@ def _config_in(exception: BaseException | None) -> Any:
 
 
 def _config_of(model_id: str) -> Any:
-    if not model_id.endswith("Llama-3-8B"):
-        return None
-    path = Path(__file__).parent / "configs" / "llama3_8b.json"
-    return types.SimpleNamespace(**json.loads(path.read_text(encoding="utf-8")))
+    from llama_sft_helpers.llama import is_llama3, load_llama3_config
+
+    return load_llama3_config() if is_llama3(model_id, "8B") else None
 
 
 _LOOKS: dict[str, Callable[[_Case, _Context, dict[str, str]], dict[str, str] | None]] = {

@@ -7,21 +7,23 @@ built from ``requirements-tested.txt`` and ``requirements-colab.txt``, so no ver
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from llama_sft_helpers.demo_model import demo_model_lacks
+from llama_sft_helpers.folders import free_bytes
+from llama_sft_helpers.llama import is_llama3, load_llama3_config
 from llama_sft_helpers.profiles import Profile, read_profile
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ _LEAST_RAM_GIB = {"ci-tiny": 1.0}
 _SHARD_RAM_GIB = 5.0  # Llama 3's largest shard is 5 GB; training on the CPU peaked at 4.7 GB in cpu-demo
 _RESULTS_GIB = 1.0  # adapter and checkpoints
 _TOOL_SECONDS = 10.0
+_HUB_SECONDS = 5.0  # how long the hub may take to say what is left to download
 _NO_ANSWER = "no answer"
 _NOT_THERE = ("not there", "")
 _RESTART = "Runtime > Restart session, then run from the top"
@@ -247,14 +250,16 @@ def _version_in_memory(name: str) -> str | None:
 
 
 def _hub_cache() -> Path:
-    home = os.environ.get("HF_HOME", f"{os.environ.get('XDG_CACHE_HOME', '~/.cache')}/huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
+    """Where the hub's downloads go, as the client that downloads them has worked it out."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:  # the table says so; without a client nothing is downloaded
+        return Path.home() / ".cache" / "huggingface" / "hub"
+    return Path(constants.HF_HUB_CACHE)
 
 
 def _free_disk_gib() -> float:
-    folder = _hub_cache().absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(existing).free / 2**30
+    return free_bytes(_hub_cache()) / 2**30
 
 
 def _ram_gib() -> float:
@@ -470,34 +475,67 @@ def _that_fits(gpu_gib: float) -> str:
 # --- What a profile needs ---
 
 
-def load_llama3_config() -> SimpleNamespace:
-    """The shape of Llama 3 8B, as ``plan_memory`` reads it: no hub, no transformers."""
-    text = (Path(__file__).parent / "configs" / "llama3_8b.json").read_text(encoding="utf-8")
-    return SimpleNamespace(**json.loads(text))
-
-
-def _is_llama3(profile: Profile) -> bool:
-    return profile.model_id.endswith("/Meta-Llama-3-8B")
-
-
 def _needed_gpu_gib(profile: Profile) -> float:
     """GPU memory that training takes: the plan for Llama 3 8B, nine tenths of the card for other models."""
     from llama_sft_helpers.memory import plan_memory
 
-    if profile.gpu_gib == 0 or not _is_llama3(profile):
+    if profile.gpu_gib == 0 or not is_llama3(profile.model_id, "8B"):
         return 0.9 * profile.gpu_gib
     return float(plan_memory(load_llama3_config(), profile)["gib"].sum())
 
 
 def _needed_disk_gib(profile: Profile) -> float:
     """Space for what is still to be downloaded (16-bit weights) and for the results."""
+    if not is_llama3(profile.model_id, "8B") or Path(profile.model_id).is_dir():
+        return _RESULTS_GIB
+    left = _left_to_download_gib(profile.model_id)
+    return (_planned_download_gib(profile) if left is None else left) + _RESULTS_GIB
+
+
+def _planned_download_gib(profile: Profile) -> float:
+    """The size that the model's shape gives, less what lies in the cache already."""
     from llama_sft_helpers.memory import plan_memory
 
-    if not _is_llama3(profile):
-        return _RESULTS_GIB
     sixteen_bit = dataclasses.replace(profile, dtype="bfloat16")
     plan = plan_memory(load_llama3_config(), sixteen_bit, quantization="16-bit")
     download = float(plan.loc[plan["component"] == "16-bit weights", "gib"].sum())
     blobs = _hub_cache() / f"models--{profile.model_id.replace('/', '--')}" / "blobs"
     done = sum(path.stat().st_size for path in blobs.glob("*")) / 2**30
-    return max(download - done, 0.0) + _RESULTS_GIB
+    return max(download - done, 0.0)
+
+
+def _left_to_download_gib(model_id: str) -> float | None:
+    """What the hub's client would still download; None if the hub does not say so in time."""
+    found: list[Any] = []
+
+    def ask() -> None:
+        # No network, no token, no access, an old client: whatever it is, the planned size stands in.
+        with contextlib.suppress(Exception):
+            found.extend(_dry_run(model_id))
+
+    # A thread of its own: neither a slow name server nor a hanging proxy knows of the client's time limits.
+    thread = threading.Thread(target=ask, name="dry run", daemon=True)
+    thread.start()
+    thread.join(_HUB_SECONDS)
+    if thread.is_alive() or not found:
+        return None
+    return sum(file.file_size for file in found if file.will_download) / 2**30
+
+
+def _dry_run(model_id: str) -> list[Any]:
+    """The files that ``from_pretrained`` reads of a repository, and which of them are here already."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    class Silent(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})
+
+    return snapshot_download(
+        model_id,
+        dry_run=True,
+        allow_patterns=["*.safetensors", "*.json", "tokenizer*"],
+        ignore_patterns="original/*",  # the same weights once more, in Meta's own format
+        etag_timeout=_HUB_SECONDS,
+        tqdm_class=Silent,
+    )

@@ -8,6 +8,7 @@ perplexity), and always measured in ``eval()`` mode: on a CPU, int8 layers compu
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from llama_sft_helpers.batches import IGNORED, rows_without_eos
 from llama_sft_helpers.modes import evaluation_mode
 
 if TYPE_CHECKING:
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 
     EncodedRow = Mapping[str, Sequence[int]]
 
-IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
-_ORANGE, _BLUE = "#D55E00", "#0072B2"  # Okabe and Ito's palette, told apart by colour-blind readers
+# Okabe and Ito's palette, told apart by colour-blind readers; with more models it begins again.
+_PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 class EvaluationError(AssertionError):
@@ -46,9 +48,17 @@ def encode_rows(
 
     Returns:
         One dict a row: ``input_ids``, and ``labels`` where the prompt's positions hold -100.
+
+    Raises:
+        ValueError: A row without ``prompt`` or ``completion``.
     """
     encoded = []
-    for row in rows:
+    for index, row in enumerate(rows):
+        if not {"prompt", "completion"} <= set(row):
+            raise ValueError(
+                f"Row {index} has the columns {list(row)}, expected prompt and completion. Alpaca and chat "
+                "rows become such rows by dataset.map(to_prompt_completion) (notebook 05)."
+            )
         prompt = tokenizer(row["prompt"]).input_ids
         both = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token).input_ids
         pairs = enumerate(zip(prompt, both, strict=False))
@@ -71,12 +81,11 @@ def check_eos_in_labels(encoded: Sequence[EncodedRow], eos_token_id: int) -> Non
     Raises:
         EvaluationError: A row ends otherwise.
     """
-    for index, row in enumerate(encoded):
-        if row["labels"][-1] != eos_token_id:
-            raise EvaluationError(
-                f"Row {index}: its last label is {row['labels'][-1]}, expected EOS ({eos_token_id}). "
-                "Leave out rows longer than max_length, and keep EOS out of the label mask."
-            )
+    if lost := rows_without_eos([row["labels"] for row in encoded], eos_token_id):
+        raise EvaluationError(
+            f"Row {lost[0]}: its last label is {encoded[lost[0]]['labels'][-1:]}, expected EOS "
+            f"({eos_token_id}). Leave out rows longer than max_length, and keep EOS out of the label mask."
+        )
 
 
 def summarize_row_losses(model: Any, encoded: Sequence[EncodedRow], batch_size: int = 4) -> pd.DataFrame:
@@ -153,9 +162,14 @@ def summarize_perplexity(
         ``tokens``.
 
     Raises:
-        ValueError: No scored token, or models measured on different tokens.
+        ValueError: No model, no scored token, or models measured on different tokens.
     """
     names = list(rows)
+    if not names:
+        raise ValueError(
+            "rows is empty: no model to compare. Pass a name and the table that summarize_row_losses returns "
+            'for each model, for instance {"base": ..., "tuned": ...}.'
+        )
     tokens = rows[names[0]]["tokens"].to_numpy()
     if any(not np.array_equal(rows[name]["tokens"], tokens) for name in names) or not tokens.sum():
         raise ValueError(
@@ -293,7 +307,7 @@ def plot_stops(rows: Mapping[str, pd.DataFrame], stops: pd.DataFrame, ax: Axes |
     if ax is None:
         _, ax = plt.subplots(figsize=(7, 1.2 + 0.9 * len(rows)), layout="constrained")
     labels = []
-    for y, (name, colour) in enumerate(zip(rows, (_ORANGE, _BLUE, "#009E73", "#CC79A7"), strict=False)):
+    for y, (name, colour) in enumerate(zip(rows, itertools.cycle(_PALETTE), strict=False)):
         values = rows[name]["eos_probability"].dropna().to_numpy()
         spread = np.random.default_rng(0).uniform(-0.2, 0.2, len(values))
         ax.scatter(values, y + spread, s=22, color=colour, alpha=0.6, linewidths=0)

@@ -14,11 +14,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _STAMP = "written_by_llama_sft_helpers.txt"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Errors that name no number: torch.save's C++ writer, and libraries that pass on the system's words only.
+_FULL_IN_WORDS = ("PytorchStreamWriter", "inline_container", "No space left", "Disk quota exceeded")
 
 
 class PublishError(RuntimeError):
     """Something could not be written or uploaded; nothing that was there before has been changed."""
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed because there was no room, whichever library reports it.
+
+    safetensors and other Rust libraries name the system's error number in their text only, ``torch.save``
+    none at all.
+    """
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found.group(1))
+    return number in _FULL if number is not None else any(sign in str(error) for sign in _FULL_IN_WORDS)
+
+
+def free_bytes(folder: str | Path) -> int:
+    """Free space of the disk on which a folder lies, or will lie once it is made."""
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -56,7 +77,7 @@ def new_folder(target: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
     target = Path(target)
     _refuse_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
+    free = free_bytes(target.parent)
     if needed_bytes > free:
         raise PublishError(
             _no_room(target, f"{needed_bytes / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free")
@@ -94,10 +115,7 @@ def full_disk_explained(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors reports the system's error in its text only
-        number = error.errno if isinstance(error, OSError) else None
-        found = re.search(r"os error (\d+)", str(error))
-        if number in _NO_ROOM or (found and int(found.group(1)) in _NO_ROOM):
+        if is_full_disk(error):
             raise PublishError(_no_room(target, str(error))) from error
         raise
 

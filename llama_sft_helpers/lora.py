@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 
+from llama_sft_helpers.batches import checked_inputs
 from llama_sft_helpers.checksums import checksum
 from llama_sft_helpers.lora_sweep import COLOURS, MARKERS, SweepPlan, plan_sweep, plot_sweep, summarize_claims
 from llama_sft_helpers.memory import TARGET_MODULES
@@ -189,7 +190,8 @@ def check_adapter_is_noop(model: Any, batch: Mapping[str, Any]) -> None:
         ValueError: No adapter, a merged or switched-off adapter, or a batch that the model cannot take.
     """
     layers = list(_lora_layers(model))
-    inputs = _checked_inputs(model, batch)
+    _refuse_meta(model)
+    inputs = checked_inputs(model, batch)
     if not hasattr(model, "disable_adapter"):
         raise ValueError(f"{type(model).__name__} cannot switch its adapter off; pass a PeftModel.")
     if any(layer.merged or layer.disable_adapters for _, layer, _ in layers):
@@ -363,37 +365,3 @@ def _weight_norm(name: str, linear: Any) -> float:
 def _refuse_meta(model: Any) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("The model is on the meta device and has no values; load it with from_pretrained.")
-
-
-def _checked_inputs(model: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The parts of the batch that the forward pass takes, after telling what is wrong with them."""
-    _refuse_meta(model)
-    input_ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        got = type(batch).__name__ if input_ids is None else f"input_ids of {_describe(input_ids)}"
-        raise ValueError(
-            f"The batch is {got}; expected a mapping with integer input_ids of shape (rows, tokens), "
-            'such as tokenizer(texts, return_tensors="pt").'
-        )
-    if input_ids.numel() == 0:
-        raise ValueError(
-            f"The batch is empty: input_ids of shape {tuple(input_ids.shape)}; pass a row or more."
-        )
-    device = model.get_input_embeddings().weight.device
-    if input_ids.device != device:
-        raise ValueError(
-            f"The batch is on {input_ids.device}, the model on {device}; pass batch.to('{device}')."
-        )
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
-        raise ValueError(
-            f"input_ids run from {int(input_ids.min())} to {int(input_ids.max())}, the model knows 0 to "
-            f"{vocabulary - 1}; use the model's own tokenizer."
-        )
-    return {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"shape {tuple(value.shape)} and {value.dtype}"
-    return f"type {type(value).__name__}"

@@ -58,12 +58,13 @@ def plan_memory(
         to hold; ``planned_peak_gib`` leaves out what PyTorch does not count as allocated.
 
     Raises:
-        ValueError: Unknown quantization or target module, or a rank below 1.
+        ValueError: No configuration or profile, an unknown quantization or target module, or a rank below 1.
     """
     import pandas as pd
 
-    _check_arguments(quantization, lora_rank, target_modules)
     shape = Shape.of(config)
+    _check_profile(profile)
+    _check_arguments(quantization, lora_rank, target_modules)
     rows = [
         *weight_rows(shape, profile, quantization),
         *adapter_rows(shape, profile, lora_rank, target_modules),
@@ -277,6 +278,14 @@ def _shrink(profile: Profile) -> Iterator[dict[str, Any]]:
 def _differences(before: Profile, after: Profile) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(before) if field.compare]
     return {name: getattr(after, name) for name in names if getattr(after, name) != getattr(before, name)}
+
+
+def _check_profile(profile: Any) -> None:
+    if not hasattr(profile, "per_device_train_batch_size"):
+        hint = f"load_profile({profile!r})" if isinstance(profile, str) else "load_profile()"
+        raise ValueError(
+            f"profile is {profile!r}, a {type(profile).__name__}; expected a Profile: pass {hint}."
+        )
 
 
 def _check_arguments(quantization: str, lora_rank: int, target_modules: tuple[str, ...]) -> None:

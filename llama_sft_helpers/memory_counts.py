@@ -17,6 +17,16 @@ _WORKSPACE = 2**26  # what cuBLAS asks of PyTorch's allocator
 _GRADIENTS_IN_MLP = {"int8": 3.2, "fast int8": 2.0, "nf4": 2.0, "16-bit": 4.2}
 _LOSS_TILE = (4096, 32768)  # tokens x vocabulary entries that trl's chunked loss projects at once
 
+_SIZES = (
+    "num_attention_heads",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
 # component, bytes, what they are
 _Row = tuple[str, float, str]
 
@@ -36,7 +46,18 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any) -> Shape:
-        """Read a configuration."""
+        """Read a configuration.
+
+        Raises:
+            ValueError: It is none, or lacks a size.
+        """
+        if missing := [name for name in _SIZES if not hasattr(config, name)]:
+            known = len(missing) < len(_SIZES)
+            got = f"without {', '.join(missing)}" if known else f"{config!r}, a {type(config).__name__}"
+            raise ValueError(
+                f"config is {got}; expected a LlamaConfig: pass model.config, or "
+                "AutoConfig.from_pretrained(model_id), which loads no weights."
+            )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             layers=config.num_hidden_layers,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from llama_sft_helpers.batches import IGNORED, document_bounds
 from llama_sft_helpers.modes import evaluation_mode
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Batch = Mapping[str, Any]
-
-_IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 
 
 class TokenError(AssertionError):
@@ -96,11 +95,17 @@ def plan_packing(lengths: Iterable[int], batch_size: int, max_length: int) -> pd
 
     Returns:
         strategy (index), batches (packed: blocks), tokens, padding_share (of all slots).
+
+    Raises:
+        ValueError: Lengths that are no positive token counts, or a batch_size or max_length below 1.
     """
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if value < 1:
+            raise ValueError(f"{name}={value} is too small, expected at least 1; pass what SFTConfig gets.")
     tokens = np.sort(np.minimum(_lengths_array(lengths), max_length))
     total, count = int(tokens.sum()), len(tokens)
     full, rest = divmod(count, batch_size)
-    padded = full * batch_size * _expected_longest(tokens, batch_size)
+    padded = full * batch_size * _expected_longest(tokens, batch_size) if full else 0.0
     padded += rest * _expected_longest(tokens, rest) if rest else 0.0
     batches = full + (rest > 0)
     draws = min(20, 1 + 20_000 // count)
@@ -229,12 +234,6 @@ def check_isolation(table: pd.DataFrame, column: str = "packed", tolerance: floa
         )
 
 
-def document_bounds(position_ids: torch.Tensor) -> list[int]:
-    """Where documents start in a flattened batch, and its end."""
-    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
-    return [*starts, position_ids.shape[1]]
-
-
 def _hidden_states(model: Any, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
     """States before the output layer; of shape (1, tokens, hidden)."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -247,7 +246,7 @@ def _loss(model: Any, states: torch.Tensor, labels: torch.Tensor) -> float:
     import torch
 
     logits = model.get_output_embeddings()(states[0, :-1]).float()
-    return float(torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=_IGNORED))
+    return float(torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=IGNORED))
 
 
 def _expected_longest(ordered: np.ndarray[Any, np.dtype[np.int64]], size: int) -> float:

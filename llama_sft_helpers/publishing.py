@@ -11,29 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_sft_helpers.folders import PublishError, full_disk_explained, write_text
+from llama_sft_helpers.llama import is_llama3
+from llama_sft_helpers.summary import read_training_summary
 
 if TYPE_CHECKING:
     import pandas as pd
+    from huggingface_hub import ModelCardData
 
     from llama_sft_helpers.profiles import Profile
 
+__all__ = [
+    "check_repo_id",
+    "hash_rows",
+    "hub_errors",
+    "read_training_summary",
+    "write_model_card",
+]
+
 _CARD_MARK = "<!-- written by llama_sft_helpers, sha256 of the text below: {} -->"
-_SUMMARY_KEYS = (
-    "eval_loss_before",
-    "eval_loss_after",
-    "train_seconds",
-    "train_tokens",
-    "peak_gib",
-    "adapter_sha256",
-    "profile",
-    "versions",
-)
-_LLAMA3_NOTES = (
-    "Built with Meta Llama 3",
-    "The [Meta Llama 3 Community License](https://www.llama.com/llama3/license/) applies: whoever passes "
-    "this model on includes that license, shows “Built with Meta Llama 3” prominently, and gives the model "
-    "a name that begins with “Llama 3”.",
-)
+_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 
 def hash_rows(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -42,30 +38,6 @@ def hash_rows(rows: Iterable[Mapping[str, Any]]) -> str:
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
-
-
-# --- The training summary ---
-
-
-def read_training_summary(path: str | Path) -> dict[str, Any]:
-    """What notebook 06 wrote beside the adapter.
-
-    Args:
-        path: ``training_summary.json``.
-
-    Raises:
-        PublishError: The file is missing or damaged, or lacks a key.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise PublishError(f"There is no {path}. Run notebook 06 first: it writes it.")
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PublishError(f"{path} is damaged ({error}). Run notebook 06 again.") from error
-    if missing := [key for key in _SUMMARY_KEYS if key not in summary]:
-        raise PublishError(f"{path} lacks {', '.join(missing)}. Run notebook 06 again.")
-    return dict(summary)
 
 
 # --- The model card ---
@@ -104,18 +76,13 @@ def write_model_card(
             f"{path} was not written by this function, or was edited since; it is left as it is. Move it "
             "away, or choose another folder."
         )
-    sections = [
-        _introduction(profile),
-        _run_section(profile, training_summary, data_sha256, device),
-        _loss_section(losses),
-        _answers_section(generations),
-    ]
-    body = "\n\n".join(sections) + "\n"
-    header = f"---\n{_metadata(profile)}\n---\n"
-    mark = _CARD_MARK.format(hashlib.sha256((header + body).encode()).hexdigest())
+    facts = _facts(profile, training_summary, data_sha256, device)
+    text = _render(profile, facts, losses, generations)
+    header, end, body = text.partition("\n---\n")
+    mark = _CARD_MARK.format(hashlib.sha256(text.encode()).hexdigest())
     path.parent.mkdir(parents=True, exist_ok=True)
     with full_disk_explained(path):
-        write_text(path, f"{header}{mark}\n{body}")
+        write_text(path, f"{header}{end}{mark}\n{body}")
     return path
 
 
@@ -127,14 +94,6 @@ def _is_own_card(text: str) -> bool:
         return False
     rest = text[: found.start()] + text[found.end() :]
     return hashlib.sha256(rest.encode()).hexdigest() == found.group(1)
-
-
-def is_llama3(model_id: str) -> bool:
-    """Whether a model id, of Meta's or of a copy, or a folder names Llama 3.
-
-    Its license asks for a certain name and notice.
-    """
-    return bool(re.match(r"(meta-)?llama-3-", Path(model_id).name, flags=re.IGNORECASE))
 
 
 def _licence(model_id: str) -> str:
@@ -155,11 +114,32 @@ def _shown(name: str) -> str:
     return files[0].stem if len(files) == 1 else Path(name).name
 
 
-def _metadata(profile: Profile) -> str:
+def _render(
+    profile: Profile, facts: Mapping[str, Any], losses: pd.DataFrame, generations: pd.DataFrame
+) -> str:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.from_template(
+        _metadata(profile),
+        template_str=_TEMPLATE.read_text(encoding="utf-8"),
+        model=_shown(profile.model_id),
+        dataset=_shown(profile.dataset_id),
+        llama3=is_llama3(profile.model_id),
+        facts=facts,
+        settings=_settings(profile),
+        losses=losses.to_dict("index"),
+        generations=_answers(generations),
+        cell=_cell,
+        fenced=_fenced,
+    )
+    return str(card).rstrip("\n") + "\n"
+
+
+def _metadata(profile: Profile) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     # The hub refuses a card whose base_model or datasets is no hub id: local demo names stay in the text.
-    data = ModelCardData(
+    return ModelCardData(
         base_model=profile.model_id if _is_hub_id(profile.model_id) else None,
         datasets=[profile.dataset_id] if _is_hub_id(profile.dataset_id) else None,
         license=_licence(profile.model_id),
@@ -167,24 +147,11 @@ def _metadata(profile: Profile) -> str:
         pipeline_tag="text-generation",
         tags=["lora", "sft"],
     )
-    return str(data.to_yaml()).strip()
 
 
-def _introduction(profile: Profile) -> str:
-    lines = [f"# LoRA adapter for {_shown(profile.model_id)}", ""]
-    if is_llama3(profile.model_id):
-        lines += [f"**{_LLAMA3_NOTES[0]}**", "", _LLAMA3_NOTES[1], ""]
-    lines += [
-        f"Trained on {_shown(profile.dataset_id)} in Alpaca's template, on a base with 8-bit weights. "
-        "The licences of the base model and of the data set apply; Stanford's original Alpaca rows are "
-        "CC BY-NC 4.0.",
-    ]
-    return "\n".join(lines)
-
-
-def _run_section(profile: Profile, summary: Mapping[str, Any], data_sha256: str, device: str) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    rows = {
+def _facts(profile: Profile, summary: Mapping[str, Any], data_sha256: str, device: str) -> dict[str, Any]:
+    """The run in a table's lines."""
+    return {
         "base model": _shown(profile.model_id),
         "data": _shown(profile.dataset_id),
         "SHA-256 of the training rows": data_sha256,
@@ -197,42 +164,32 @@ def _run_section(profile: Profile, summary: Mapping[str, Any], data_sha256: str,
         "held-out loss before and after (trainer)": (
             f"{summary['eval_loss_before']:.4f}, {summary['eval_loss_after']:.4f}"
         ),
-        "versions": versions,
+        "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
     }
-    body = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
-    settings = "\n".join(
-        f"| `{key}` | {_cell(_shown(str(value)) if key.endswith('_id') else value)} |"
-        for key, value in zip(profile.to_frame().index.astype(str), profile.to_frame()["value"], strict=True)
-    )
-    return (
-        f"## The run\n\n| | |\n|---|---|\n{body}\n\n"
-        "<details><summary>Every setting of the profile</summary>\n\n"
-        f"| setting | value |\n|---|---|\n{settings}\n\n</details>"
-    )
 
 
-def _loss_section(losses: pd.DataFrame) -> str:
-    rows = "\n".join(
-        f"| {_cell(name)} | {row['loss_nats']:.4f} | {row['low']:.4f} to {row['high']:.4f} | "
-        f"{row['perplexity']:.3f} | {int(row['tokens']):,} |"
-        for name, row in losses.iterrows()
-    )
-    return (
-        "## Held-out loss\n\nNats per scored token; intervals are 95 %, by resampling rows; the last row's "
-        "perplexity is a ratio.\n\n"
-        f"| model | loss | interval | perplexity | tokens |\n|---|---|---|---|---|\n{rows}"
-    )
+def _settings(profile: Profile) -> dict[str, Any]:
+    values = profile.to_frame()["value"].items()
+    return {str(key): _shown(str(value)) if str(key).endswith("_id") else value for key, value in values}
 
 
-def _answers_section(generations: pd.DataFrame) -> str:
+def _answers(generations: pd.DataFrame) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Each prompt with its answers: the model's name, how the answer ended, its text."""
     names = [name for name in map(str, generations) if f"{name}_stopped" in generations]
-    parts = ["## Answers to fixed prompts", "Greedy decoding, the same prompts for each model."]
-    for number, row in enumerate(generations.to_dict("records"), start=1):
-        parts.append(f"### {number}\n\n{_fenced(row['prompt'])}")
-        for name in names:
-            ending = "stopped" if row[f"{name}_stopped"] else "cut"
-            parts.append(f"{name}, {ending} after {row[f'{name}_tokens']} tokens:\n\n{_fenced(row[name])}")
-    return "\n\n".join(parts)
+    return [
+        (
+            row["prompt"],
+            [
+                (
+                    name,
+                    f"{'stopped' if row[f'{name}_stopped'] else 'cut'} after {row[f'{name}_tokens']}",
+                    row[name],
+                )
+                for name in names
+            ],
+        )
+        for row in generations.to_dict("records")
+    ]
 
 
 def _cell(value: Any) -> str:

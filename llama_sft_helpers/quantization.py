@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from llama_sft_helpers.batches import checked_inputs
 from llama_sft_helpers.modes import evaluation_mode
 from llama_sft_helpers.quantization_plots import (
     plot_outliers,
@@ -116,7 +117,7 @@ def summarize_forward_memory(model: nn.Module, batch: Mapping[str, torch.Tensor]
     Raises:
         ValueError: The batch is empty or on another device than the model.
     """
-    inputs = _checked(model, batch)
+    inputs = checked_inputs(model, batch, least_tokens=2)
     weights = int(summarize_layers(model)["bytes"].sum())
     with evaluation_mode(model), torch.no_grad():
         model(**inputs, use_cache=False)
@@ -225,7 +226,7 @@ def summarize_outliers(
             f"{type(model).__name__} has no Linear8bitLt layer, and the threshold is theirs. Pass a model "
             f"loaded with {LOAD_INT8}."
         )
-    inputs = _checked(model, batch)
+    inputs = checked_inputs(model, batch, least_tokens=2)
     rows: dict[str, dict[str, Any]] = {}
 
     def watch(name: str) -> Any:
@@ -265,7 +266,7 @@ def summarize_predictions(model: nn.Module, batch: Mapping[str, torch.Tensor]) -
     Raises:
         ValueError: The batch is empty, or on another device than the model.
     """
-    inputs = _checked(model, batch)
+    inputs = checked_inputs(model, batch, least_tokens=2)
     frames = []
     with evaluation_mode(model), torch.no_grad():
         logits = model(**inputs, use_cache=False).logits
@@ -328,31 +329,6 @@ def _outliers(activations: torch.Tensor, threshold: float) -> dict[str, Any]:
         "largest_activation": magnitudes.max().item(),
         "channels": tuple(channels.nonzero().flatten().tolist()),
     }
-
-
-def _checked(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch's tensors, or an error that says what to pass."""
-    inputs = {k: v for k, v in dict(batch).items() if k in ("input_ids", "attention_mask")}
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or not len(ids) or ids.shape[1] < 2:
-        got = (
-            f"input_ids of shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-        )
-        raise ValueError(
-            f"The batch is empty or not a batch ({got}). Pass tokenizer(texts, return_tensors='pt', "
-            "padding=True) of at least one text of two tokens."
-        )
-    device = next((p.device for p in model.parameters() if not p.is_meta), ids.device)
-    for name, tensor in inputs.items():
-        if tensor.device != device:
-            raise ValueError(
-                f"The batch's {name} is on {tensor.device}, the model on {device}. "
-                "Pass batch.to(model.device)."
-            )
-    mask = inputs.get("attention_mask")
-    if mask is not None and not mask[:, 1:].any():
-        raise ValueError("The batch holds only padding (attention_mask is 0). Pass at least one text.")
-    return inputs
 
 
 def _peak_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:

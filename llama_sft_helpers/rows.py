@@ -48,6 +48,14 @@ _PROBLEMS = {
     "too-long": "raise max_length, or leave the row out",
 }
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_SEPARATOR = re.compile(r"[\s,]*")  # between the elements of a JSON array
+# How files begin that are no text, whatever their names end in.
+_BINARY = {
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"PK\x03\x04": "a zip or Excel file",
+    b"\x1f\x8b": "a gzip file",
+}
 _CHUNK_ROWS = 1000
 
 
@@ -111,10 +119,9 @@ def summarize_rows(dataset: Any, tokenizer: Any = None, max_length: int | None =
         row shows; ``attrs["usable"]`` lists the rows without any, ready for ``dataset.select``.
 
     Raises:
-        DataError: No row at all, or columns of no known layout.
+        DataError: No data set, no row at all, or columns of no known layout.
     """
-    if len(dataset) == 0:
-        raise DataError("no-rows", "The data set has no rows; check the file or the filter before this.")
+    _require_rows(dataset)
     indices, details = _find_problems(dataset, tokenizer, max_length)
     lines = [
         (name, len(found), len(found) / len(dataset), found[:5], _PROBLEMS[name])
@@ -151,14 +158,14 @@ def check_file(path: str | Path) -> None:
 
     Raises:
         DataError: Names the first row that is broken, and how: ``bad-json``, ``bad-csv``,
-            ``wrong-encoding``, ``missing-column``, ``null-cell``, ``cell-too-long``, ``lone-surrogate``, ...
+            ``wrong-encoding``, ``missing-column``, ``null-cell``, ``cell-too-long``, ``lone-surrogate``, ...;
+            ``unknown-file`` for a folder or a file of another kind.
         FileNotFoundError: There is no such file.
     """
     path = Path(path)
-    text = _decode(path)
     readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}
-    if path.suffix.lower() not in readers:
-        raise DataError("unknown-file", f"{path.name}: expected one of {', '.join(readers)}.")
+    _require_kind(path, list(readers))
+    text = _decode(path)
     index = -1
     layout = ""
     for index, (line, row) in enumerate(readers[path.suffix.lower()](path.name, text)):
@@ -191,6 +198,44 @@ def count_tokens(batch: Mapping[str, list[str]], tokenizer: Any) -> dict[str, li
     completion_tokens = [len(ids) + 1 for ids in completions]
     tokens = [p + c for p, c in zip(prompt_tokens, completion_tokens, strict=True)]
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "tokens": tokens}
+
+
+def _require_rows(dataset: Any) -> None:
+    wanted = "expected a Dataset or a list of rows, each a mapping of columns to texts"
+    if isinstance(dataset, Mapping):
+        split = f"dataset[{next(iter(dataset), 'train')!r}]"
+        got = f"Got a {type(dataset).__name__} with the keys {list(dataset)}"
+        raise DataError("wrong-type", f"{got}; {wanted}. Pass one split, such as {split}.")
+    if isinstance(dataset, str) or not hasattr(dataset, "__len__"):
+        got = f"Got {dataset!r}, a {type(dataset).__name__}"
+        raise DataError("wrong-type", f"{got}; {wanted}. Read a file with load_dataset first.")
+    if len(dataset) == 0:
+        raise DataError("no-rows", "The data set has no rows; check the file or the filter before this.")
+    if not isinstance(dataset[0], Mapping):
+        got = f"In the data set row 0 is {dataset[0]!r}, a {type(dataset[0]).__name__}"
+        raise DataError("wrong-type", f"{got}; {wanted}.", 0)
+
+
+def _require_kind(path: Path, suffixes: list[str]) -> None:
+    """Raise unless it is a text file of a known ending."""
+    wanted = f"expected one of {', '.join(suffixes)}"
+    if path.is_dir():
+        raise DataError("unknown-file", f"{path.name} is a folder; {wanted}. Pass a file in it.")
+    suffix = path.suffix.lower()
+    with path.open("rb") as file:
+        start = file.read(8)
+    kind = next((kind for magic, kind in _BINARY.items() if start.startswith(magic)), "")
+    if suffix not in suffixes:
+        loader = "parquet" if suffix == ".parquet" else "text"
+        raise DataError(
+            "unknown-file",
+            f"{path.name} is a {suffix!r} file; {wanted}. Save it as one of these, or load it with "
+            f'load_dataset("{loader}", data_files="{path.name}", split="train") and pass that to check_rows.',
+        )
+    if kind:
+        raise DataError(
+            "unknown-file", f"{path.name} is {kind}, not text; {wanted}. Save its rows as one of these."
+        )
 
 
 def _layout(columns: Iterable[str], index: int | None = 0) -> str:
@@ -336,25 +381,49 @@ def _decode(path: Path) -> str:
 def _json_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
     """Line number and value of each JSON line, or of each element of one JSON array."""
     if text.lstrip().startswith("["):
-        yield from enumerate(_parse(name, text, 1, 0), start=1)
+        yield from _array_rows(name, text)
         return
     row = 0
     for line, content in enumerate(text.split("\n"), start=1):
         if content.strip():
-            yield line, _parse(name, content, line, row)
+            try:
+                value = json.loads(content)
+            except json.JSONDecodeError as fault:
+                fix = "Each line must hold one complete JSON object"
+                raise _bad_json(name, fault, line, row, fix) from fault
+            yield line, value
             row += 1
 
 
-def _parse(name: str, text: str, line: int, row: int) -> Any:
+def _array_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
+    """The line on which each element of a JSON array begins, and the element."""
+    fault = _syntax_error(text)
+    stop = fault.pos if fault else len(text)
+    end, line, row = text.index("[") + 1, 1 + text.count("\n", 0, text.index("[")), 0
+    while (start := _SEPARATOR.match(text, end).end()) < stop and text[start] != "]":  # type: ignore[union-attr]
+        line += text.count("\n", end, start)
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, start)
+        except json.JSONDecodeError:
+            break  # at the same place as ``fault``, in this row
+        yield line, value
+        line += text.count("\n", start, end)
+        row += 1
+    if fault:
+        raise _bad_json(name, fault, 1, row, "The array must hold complete JSON objects, a comma between two")
+
+
+def _syntax_error(text: str) -> json.JSONDecodeError | None:
     try:
-        return json.loads(text)
+        json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            "bad-json",
-            f"{name}, line {line + error.lineno - 1} (row {row}), column {error.colno}: {error.msg}. "
-            "Each line must hold one complete JSON object.",
-            row,
-        ) from error
+        return error
+    return None
+
+
+def _bad_json(name: str, fault: json.JSONDecodeError, line: int, row: int, fix: str) -> DataError:
+    where = f"{name}, line {line + fault.lineno - 1} (row {row}), column {fault.colno}"
+    return DataError("bad-json", f"{where}: {fault.msg}. {fix}.", row)
 
 
 def _csv_rows(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import html
-import json
 import os
 import re
 import signal
@@ -16,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from llama_sft_helpers.folders import write_text
+from llama_sft_helpers.folders import PublishError, write_text
+from llama_sft_helpers.summary import read_training_summary
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -340,7 +340,10 @@ def _report(out: Path, *, trained: bool) -> None:
     console = Console(soft_wrap=True, highlight=False)
     summary_path = out / "training_summary.json"
     if trained and summary_path.is_file():
-        summary = json.loads(summary_path.read_text(encoding="utf-8"))
+        try:
+            summary = read_training_summary(summary_path)
+        except PublishError as error:
+            raise RunError(str(error)) from error
         before, after = summary["eval_loss_before"], summary["eval_loss_after"]
         console.print(f"held-out loss: {before:.4f} before, {after:.4f} after training")
         console.print(f"adapter:       {out / 'adapter'}")

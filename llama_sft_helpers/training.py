@@ -7,11 +7,9 @@ way back, checkpoints and their errors, is in ``checkpoints.py``.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +25,7 @@ from llama_sft_helpers.checkpoints import (
     latest_checkpoint,
 )
 from llama_sft_helpers.checksums import check_base_unchanged, checksum_base
-from llama_sft_helpers.folders import write_text
+from llama_sft_helpers.summary import write_training_summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -233,8 +231,3 @@ def check_gradients_reach_adapters(model: torch.nn.Module) -> None:
             f"(first: {bad[0]}). Expected: 0. Run a backward pass after an update, and check that nothing "
             "detaches the hidden states (gradient checkpointing needs model.enable_input_require_grads())."
         )
-
-
-def write_training_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
-    """Write ``training_summary.json`` atomically; notebook 07 reads it."""
-    write_text(path, json.dumps(summary, indent=1))

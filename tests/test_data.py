@@ -311,6 +311,32 @@ def test_row_of_exactly_max_length_fits(tiny_tokenizer, extra):
     assert table.loc["too-long", "rows"] == extra
 
 
+def test_a_plan_for_fewer_rows_than_a_batch_holds():
+    plan = data.plan_packing([10, 20], batch_size=8, max_length=64)
+    assert plan["batches"].tolist() == [1, 1, 1]
+    assert plan["padding_share"].tolist() == [0.25, 0.25, 0.0]  # both rows in 20 slots: 10 of 40 are padding
+    for batch_size in (0, -1):
+        with pytest.raises(ValueError, match=rf"batch_size={batch_size} .*expected at least 1"):
+            data.plan_packing([10, 20], batch_size, 64)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ({"train": [GOOD], "test": [GOOD]}, r"a dict with the keys \['train', 'test'\].*dataset\['train'\]"),
+        ({}, r"a dict with the keys \[\]"),
+        ("rows.jsonl", r"'rows\.jsonl', a str"),
+        (None, "None, a NoneType"),
+        (["a", "b"], r"row 0 is 'a', a str"),
+    ],
+)
+def test_what_is_no_data_set_is_named(dataset, message):
+    with pytest.raises(data.DataError, match=message) as raised:
+        data.summarize_rows(dataset)
+    assert raised.value.reason == "wrong-type"
+    assert "list of rows" in str(raised.value)
+
+
 def test_unknown_columns_and_no_rows_are_errors():
     with pytest.raises(data.DataError, match=r"'question', 'answer'.*instruction \+ output.*rename_column"):
         data.check_rows([{"question": "a", "answer": "b"}])
@@ -401,6 +427,67 @@ def test_other_files(tmp_path):
         assert raised.value.reason == reason
     with pytest.raises(FileNotFoundError):
         data.check_file(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("indent", [None, 0, 1, 4])
+def test_an_array_names_the_line_on_which_the_row_begins(tmp_path, indent):
+    path = tmp_path / "a.json"
+    rows = [{**GOOD, "output": f"{n}], [{{\n"} for n in range(3)]
+    text = json.dumps([*rows, {**GOOD, "output": 4}, GOOD], indent=indent)
+    path.write_text("\n" + text, encoding="utf-8")
+    # counted by a second way: the fourth line that opens an object, or the one line of all
+    opening = [number for number, line in enumerate(path.read_text().split("\n"), 1) if line.strip() == "{"]
+    line = opening[3] if indent is not None else 2
+    with pytest.raises(data.DataError, match=rf"\[wrong-type\] a\.json, line {line} \(row 3\)") as raised:
+        data.check_file(path)
+    assert raised.value.row == 3
+
+
+def test_the_second_row_of_an_indented_array_begins_on_line_8(tmp_path):
+    path = tmp_path / "a.json"
+    row = {**GOOD, "source": "x"}
+    path.write_text(json.dumps([row, {**row, "output": ""}], indent=2), encoding="utf-8")
+    with pytest.raises(data.DataError, match=r"line 8 \(row 1\): output is empty"):
+        data.check_file(path)
+
+
+@pytest.mark.parametrize(
+    ("rest", "line", "row"),
+    [
+        ('\n {"instruction": "c",\n  "output" "d"}]', 4, 2),  # a colon is missing
+        ('\n {"instruction": "c", "output": "d"}\n {}]', 4, 3),  # a comma is missing
+        ('\n {"instruction": "c", "output": "d"}', 3, 3),  # cut off
+        ('\n {"instruction": "c", "output": "d"}] x', 3, 3),  # something follows
+    ],
+)
+def test_a_broken_array_names_line_and_row(tmp_path, rest, line, row):
+    path = tmp_path / "a.json"
+    path.write_text(f"[{json.dumps(GOOD)},\n {json.dumps({**GOOD, 'output': '5'})},{rest}", encoding="utf-8")
+    with pytest.raises(data.DataError, match=rf"\[bad-json\] a\.json, line {line} \(row {row}\)"):
+        data.check_file(path)
+
+
+def test_files_of_other_kinds_are_named_in_one_clear_line(tmp_path):
+    Dataset.from_list([GOOD]).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "folder.jsonl").mkdir()
+    for name, disguise in (("b.jsonl", "Parquet"), ("c.csv", "Parquet")):
+        (tmp_path / name).write_bytes((tmp_path / "a.parquet").read_bytes())
+        with pytest.raises(data.DataError, match=rf"\[unknown-file\] {name} is a {disguise} file") as raised:
+            data.check_file(tmp_path / name)
+        assert "UTF-8" not in str(raised.value)
+    (tmp_path / "d.csv").write_bytes(b"PK\x03\x04\x14\x00\x06\x00\xde")
+    with pytest.raises(data.DataError, match=r"d\.csv is a zip or Excel file, not text"):
+        data.check_file(tmp_path / "d.csv")
+    with pytest.raises(data.DataError, match=r"\[unknown-file\] folder\.jsonl is a folder"):
+        data.check_file(tmp_path / "folder.jsonl")
+    with pytest.raises(data.DataError) as raised:
+        data.check_file(tmp_path / "a.parquet")
+    said = str(raised.value)
+    assert said.startswith(
+        "[unknown-file] a.parquet is a '.parquet' file; expected one of .csv, .jsonl, .json."
+    )
+    assert 'load_dataset("parquet"' in said
+    assert "\n" not in said
 
 
 def test_good_files_pass_and_load_the_same(tmp_path):

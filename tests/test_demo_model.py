@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llama_sft_helpers import demo_model, tiny_llama
@@ -134,6 +136,32 @@ def test_a_failing_build_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ModelBuildError, match="No space left"):
         ensure_model("tiny-llama", tmp_path / "model")
     assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "Free some space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Free some space"),
+        (
+            SafetensorError("I/O error: No space left (os error 28)"),
+            "Free some space",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied"), "that you may write to"),
+        (OSError(errno.EROFS, "Read-only file system"), "that you may write to"),
+        (OSError("Can't load the configuration of the GGUF file"), "may be damaged"),
+        (FileNotFoundError(errno.ENOENT, "No such file"), "may be damaged"),
+    ],
+)
+def test_only_a_full_disk_is_told_to_be_one(tmp_path, monkeypatch, error, advice):
+    def broken(folder):
+        raise error
+
+    monkeypatch.setitem(demo_model._BUILDERS, "tiny-llama", broken)
+    with pytest.raises(ModelBuildError, match=advice) as raised:
+        ensure_model("tiny-llama", tmp_path / "model")
+    assert str(error) in str(raised.value)
+    assert ("Free some space" in str(raised.value)) == (advice == "Free some space")
 
 
 def test_a_killed_build_leaves_nothing_that_looks_finished(tmp_path):

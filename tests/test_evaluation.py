@@ -1,6 +1,7 @@
 """Losses, intervals, answers, stops and merge fidelity, each against an independent truth."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -142,6 +143,26 @@ def test_models_measured_on_other_rows_or_on_nothing_are_refused():
         summarize_perplexity({"base": frame([0], [0.0])})
 
 
+def test_no_model_at_all_is_refused():
+    with pytest.raises(ValueError, match=r"no model.*summarize_row_losses"):
+        summarize_perplexity({})
+
+
+def test_rows_of_another_layout_are_named():
+    alpaca = {"instruction": "a", "input": "", "output": "b"}
+    with pytest.raises(ValueError, match=r"Row 1 .*'instruction', 'input', 'output'.*to_prompt_completion"):
+        encode_rows(Words(), [{"prompt": "a", "completion": "b"}, alpaca], 8)
+
+
+class Words:
+    """A tokenizer with an id for each character."""
+
+    eos_token = "$"
+
+    def __call__(self, text):
+        return SimpleNamespace(input_ids=[ord(character) for character in text])
+
+
 # --- EOS ---
 
 
@@ -213,6 +234,16 @@ def test_the_figure_has_a_dot_a_row_and_the_counts():
     ]
     assert ax.get_title()
     assert "probability of EOS" in ax.get_xlabel()
+
+
+def test_the_figure_takes_as_many_models_as_there_are():
+    names = [f"model {n}" for n in range(9)]
+    rows = {name: pd.DataFrame({"eos_probability": [0.2, 0.4]}) for name in names}
+    ax = plot_stops(rows, summarize_stops(rows, dict.fromkeys(names, TOKENS["base"]), EOS))
+    assert [label.get_text().partition("\n")[0] for label in ax.get_yticklabels()] == names
+    assert len(ax.collections) == 9
+    colours = [tuple(dots.get_facecolor()[0]) for dots in ax.collections]
+    assert len(set(colours[:5])) == 5
 
 
 # --- Merging ---

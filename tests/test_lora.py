@@ -179,7 +179,10 @@ def test_random_b_fails_the_noop_check(tiny_model):
         ({"input_ids": IDS.tolist()}, "type list"),
         ({"tokens": IDS}, "The batch is dict; expected a mapping with integer input_ids"),
         (IDS, "The batch is Tensor"),
-        ({"input_ids": IDS.to("meta")}, r"on meta, the model on cpu; pass batch\.to\('cpu'\)"),
+        (
+            {"input_ids": IDS.to("meta")},
+            r"input_ids is on meta, the model on cpu\. Pass batch\.to\(model\.device\)",
+        ),
         ({"input_ids": IDS + 1023}, "run from 1023 to 1046, the model knows 0 to 1023"),
         ({"input_ids": IDS - 1}, "from -1 to 22"),
     ],

@@ -232,6 +232,25 @@ def test_wrong_arguments_are_named(arguments, message):
         plan_memory(LLAMA3, plain_a100(), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ("meta-llama/Meta-Llama-3-8B", r"'meta-llama/Meta-Llama-3-8B', a str"),
+        (None, "None, a NoneType"),
+        (SimpleNamespace(hidden_size=8), "without num_attention_heads, num_hidden_layers"),
+    ],
+)
+def test_what_is_no_configuration_is_named(config, named):
+    for plan in (plan_memory, plan_fit):
+        with pytest.raises(ValueError, match=rf"config is .*{named}.*AutoConfig\.from_pretrained"):
+            plan(config, plain_a100())
+
+
+def test_what_is_no_profile_is_named():
+    with pytest.raises(ValueError, match=r"profile is 'colab-a100', a str.*load_profile\('colab-a100'\)"):
+        plan_memory(LLAMA3, "colab-a100")
+
+
 # --- What fits ---
 
 

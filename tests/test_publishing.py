@@ -14,12 +14,12 @@ from fake_hub import Account
 from fake_hub_upload import UploadHub
 
 from llama_sft_helpers.folders import PublishError
+from llama_sft_helpers.llama import is_llama3
 from llama_sft_helpers.profiles import read_profile
 from llama_sft_helpers.publishing import (
     check_repo_id,
     hash_rows,
     hub_errors,
-    is_llama3,
     read_training_summary,
     write_model_card,
 )

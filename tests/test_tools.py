@@ -131,6 +131,7 @@ def test_the_wheel_installs_in_a_clean_venv_with_data_inside(tmp_path):
     assert "llama_sft_helpers/datasets/alpaca_mini.jsonl" in names
     assert "llama_sft_helpers/profiles/colab-a100.toml" in names
     assert "llama_sft_helpers/configs/llama3_8b.json" in names
+    assert "llama_sft_helpers/templates/model_card.md" in names
     assert "llama_sft_helpers/results/speed_h100_40gib.json" in names
     assert "llama_sft_helpers/models/tiny-llama/model.safetensors" in names
     assert not [name for name in names if name.startswith(("tests", "tools", "notebooks"))]

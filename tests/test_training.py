@@ -1,11 +1,13 @@
 """What notebook 06's helpers say of a run, held against counts and loops of our own."""
 
+import errno
 import json
 import math
 import os
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -198,6 +200,27 @@ def test_the_checksum_covers_codes_scales_and_plain_weights(finished):
     assert sum("norm" in name or "embed" in name or "lm_head" in name for name in names) == 7
 
 
+def test_eight_codes_of_minus_one_are_not_one_of_minus_two():
+    """Python's ``hash(-1) == hash(-2)``: the word of eight -1 is -1, with a last byte of -2 it is -2."""
+    layer = torch.nn.Linear(8, 1, bias=False).requires_grad_(False)
+    layer.weight = torch.nn.Parameter(torch.full((1, 8), -1, dtype=torch.int8), requires_grad=False)
+    before = checksum_base(layer)
+    layer.weight.data[0, 0] = -2
+    assert checksum_base(layer) != before
+    with pytest.raises(AssertionError, match="1 of 1 base weights changed"):
+        check_base_unchanged(layer, before)
+
+
+def test_checksums_of_one_word_are_all_different():
+    words = [*range(-40, 40), 2**62, -(2**62), 2**63 - 1, -(2**63)]
+    tensors = [torch.tensor([word]) for word in words] + [torch.zeros(size) for size in (1, 2, 8, 16)]
+    model = torch.nn.Module()
+    for number, tensor in enumerate(tensors):
+        model.register_parameter(f"p{number}", torch.nn.Parameter(tensor, requires_grad=False))
+    sums = checksum_base(model)
+    assert len(set(sums.values())) == len(tensors) - 1  # the word 0 and two float32 zeros are the same bytes
+
+
 @pytest.mark.parametrize("what", ["a code", "a scale", "an embedding", "two codes swapped"])
 def test_one_changed_number_in_the_base_is_seen(what):
     model = tiny_training.build_model()
@@ -343,6 +366,41 @@ def test_no_checkpoint_is_begun_without_room_for_it(tmp_path, monkeypatch):
     with pytest.raises(CheckpointWriteError, match=r"are needed, 1 MiB are free; there is no checkpoint yet"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_full_disk_in_a_folder_that_is_not_there_yet(tmp_path):
+    with (
+        pytest.raises(
+            CheckpointWriteError, match=r"missing is full: .* MiB are free; there is no checkpoint"
+        ),
+        checkpoint_errors(tmp_path / "deep" / "missing"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_pattern_as_target_modules_is_kept_whole():
+    """Sorted into letters, patterns of the same letters looked alike."""
+
+    def described(targets):
+        return describe_run(tiny_run(SimpleNamespace(r=8, lora_alpha=16, target_modules=targets)))["lora"]
+
+    assert described("abc_q") != described("q_cab")
+    assert described("q_proj") != described(["q_proj"])
+    assert described(r".*\.q_proj") == r"r=8, lora_alpha=16, modules matching '.*\\.q_proj'"
+    assert described({"v_proj", "q_proj"}) == "r=8, lora_alpha=16, q_proj, v_proj"
+
+
+def tiny_run(lora):
+    """What ``describe_run`` reads of a trainer."""
+    base = SimpleNamespace(
+        config=SimpleNamespace(hidden_size=8, num_hidden_layers=1, vocab_size=8, _name_or_path="x/y")
+    )
+    model = SimpleNamespace(
+        get_base_model=lambda: base, peft_config={"default": lora}, active_adapter="default"
+    )
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "seed")
+    args = SimpleNamespace(max_length=8, packing=False, learning_rate=1.0, **dict.fromkeys(names, 1))
+    return SimpleNamespace(args=args, train_dataset=[{"input_ids": [1]}], model=model)
 
 
 def test_other_errors_pass_through():

@@ -1,0 +1,86 @@
+"""What several steps know of a batch: the label that is not scored, documents, ends, what a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
+
+
+def document_bounds(position_ids: torch.Tensor) -> list[int]:
+    """Where documents start in a flattened batch, and its end."""
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    return [*starts, position_ids.shape[1]]
+
+
+def rows_without_eos(labels: Iterable[Sequence[int]], eos_token_id: int) -> list[int]:
+    """Numbers of the rows that do not end in a scored EOS: they would not teach the model to stop.
+
+    Args:
+        labels: The labels of each row, without padding.
+        eos_token_id: The token that ends an answer.
+    """
+    return [index for index, row in enumerate(labels) if not len(row) or int(row[-1]) != eos_token_id]
+
+
+def checked_inputs(model: Any, batch: Any, least_tokens: int = 1) -> dict[str, torch.Tensor]:
+    """The parts of a batch that a forward pass takes, after telling what is wrong with them.
+
+    Args:
+        model: A causal language model.
+        batch: ``input_ids`` of shape (rows, tokens), integers, on the model's device; perhaps
+            ``attention_mask``.
+        least_tokens: Shortest row that can be looked at.
+
+    Raises:
+        ValueError: No batch, an empty one, one of padding only, or one that the model cannot take.
+    """
+    keys = ("input_ids", "attention_mask")
+    inputs = {key: batch[key] for key in keys if key in batch} if isinstance(batch, Mapping) else {}
+    _require_ids(batch, inputs.get("input_ids"), least_tokens)
+    ids = inputs["input_ids"]
+    device = next((p.device for p in model.parameters() if not p.is_meta), ids.device)
+    for name, tensor in inputs.items():
+        if tensor.device != device:
+            raise ValueError(
+                f"The batch's {name} is on {tensor.device}, the model on {device}. "
+                "Pass batch.to(model.device)."
+            )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise ValueError(
+            f"input_ids run from {int(ids.min())} to {int(ids.max())}, the model knows 0 to "
+            f"{vocabulary - 1}; use the model's own tokenizer."
+        )
+    mask = inputs.get("attention_mask")
+    if mask is not None and not mask[:, least_tokens - 1 :].any():
+        raise ValueError("The batch holds only padding (attention_mask is 0). Pass at least one text.")
+    return inputs
+
+
+def _require_ids(batch: Any, ids: Any, least_tokens: int) -> None:
+    import torch
+
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        got = type(batch).__name__ if ids is None else f"input_ids of {_describe(ids)}"
+        raise ValueError(
+            f"The batch is {got}; expected a mapping with integer input_ids of shape (rows, tokens). "
+            'Pass tokenizer(texts, return_tensors="pt", padding=True).'
+        )
+    if not len(ids) or ids.shape[1] < least_tokens:
+        raise ValueError(
+            f"The batch is empty: input_ids of shape {tuple(ids.shape)}. "
+            f"Pass at least one text of {least_tokens} or more tokens."
+        )
+
+
+def _describe(value: Any) -> str:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return f"shape {tuple(value.shape)} and {value.dtype}"
+    return f"type {type(value).__name__}"
