@@ -113,7 +113,8 @@ def test_the_recipe_makes_the_shipped_tiny_llama(tmp_path):
     """The tokenizer is the same to the byte, the weights as near as another CPU's rounding lets them be.
 
     Between the instruction sets ``default`` and AVX2, 500 steps of training differ by 0.0018 a weight at
-    most and by 0.00015 in the root mean square, of weights of 0.10. Where they were made they are equal.
+    most and by 0.00015 in the root mean square, of weights of 0.10; the loss by 0.0014 %. Where the weights
+    were made they are equal. The limits are 5 to 35 times that, as other CPUs may differ more.
     """
     tiny_llama.build(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -124,7 +125,7 @@ def test_the_recipe_makes_the_shipped_tiny_llama(tmp_path):
     assert max(difference.abs().max().item() for difference in differences) < 0.01
     squares = sum(difference.square().sum().item() for difference in differences)
     assert (squares / sum(difference.numel() for difference in differences)) ** 0.5 < 0.001
-    assert mean_loss(tmp_path) == pytest.approx(mean_loss(SHIPPED), rel=1e-3)
+    assert mean_loss(tmp_path) == pytest.approx(mean_loss(SHIPPED), rel=5e-4)
 
 
 def test_a_failing_build_leaves_nothing(tmp_path, monkeypatch):
