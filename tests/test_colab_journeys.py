@@ -281,6 +281,12 @@ class TestPublishedAdapter:
         listing = {"id": self.NAME, "modelId": self.NAME, "sha": commit, "siblings": siblings}
         hub.route("GET", rf"/api/models/{self.NAME}(/revision/\w+)?")(lambda *_: Answer(200, listing))
 
+        tree = [
+            {"type": "file", "path": name, "size": len(body), "oid": f"{name}-1"}
+            for name, body in files.items()
+        ]
+        hub.route("GET", rf"/api/models/{self.NAME}/tree/\w+")(lambda *_: Answer(200, tree))
+
         def serve(request, name):
             headers = {"ETag": f'"{name}-1"', "X-Repo-Commit": commit}
             return Answer(200, files[name], headers | {"Content-Type": "application/octet-stream"})
@@ -345,17 +351,19 @@ print("ON DISK", importlib.metadata.version("pyarrow"))
 
 
 @pytest.fixture(scope="module")
-def colab_image(tmp_path_factory):
-    """A function that gives a new light environment with the image's pyarrow and pandas; its Python."""
+def image_venv(tmp_path_factory):
+    venv = tmp_path_factory.mktemp("image") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    return venv / "bin" / "python"
 
-    def build():
-        venv = tmp_path_factory.mktemp("image") / "venv"
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        python = venv / "bin" / "python"
-        subprocess.run([python, "-m", "pip", "install", "-q", *COLAB_HAS], check=True)
-        return python
 
-    return build
+@pytest.fixture
+def colab_image(image_venv):
+    """The Python of a light environment with the image's pyarrow and pandas, and without this package."""
+    pip = [image_venv, "-m", "pip", "-q"]
+    subprocess.run([*pip, "install", *COLAB_HAS], check=True)
+    subprocess.run([*pip, "uninstall", "-y", "llama-sft-helpers"], check=True)
+    return image_venv
 
 
 def light_first_cell():
@@ -372,13 +380,15 @@ def light_first_cell():
 def probe(python, before="", after="", rounds=1):
     cell, _ = light_first_cell()
     program = PROBE.format(before=before, after=after)
-    answer = subprocess.run([python, "-c", program, cell, str(rounds)], capture_output=True, text=True)
+    command = [python, "-c", program, cell, str(rounds)]
+    # elsewhere, as this checkout's folder would count as installed
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=python.parent)
     return answer.stdout + answer.stderr
 
 
 @pytest.mark.slow
 def test_a_real_upgrade_under_an_import_asks_for_a_restart_and_after_it_for_nothing(colab_image):
-    python, new = colab_image(), light_first_cell()[1]
+    python, new = colab_image, light_first_cell()[1]
     stale = f"pyarrow 18.1.0 (now {new} on disk)"
     # pandas brings pyarrow into memory; running the cell again without a restart says so again
     first = probe(python, before="import pandas", after="import pyarrow.dataset", rounds=2)
@@ -392,7 +402,7 @@ def test_a_real_upgrade_under_an_import_asks_for_a_restart_and_after_it_for_noth
 
 @pytest.mark.slow
 def test_without_such_an_import_a_real_upgrade_asks_for_no_restart(colab_image):
-    python, new = colab_image(), light_first_cell()[1]
+    python, new = colab_image, light_first_cell()[1]
     answer = probe(python, before="import numpy", after="import pandas, pyarrow.dataset")
     assert "RESULT NoneType None" in answer, answer
     assert f"ON DISK {new}" in answer
