@@ -168,10 +168,13 @@ def chat(
 def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
     """The adapter on a fresh 8-bit base, as notebook 07 loads it."""
     import logging
+    import warnings
 
     # bitsandbytes logs a line for every int8 product and one on import, the hub one for every retry
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # peft 0.21 asks newer versions of transformers by an older name
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
     import transformers
     from peft import PeftModel
