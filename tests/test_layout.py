@@ -40,7 +40,7 @@ PARTS = {
     "lora": {"lora_sweep"},
     "data": {"rows", "packing"},
     "training": {"checkpoints"},
-    "speed": {"compiled_layers", "int8_product", "varlen"},
+    "speed": {"compiled_layers", "int8_product", "row_losses", "varlen"},
     "evaluation": {"adapter", "chat", "publishing", "scaling"},
 }
 
