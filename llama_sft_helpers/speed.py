@@ -18,6 +18,7 @@ from llama_sft_helpers.compiled_layers import (
     remember_modules,
 )
 from llama_sft_helpers.int8_product import dequantize, int8_linear, use_fast_int8
+from llama_sft_helpers.row_losses import rounding_bound, row_losses
 from llama_sft_helpers.varlen import document_bounds, register_varlen_attention
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ __all__ = [
     "read_results",
     "register_varlen_attention",
     "remember_modules",
+    "rounding_bound",
+    "row_losses",
     "summarize_ladder",
     "use_fast_int8",
 ]

@@ -56,7 +56,7 @@ PARTS = {
     "lora": {"lora_sweep"},
     "data": {"rows", "packing", "splits"},
     "training": {"checkpoints"},
-    "speed": {"compiled_layers", "int8_product", "varlen"},
+    "speed": {"compiled_layers", "int8_product", "row_losses", "varlen"},
     "evaluation": {"adapter", "chat", "publishing", "scaling"},
 }
 
