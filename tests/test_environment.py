@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
+from fake_hub import Answer, FakeHub
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
@@ -53,6 +54,12 @@ A100 = environment.Machine(
     ram_gib=83.5,
     colab=True,
 )
+
+
+@pytest.fixture(autouse=True)
+def _silent_hub(monkeypatch):
+    """No test asks the real hub what is left to download."""
+    monkeypatch.setattr(environment, "_dry_run", lambda model_id: [])
 
 
 def table(monkeypatch, profile="colab-a100", **changes):
@@ -389,16 +396,114 @@ class TestGpu:
         assert device_map() == {"": "cpu"}
 
 
+LEFT = """
+from llama_sft_helpers import environment
+print(environment._left_to_download_gib("meta-llama/Meta-Llama-3-8B"))
+print(environment._left_to_download_gib("meta-llama/gated"))
+"""
+CACHE_FOLDER = """
+from llama_sft_helpers import environment
+from huggingface_hub import constants
+print(environment._hub_cache())
+print(constants.HF_HUB_CACHE)
+"""
+
+
 class TestDiskAndMemory:
+    @pytest.mark.parametrize(
+        ("variables", "folder"),
+        [
+            ({"HF_HOME": "$HOME/hf"}, "home/hf/hub"),
+            ({"HF_HOME": "~/hf"}, "home/hf/hub"),
+            ({"HUGGINGFACE_HUB_CACHE": "TMP/old"}, "old"),
+            ({"HF_HUB_CACHE": "$HOME/new", "HUGGINGFACE_HUB_CACHE": "TMP/old"}, "home/new"),
+            ({"XDG_CACHE_HOME": "TMP/xdg"}, "xdg/huggingface/hub"),
+            ({}, "home/.cache/huggingface/hub"),
+        ],
+    )
+    def test_the_cache_is_the_clients(self, tmp_path, variables, folder):
+        """In a process of its own: the client works its folder out once, when it is imported."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGG", "XDG"))}
+        chosen = {key: value.replace("TMP", str(tmp_path)) for key, value in variables.items()}
+        found = subprocess.run(
+            [sys.executable, "-c", CACHE_FOLDER],
+            env={**kept, "HOME": str(tmp_path / "home"), **chosen},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        assert found == [str(tmp_path / folder)] * 2
+
+    def test_what_is_left_is_what_the_hub_says(self, monkeypatch, tmp_path):
+        sizes = ((3, True), (9, False))
+        answer = [types.SimpleNamespace(file_size=n * 2**30, will_download=new) for n, new in sizes]
+        monkeypatch.setattr(environment, "_dry_run", lambda model_id: answer)
+        assert table(monkeypatch, free_disk_gib=15.0)["tested"]["free disk"].startswith("4.0 GiB")
+
+    def test_the_client_asks_a_hub_for_the_files_that_from_pretrained_reads(self, tmp_path):
+        sizes = {
+            "model-00001-of-00002.safetensors": 5 * 2**30,
+            "model-00002-of-00002.safetensors": 2**30,
+            "config.json": 2**20,
+            "original/consolidated.00.pth": 16 * 2**30,
+            "original/params.json": 2**30,
+            "README.md": 2**30,
+        }
+        commit = "0" * 40
+        with FakeHub() as hub:
+
+            @hub.route("GET", r"/api/models/meta-llama/Meta-Llama-3-8B/revision/main")
+            def info(request):
+                return Answer(200, {"id": "meta-llama/Meta-Llama-3-8B", "sha": commit, "siblings": []})
+
+            @hub.route("GET", rf"/api/models/meta-llama/Meta-Llama-3-8B/tree/{commit}")
+            def tree(request):
+                files = [{"type": "file", "path": n, "size": s, "oid": "1" * 40} for n, s in sizes.items()]
+                return Answer(200, files)
+
+            @hub.route("HEAD", rf"/meta-llama/Meta-Llama-3-8B/resolve/{commit}/(.+)")
+            def head(request, name):
+                known = {"X-Repo-Commit": commit, "ETag": f'"{name}"', "X-Linked-Size": str(sizes[name])}
+                return Answer(200, "", known)
+
+            environ = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+            command = [sys.executable, "-c", LEFT]
+            done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+        left, unknown = done.stdout.split()
+        assert float(left) == pytest.approx(6 + 2**-10)  # the shards and config.json
+        assert unknown == "None"
+        assert "%|" not in done.stderr  # no progress bars
+
+    @pytest.mark.parametrize("error", [OSError("offline"), RuntimeError("closed"), TypeError("dry_run")])
+    def test_without_an_answer_the_plan_stands_in(self, monkeypatch, error):
+        def refuse(model_id):
+            raise error
+
+        monkeypatch.setattr(environment, "_dry_run", refuse)
+        assert environment._left_to_download_gib("meta-llama/Meta-Llama-3-8B") is None
+
+    def test_a_hub_that_hangs_is_not_waited_for(self, monkeypatch):
+        monkeypatch.setattr(environment, "_HUB_SECONDS", 0.2)
+        monkeypatch.setattr(environment, "_dry_run", lambda model_id: time.sleep(5))
+        started = time.monotonic()
+        assert environment._left_to_download_gib("meta-llama/Meta-Llama-3-8B") is None
+        assert time.monotonic() - started < 2
+
+    def test_a_model_in_a_folder_is_not_downloaded(self, monkeypatch, tmp_path):
+        folder = tmp_path / "Meta-Llama-3-8B"
+        folder.mkdir()
+        profile = read_profile("colab-a100", model_id=str(folder))
+        assert environment._needed_disk_gib(profile) == 1.0
+
     def test_too_little_disk_for_the_download(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("HF_HOME", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         row = problem(table(monkeypatch, free_disk_gib=15.0))
         assert (row.name, row["status"]) == ("free disk", "too little")
         assert row["tested"].startswith("16.0 GiB")  # 8,030,261,248 x 2 bytes = 14.96 GiB, and results
         assert str(tmp_path) in row["fix"]
 
     def test_what_is_downloaded_already_counts(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("HF_HOME", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         blobs = tmp_path / "hub" / "models--meta-llama--Meta-Llama-3-8B" / "blobs"
         blobs.mkdir(parents=True)
         with (blobs / "shard").open("wb") as file:

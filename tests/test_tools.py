@@ -50,6 +50,79 @@ def test_the_hash_follows_the_code_and_not_the_prose(record):
     assert record.code_sha256(nbformat.v4.new_notebook(cells=[code, prose])) != before
 
 
+@pytest.fixture
+def package(tmp_path, monkeypatch, record):
+    """A small package: ``plots`` is reached through ``step``, ``other`` by nobody."""
+    files = {
+        "__init__.py": "def load():\n    from llama_sft_helpers.doctor import attach\n",
+        "doctor.py": "",
+        "step.py": "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from llama_sft_helpers import typed\n"
+        "def draw():\n    from llama_sft_helpers.plots import figure\n    return figure()\n",
+        "plots.py": "from llama_sft_helpers import step, colours\n",
+        "colours.py": "TITLE = 'Loss'\n",
+        "typed.py": "",
+        "other.py": "",
+        "data/__init__.py": "",
+        "data/rows.py": "from .shapes import x\nfrom ..colours import TITLE\n",
+        "data/shapes.py": "",
+        "profiles/cpu-demo.toml": "",
+    }
+    for name, content in files.items():
+        path = tmp_path / "llama_sft_helpers" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    monkeypatch.setattr(record, "PACKAGE", tmp_path / "llama_sft_helpers")
+    return tmp_path / "llama_sft_helpers"
+
+
+@pytest.mark.parametrize(
+    ("code", "reached"),
+    [
+        ("%load_ext llama_sft_helpers\nimport torch", set()),
+        ("from llama_sft_helpers.step import draw", {"step.py", "plots.py", "colours.py"}),
+        ("import llama_sft_helpers.step as s", {"step.py", "plots.py", "colours.py"}),
+        ("from llama_sft_helpers import other", {"other.py"}),
+        ("if x:\n    %pip install y\n!ls\nimport llama_sft_helpers.other", {"other.py"}),
+        (
+            "from llama_sft_helpers.data import summarize",
+            {"data/__init__.py", "data/rows.py", "data/shapes.py", "colours.py"},
+        ),
+    ],
+)
+def test_the_helpers_that_a_notebook_reaches(record, package, code, reached):
+    assert {file.relative_to(package).as_posix() for file in record.helper_files(code)} == reached
+
+
+def test_the_hash_follows_the_helpers_that_are_reached_and_no_others(record, package):
+    def current():
+        return record._is_current(path)
+
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import llama_sft_helpers.step")])
+    notebook.metadata[record.KEY] = record.stamp(notebook)
+    path = package.parent / "01_x.ipynb"
+    nbformat.write(notebook, path)
+    (package / "other.py").write_text("changed = 1")
+    (package / "doctor.py").write_text("changed = 1")
+    assert current()
+    for name in ("colours.py", "plots.py", "step.py", "profiles/cpu-demo.toml"):
+        before = (package / name).read_text()
+        (package / name).write_text(f"{before}# another title")
+        assert not current(), name
+        (package / name).write_text(before)
+        assert current()
+
+
+def test_the_real_notebooks_reach_the_module_of_their_name(record):
+    for path in sorted((ROOT / "notebooks").glob("0[1-8]_*.ipynb")):
+        cells = nbformat.read(path, as_version=4).cells
+        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        files = {file.stem for file in record.helper_files(code)}
+        assert {path.stem[3:], "profiles"} <= files or path.stem == "02_login", files
+        assert "cli" not in files
+        assert "record" not in files
+
+
 def test_cleaning_drops_what_differs_for_no_reason_and_keeps_results(record):
     cell = nbformat.v4.new_code_cell(
         "f()", execution_count=17, metadata={"execution": {"shell.execute_reply": "12:00"}, "alt": "Two bars"}

@@ -1,7 +1,8 @@
 """Record the notebooks' saved outputs: run them with profile cpu-demo and write them back, cleaned.
 
-A notebook is run again only if its code cells or the versions changed since its outputs were recorded
-(``--force`` runs all). What is written differs from run to run only in what was measured (seconds, MiB).
+A notebook is run again only if its code cells, the helper modules that its imports reach, the profile or the
+versions changed since its outputs were recorded (``--force`` runs all). What is written differs from run to
+run only in what was measured (seconds, MiB).
 A cell's metadata can hold ``alt``, the text for those who cannot see its figure, and ``picture``, the name
 under which the figure is also written to ``docs/images``. The seconds go to
 ``benchmarks/results/cpu_demo.json``.
@@ -10,6 +11,7 @@ under which the figure is also written to ``docs/images``. The seconds go to
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import hashlib
 import importlib.metadata
@@ -20,6 +22,7 @@ import re
 import resource
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from llama_sft_helpers.demo_model import models_dir
 from llama_sft_helpers.run import find_notebooks, run_notebooks
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "llama_sft_helpers"
 PICTURES = ROOT / "docs" / "images"
 TIMES = ROOT / "benchmarks" / "results" / "cpu_demo.json"
 PROFILE = "cpu-demo"
@@ -46,9 +50,62 @@ VERSIONS_OF = (
 
 
 def code_sha256(notebook: Any) -> str:
-    """Hash of a notebook's code cells, in order, whatever repository their install line names."""
-    sources = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    return hashlib.sha256(re.sub(r"github\.com/[\w.-]+/[\w.-]+", "REPOSITORY", sources).encode()).hexdigest()
+    """Hash of the code behind a notebook's outputs: its code cells, in order, and the helpers they reach.
+
+    It is the same whatever repository the install line names.
+    """
+    cells = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    files = [*helper_files(cells), PACKAGE / "profiles" / f"{PROFILE}.toml"]
+    helpers = "\0".join(f"{file.relative_to(PACKAGE)}\0{file.read_text(encoding='utf-8')}" for file in files)
+    sources = re.sub(r"github\.com/[\w.-]+/[\w.-]+", "REPOSITORY", cells) + "\0" + helpers
+    return hashlib.sha256(sources.encode()).hexdigest()
+
+
+def helper_files(code: str) -> list[Path]:
+    """The helper modules that code imports, and those that they import in turn, sorted.
+
+    Imports inside functions count, those for type checkers alone do not. Of a package inside this one all
+    modules count, as its table of contents may load them by name. The doctor, which ``%load_ext`` attaches,
+    does not count: it speaks under errors, and recorded cells have none.
+    """
+    python = re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.MULTILINE)
+    found: set[Path] = set()
+    waiting = _imported(ast.parse(python), ())
+    while waiting:
+        files = _files(waiting.pop()) - found
+        found |= files
+        for file in files:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            waiting |= _imported(tree, (PACKAGE.name, *file.relative_to(PACKAGE).parent.parts))
+    return sorted(found)
+
+
+def _imported(tree: ast.AST, package: tuple[str, ...]) -> set[str]:
+    """Dotted names that may be modules; ``package`` is what relative imports start from."""
+    names: set[str] = set()
+    for node in _executed(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*start, *filter(None, [node.module])])
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name.startswith(f"{PACKAGE.name}.")}
+
+
+def _executed(node: ast.AST) -> Iterator[ast.AST]:
+    """A tree's nodes without what stands under ``if TYPE_CHECKING``."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")):
+            yield from _executed(child)
+
+
+def _files(name: str) -> set[Path]:
+    """A module's file, or all files of a package; nothing for the name of a function."""
+    path = PACKAGE.joinpath(*name.split(".")[1:])
+    module = path.with_suffix(".py")
+    return {module} if module.is_file() else set(path.rglob("*.py"))
 
 
 def versions() -> dict[str, str]:
