@@ -215,8 +215,8 @@ def merge_device_map(weight_bytes: int) -> dict[str, int | str]:
         return {"": "cpu"}
     raise MergeError(
         f"A merge needs {needed / 2**30:.1f} GiB; free are {on_gpu / 2**30:.1f} GiB of GPU memory and "
-        f"{in_ram / 2**30:.1f} GiB of RAM. Choose a larger machine (Colab: Runtime > Change runtime type). "
-        "The adapter is complete without the merge."
+        f"{in_ram / 2**30:.1f} GiB of RAM. Choose a larger machine (Colab: Runtime > Change runtime type), "
+        "or merge file by file (merging.write_merged_shards). The adapter is complete without the merge."
     )
 
 

@@ -138,7 +138,9 @@ def _check_names(lora: Mapping[str, _Factors], files: Mapping[str, Path], base_f
     for path, (a, b) in lora.items():
         name = f"{path}.weight"
         if name not in files:
-            raise MergeError(f"The adapter has weights for {path}, {base_folder} has not: another base model.")
+            raise MergeError(
+                f"The adapter has weights for {path}, {base_folder} has not: another base model."
+            )
         expected, found = (b.shape[0], a.shape[1]), _shape(files, name)
         if found != expected:
             raise MergeError(f"{name} in {base_folder} is {found}, the adapter is made for {expected}.")

@@ -41,7 +41,7 @@ PARTS = {
     "data": {"rows", "packing"},
     "training": {"checkpoints"},
     "speed": {"compiled_layers", "int8_product", "varlen"},
-    "evaluation": {"adapter", "chat", "publishing", "scaling"},
+    "evaluation": {"adapter", "chat", "lora_gguf", "merging", "publishing", "scaling"},
 }
 
 

@@ -4,13 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
-from adapter_fixture import TARGETS, trained  # noqa: F401  (a fixture)
+from adapter_fixture import TARGETS, load_int8, trained  # noqa: F401  (a fixture)
 from safetensors.torch import load_file, save_file
 
-from llama_sft_helpers.adapter import AdapterError, MergeError, read_lora
+from llama_sft_helpers.adapter import AdapterError, MergeError, merge_device_map, read_lora
 from llama_sft_helpers.merging import check_merged_shards, write_merged_shards
 
 
@@ -131,7 +134,7 @@ def test_the_adapter_of_notebook_06_merges_to_the_same_bytes_and_answers(trained
 
 
 def test_the_sum_is_right_by_float64(folders):
-    """Each weight is the float64 sum, rounded to bfloat16: at most half a step (a 256th) and float32's own."""
+    """Each weight is the float64 sum, rounded to bfloat16: by at most a 256th, and float32's own."""
     write(folders)
     base, merged = tensors_of(folders["base_folder"]), tensors_of(folders["folder"])
     factors = load_file(folders["adapter_folder"] / "adapter_model.safetensors")
@@ -284,3 +287,56 @@ def test_a_merged_weight_that_is_not_it_is_noticed(folders, damage):
     save_file(tensors, path)
     with pytest.raises(MergeError, match=name.replace(".", r"\.")):
         check(folders)
+
+
+# --- Notebook 07 on a machine without the memory ---
+
+NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "07_evaluation.ipynb"
+LLAMA3_BYTES = 2 * 8_030_261_248
+
+
+def fake_memory(monkeypatch, *, ram, gpu):
+    """What psutil and torch report as free, in bytes; no GPU memory is used."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=ram))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu > 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gpu, gpu))
+
+
+def test_a_t4_runtime_has_no_room_for_llama_3_in_16_bits(monkeypatch):
+    fake_memory(monkeypatch, ram=int(12.7e9), gpu=int(14.6 * 2**30))
+    with pytest.raises(
+        MergeError, match=r"needs 17.5 GiB; free are 14.6 GiB of GPU memory and 11.8 GiB of RAM"
+    ):
+        merge_device_map(LLAMA3_BYTES)
+
+
+@pytest.mark.parametrize("room", [False, True])
+def test_07_goes_on_where_neither_gpu_nor_ram_holds_the_model(
+    trained,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    room,
+):
+    """The notebook's own cells, from the merge to the last check; a tiny model and as little free memory."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    sources = {cell["id"]: "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"}
+    names = list(sources)
+    wanted = names[names.index("07-052") : names.index("07-055b") + 1]
+    space = {}
+    for cell in ("07-002", "07-002a"):
+        exec(sources[cell].replace("%load_ext llama_sft_helpers", ""), space)
+    settings = {"model_id": trained.profile.model_id, "output_dir": tmp_path}
+    held_out = space["encode_rows"](trained.tokenizer, trained.eval_rows.select(range(4)), 128)
+    space |= {"profile": SimpleNamespace(**settings), "tokenizer": trained.tokenizer, "held_out": held_out}
+    space |= {"adapter_folder": trained.adapter, "base": load_int8(trained.profile.model_id)}
+    space |= {"sizes": [0] * 2 * len(TARGETS)}
+    fake_memory(monkeypatch, ram=2**40 if room else 2**20, gpu=0 if room else 2**20)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for name in wanted:
+        exec(sources[name], space)
+    assert (space["merged"] is not None) == room
+    assert ("A merge needs" in space["no_room"]) != room
+    peft = merge_by_peft(trained.profile.model_id, trained.adapter, tmp_path / "peft")
+    found = tensors_of(tmp_path / "merged")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors_of(peft).items())
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()

@@ -217,7 +217,7 @@ def test_packed_documents_do_not_see_each_other_with_the_t4s_attention(tiny_mode
     ).eval()
     documents = [list(range(10, 19)), list(range(40, 45)), list(range(70, 90))]
     lengths = [len(document) for document in documents]
-    block = {"input_ids": sum(documents, []), "seq_lengths": lengths}
+    block = {"input_ids": [token for document in documents for token in document], "seq_lengths": lengths}
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([block])
     assert "attention_mask" not in batch  # with one, transformers does not look for documents
     # without a cache, as trl's trainer calls the model: with one, documents are not looked for either
