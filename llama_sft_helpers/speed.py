@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from llama_sft_helpers.compiled_layers import (
     CompiledLayers,
+    QuickSteps,
     check_graphs,
     compile_decoder_layers,
-    remember_modules,
 )
 from llama_sft_helpers.int8_product import dequantize, int8_linear, use_fast_int8
 from llama_sft_helpers.varlen import document_bounds, register_varlen_attention
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CompiledLayers",
+    "QuickSteps",
     "check_graphs",
     "compile_decoder_layers",
     "dequantize",
@@ -34,7 +35,6 @@ __all__ = [
     "plot_ladder",
     "read_results",
     "register_varlen_attention",
-    "remember_modules",
     "summarize_ladder",
     "use_fast_int8",
 ]
