@@ -135,7 +135,8 @@ def compile_decoder_layers(model: torch.nn.Module, activation_memory_budget: flo
             https://pytorch.org/blog/activation-checkpointing-techniques/.
 
     Returns:
-        A report: graphs and seconds of compilation so far, ``remove()`` to undo.
+        A report: graphs and seconds of compilation so far, ``remove()`` to undo. Each layer's instance gets
+        another ``forward``, as ``layer.compile()`` cannot be undone; a deep copy of the model stays compiled.
 
     Raises:
         ValueError: The budget is outside (0, 1], or the model has no decoder layers.
@@ -176,7 +177,7 @@ def _round_up(longest: int) -> int:
     """A bound of the longest document that hardly changes: numbers are compiled in, a new one compiles anew.
 
     Attention works in blocks of 128 tokens and leaves at once what lies beyond a document's end: a bound of
-    16 times the true length costs 0.27 ms a layer (``benchmarks/NOTES.md``), one of 1024 for 600 next to none.
+    16 times the true length costs 0.27 ms a layer (``benchmarks/NOTES.md``), 1024 for 600 next to none.
     """
     return max(1024, 1 << (longest - 1).bit_length())
 

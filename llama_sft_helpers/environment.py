@@ -457,13 +457,13 @@ def _needed_gpu_gib(profile: Profile) -> float:
 
 def _needed_disk_gib(profile: Profile) -> float:
     """Space for what is still to be downloaded (16-bit weights) and for the results."""
-    from llama_sft_helpers.memory import plan_memory
+    from llama_sft_helpers.memory_counts import Shape, weight_rows
 
     if not _is_llama3(profile):
         return _RESULTS_GIB
     sixteen_bit = dataclasses.replace(profile, dtype="bfloat16")
-    plan = plan_memory(load_llama3_config(), sixteen_bit, quantization="16-bit")
-    download = float(plan.loc[plan["component"] == "16-bit weights", "gib"].sum())
+    weights = weight_rows(Shape.of(load_llama3_config()), sixteen_bit, quantization="16-bit")
+    download = sum(size for _, size, _ in weights) / 2**30
     blobs = _hub_cache() / f"models--{profile.model_id.replace('/', '--')}" / "blobs"
     done = sum(path.stat().st_size for path in blobs.glob("*")) / 2**30
     return max(download - done, 0.0) + _RESULTS_GIB

@@ -8,10 +8,13 @@ how bitsandbytes stores a layer, ``quantization_plots`` draws; what is public th
 
 from __future__ import annotations
 
+import contextlib
 import html
 import itertools
+import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -372,8 +375,10 @@ def _peak_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
-    return max(itertools.accumulate((size for _, size in changes), initial=0))
+    changes = sorted(
+        (event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]
+    )
+    return max(itertools.accumulate((event["args"]["Bytes"] for event in changes), initial=0))
 
 
 @contextlib.contextmanager

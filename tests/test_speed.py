@@ -1,6 +1,7 @@
 """Each switch of speed.py against float64, against what it replaces, and undone again."""
 
 import copy
+import functools
 import json
 import warnings
 from pathlib import Path
@@ -202,6 +203,110 @@ def test_disabled_and_merged_adapters(tiny_model_int8, batch):
     # merging quantizes once more (see notebook 07), so only closer to the adapted model than to the plain one
     merged = model(**batch).logits
     assert (merged - adapted).norm() < 0.2 * (merged - plain).norm()
+
+
+def plain_logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def test_fast_int8_leaves_the_libraries_own_modules_and_keys(tiny_model_int8):
+    model = add_lora(tiny_model_int8)
+    before = {name: (module, type(module)) for name, module in model.named_modules()}
+    keys = list(model.state_dict())
+    speed.use_fast_int8(model)
+    after = dict(model.named_modules())
+    assert list(after) == list(before)
+    assert all(after[name] is module and type(module) is kind for name, (module, kind) in before.items())
+    assert list(model.state_dict()) == keys
+
+
+def test_a_copy_of_a_fast_model_computes_with_its_own_weights(tiny_model_int8, batch):
+    model = add_lora(tiny_model_int8).train()
+    speed.use_fast_int8(model)
+    expected = plain_logits(model, batch)
+    copied = copy.deepcopy(model)
+    assert torch.equal(plain_logits(copied, batch), expected)
+    for name, parameter in copied.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    first = copied.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    first.state.SCB.mul_(2)
+    assert not torch.allclose(plain_logits(copied, batch), expected, atol=1e-2)
+    assert torch.equal(plain_logits(model, batch), expected)
+    speed.use_fast_int8(copied, enabled=False)
+    assert "forward" in vars(model.get_base_model().model.layers[0].mlp.up_proj)
+
+
+def test_the_base_is_unchanged_by_switching_and_training_fast(tiny_model_int8, batch):
+    from llama_sft_helpers.training import check_base_unchanged, checksum_base
+
+    model = add_lora(tiny_model_int8).train()
+    before = checksum_base(model)
+    speed.use_fast_int8(model)
+    run(model, batch)
+    check_base_unchanged(model, before)
+    speed.use_fast_int8(model, enabled=False)
+    check_base_unchanged(model, before)
+
+
+def test_adapters_of_a_fast_model_can_be_added_switched_and_deleted(tiny_model_int8, batch):
+    model = add_lora(tiny_model_int8).eval()
+    speed.use_fast_int8(model)
+    expected = plain_logits(model, batch)
+    model.add_adapter("second", LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    model.set_adapter("second")  # its B is 0: the base alone
+    with model.disable_adapter():
+        base = plain_logits(model, batch)
+    assert torch.allclose(plain_logits(model, batch), base, atol=1e-5)
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    assert torch.equal(plain_logits(model, batch), expected)
+
+
+def test_a_fast_model_is_unloaded_to_the_base_that_peft_got(tiny_model_int8, batch):
+    base = tiny_model_int8.train()
+    linears = {n: m for n, m in base.named_modules() if type(m).__name__ == "Linear8bitLt"}
+    plain = plain_logits(base, batch)
+    model = add_lora(base)
+    speed.use_fast_int8(model)
+    unloaded = model.unload()
+    assert {n: m for n, m in unloaded.named_modules() if type(m).__name__ == "Linear8bitLt"} == linears
+    assert torch.allclose(plain_logits(unloaded, batch), plain, atol=1e-4)
+    speed.use_fast_int8(unloaded, enabled=False)
+    assert torch.equal(plain_logits(unloaded, batch), plain)
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module")
+def test_merging_a_fast_model_equals_merging_a_plain_one(tiny_model_int8, batch):
+    model = add_lora(tiny_model_int8).train()
+    plain, fast = copy.deepcopy(model).merge_and_unload(), model
+    speed.use_fast_int8(fast)
+    run(fast, batch)
+    fast = fast.merge_and_unload()
+    before, after = plain.state_dict(), fast.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert torch.allclose(plain_logits(fast, batch), plain_logits(plain, batch), atol=1e-4)
+
+
+def test_layers_that_another_library_runs_are_left_alone_and_said(tiny_model_int8, batch):
+    expected = plain_logits(tiny_model_int8, batch)
+    layer = tiny_model_int8.model.layers[0]
+    for module in (layer, layer.mlp.up_proj):
+        module.forward = functools.partial(type(module).forward, module)  # as accelerate's hooks do
+    theirs = vars(layer.mlp.up_proj)["forward"]
+    with pytest.warns(UserWarning, match="1 of 14 int8 layers are run by another library"):
+        assert speed.use_fast_int8(tiny_model_int8) == 13
+    with pytest.warns(UserWarning, match="another library runs LlamaDecoderLayer"):
+        compiled = speed.compile_decoder_layers(tiny_model_int8)
+    with pytest.raises(AssertionError, match="another library runs"):
+        speed.check_graphs(compiled)
+    compiled.remove()
+    with pytest.warns(UserWarning, match="1 of 14"):
+        assert speed.use_fast_int8(tiny_model_int8, enabled=False) == 13
+    assert vars(layer.mlp.up_proj)["forward"] is theirs
+    assert torch.equal(plain_logits(tiny_model_int8, batch), expected)
 
 
 def test_fast_int8_refuses_what_it_cannot_do(tiny_model):
@@ -464,6 +569,37 @@ def test_compiling_overrides_no_method_of_the_model_and_hooks_no_other_module(ti
     compiled.remove()
 
 
+def test_rows_of_other_lengths_reach_one_graph_with_one_bound(tiny_model, no_compiler, varlen_on_cpu):
+    seen = []
+    monkeypatched = varlen._varlen_kernel
+
+    @torch.compiler.disable
+    def kernel(query, key, value, bounds, longest, scale):  # noqa: PLR0917
+        seen.append(longest)
+        return monkeypatched(query, key, value, bounds, longest, scale)
+
+    varlen._varlen_kernel = kernel
+    tiny_model.set_attn_implementation("varlen")
+    compiled = speed.compile_decoder_layers(tiny_model)
+    compiled.most_graphs = 50
+    for lengths in ([7, 12, 5], [20, 3], [30, 9, 9]):
+        ids = torch.randint(5, 900, (1, sum(lengths)))
+        rows = {
+            "input_ids": ids,
+            "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+            "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+            "max_length_q": max(lengths),
+            "use_cache": False,
+        }
+        with torch.no_grad():
+            logits = tiny_model(**rows).logits
+            alone = [tiny_model(input_ids=part, use_cache=False).logits for part in ids.split(lengths, 1)]
+        assert torch.allclose(logits, torch.cat(alone, 1), atol=1e-4)
+    with_bounds = [longest for longest in seen if longest == 1024]
+    assert len(with_bounds) == 2 * 3  # two layers, three batches
+    compiled.remove()
+
+
 def test_a_failing_compiler_leaves_the_layers_running(tiny_model, batch, monkeypatch):
     batch["use_cache"] = False
     expected = tiny_model(**batch).logits
@@ -585,3 +721,71 @@ def test_document_bounds_in_inference_mode():
     with torch.inference_mode():
         bounds, longest = speed.document_bounds(torch.tensor([[0, 1, 0, 1, 2]]))
     assert (bounds.tolist(), longest) == ([0, 2, 5], 3)
+
+
+# steps
+
+
+def train_tiny(folder, model, trainer_class, monkeypatch, **changes):
+    import tiny_training
+
+    tiny_training.quiet()
+    monkeypatch.setattr(tiny_training, "SFTTrainer", trainer_class)
+    trainer = tiny_training.build_trainer(folder, model=model, **changes)
+    trainer.train()
+    return trainer
+
+
+def test_quick_steps_train_and_count_as_the_trainer_does(tmp_path, monkeypatch):
+    import tiny_training
+    from trl import SFTTrainer
+
+    class QuickTrainer(speed.QuickSteps, SFTTrainer):
+        pass
+
+    walked = []
+    real = torch.nn.Module.train
+    histories, operations, walks = [], [], []
+    for kind in (SFTTrainer, QuickTrainer):
+        model = tiny_training.build_model()
+        del walked[:]
+        monkeypatch.setattr(
+            torch.nn.Module, "train", lambda self, mode=True: walked.append(self) or real(self, mode)
+        )
+        trainer = train_tiny(tmp_path / kind.__name__, model, kind, monkeypatch, eval_strategy="no")
+        monkeypatch.setattr(torch.nn.Module, "train", real)
+        walks.append(sum(module is model for module in walked))
+        histories.append(
+            [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
+        )
+        operations.append(trainer.state.total_flos)
+        assert all(module.training for module in model.modules())
+    assert histories[0] == histories[1]
+    assert len(histories[0]) == 4
+    assert operations[0] == operations[1] > 0
+    assert walks[0] - walks[1] >= 3  # in each step, and in the first only
+
+
+def test_quick_steps_see_a_part_in_evaluation_mode_and_a_new_run(tiny_model):
+    class Base:
+        model = tiny_model
+
+        def training_step(self, model, inputs):
+            model.train()
+            return model(**inputs).logits.sum() * 0 + model.config.vocab_size
+
+        def floating_point_ops(self, inputs):
+            return 6 * inputs["input_ids"].numel() * self.model.num_parameters()
+
+    trainer = type("Quick", (speed.QuickSteps, Base), {})()
+    trainer.state = object()
+    inputs = {"input_ids": torch.arange(5, 12)[None]}
+    for part in (tiny_model, tiny_model.model.layers[1]):
+        part.eval()
+        assert trainer.training_step(tiny_model, inputs) == tiny_model.config.vocab_size
+        assert all(module.training for module in tiny_model.modules())
+    assert trainer.floating_point_ops(inputs) == 6 * 7 * tiny_model.num_parameters()
+    assert trainer.floating_point_ops({}) == 0
+    tiny_model.extra = torch.nn.Linear(3, 3)
+    trainer.state = object()
+    assert trainer.floating_point_ops(inputs) == 6 * 7 * tiny_model.num_parameters()
