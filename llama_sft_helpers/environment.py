@@ -494,11 +494,11 @@ def _needed_disk_gib(profile: Profile) -> float:
 
 def _planned_download_gib(profile: Profile) -> float:
     """The size that the model's shape gives, less what lies in the cache already."""
-    from llama_sft_helpers.memory import plan_memory
+    from llama_sft_helpers.memory_counts import Shape, weight_rows
 
     sixteen_bit = dataclasses.replace(profile, dtype="bfloat16")
-    plan = plan_memory(load_llama3_config(), sixteen_bit, quantization="16-bit")
-    download = float(plan.loc[plan["component"] == "16-bit weights", "gib"].sum())
+    weights = weight_rows(Shape.of(load_llama3_config()), sixteen_bit, quantization="16-bit")
+    download = sum(size for _, size, _ in weights) / 2**30
     blobs = _hub_cache() / f"models--{profile.model_id.replace('/', '--')}" / "blobs"
     done = sum(path.stat().st_size for path in blobs.glob("*")) / 2**30
     return max(download - done, 0.0)

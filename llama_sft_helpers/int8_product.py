@@ -3,14 +3,16 @@
 ``speed`` offers the public functions beside its own.
 """
 
-# ruff: noqa: N803, PLR0917 - a kernel's compile-time constants are in capitals, and operators take what they
-# take
+# ruff: noqa: N803, PLR0917 - a kernel's compile-time constants are in capitals, and an operator's arguments
+# are those of its schema
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import math
+import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -240,60 +242,61 @@ def _run_fast(
     return out if linear.bias is None else out + linear.bias.to(out.dtype)
 
 
-@functools.cache
-def _fast_linear() -> type[torch.nn.Module]:
-    import bitsandbytes as bnb
-
-    class FastLinear8bitLt(bnb.nn.Linear8bitLt):
-        """``Linear8bitLt`` that dequantizes its codes inside a 16-bit product."""
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return _run_fast(self, x)
-
-    return FastLinear8bitLt
+def _run_fast_lora(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Plain LoRA over an int8 layer: the update joins the weight inside the product."""
+    name = _plain_adapter(layer)
+    if args or kwargs or name is None:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return _run_fast(layer.base_layer, x, a, b, layer.scaling[name])
 
 
-@functools.cache
-def _fast_lora() -> type[torch.nn.Module]:
-    from peft.tuners.lora.bnb import Linear8bitLt
-
-    class FastLoraLinear8bitLt(Linear8bitLt):
-        """LoRA over a ``FastLinear8bitLt``: the update joins the weight inside the product."""
-
-        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
-            if args or kwargs or self.disable_adapters or self.merged_adapters or name not in self.lora_A:
-                return super().forward(x, *args, **kwargs)
-            dropout = self.lora_dropout[name]
-            if (
-                name in self.lora_variant
-                or self.lora_bias[name]
-                or (self.training and getattr(dropout, "p", 0))
-            ):
-                return super().forward(x)
-            a, b = self.lora_A[name].weight, self.lora_B[name].weight
-            return _run_fast(self.base_layer, x, a, b, self.scaling[name])
-
-    return FastLoraLinear8bitLt
+def _plain_adapter(layer: Any) -> str | None:
+    """The one active adapter, if nothing but ``scaling * lora_b @ lora_a`` is to be added; otherwise None."""
+    name: str | None = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+    if layer.disable_adapters or layer.merged_adapters or name not in layer.lora_A:
+        return None
+    dropout = layer.training and getattr(layer.lora_dropout[name], "p", 0)
+    return None if dropout or name in layer.lora_variant or layer.lora_bias[name] else name
 
 
 def use_fast_int8(model: torch.nn.Module, enabled: bool = True) -> int:
     """Let every frozen ``Linear8bitLt``, and plain LoRA over one, compute through ``int8_linear``.
 
-    Codes, scales, ``state_dict`` and saved files stay as they are; no 16-bit weight is kept. DoRA, dropout,
-    LoRA bias, mixed or merged adapters go PEFT's own way over the fast base layer.
+    The modules stay the libraries' own; only the instances' ``forward`` is put in the place of the class's,
+    as accelerate does with its hooks. So codes, scales, ``state_dict``, saved files, merging and unloading
+    stay as they are; no 16-bit weight is kept. DoRA, dropout, LoRA bias, mixed or merged adapters go PEFT's
+    own way over the fast base layer.
 
     Args:
         model: A model loaded with ``load_in_8bit=True``, before or after ``get_peft_model``; call it again
             after ``get_peft_model`` to fuse the LoRA products too.
-        enabled: False puts the original classes back.
+        enabled: False lets the libraries compute again.
 
     Returns:
-        How many ``Linear8bitLt`` compute the asked way now.
+        How many ``Linear8bitLt`` compute the asked way now. Layers that another library runs (a model spread
+        over several devices) are left alone, with a warning.
 
     Raises:
         ValueError: The model has no ``Linear8bitLt``, or one that is not frozen int8.
     """
+    linears = _frozen_linears(model)
+    for linear in linears:
+        if linear.state.CB is None:
+            linear.init_8bit_state()
+    switched = sum(_switch(linear, _run_fast, enabled) for linear in linears)
+    for layer in _lora_layers(model):
+        _switch(layer, _run_fast_lora, enabled)
+    if switched < len(linears):
+        warnings.warn(
+            f"{len(linears) - switched} of {len(linears)} int8 layers are run by another library's hooks "
+            "(a device_map over several devices) and keep computing as they do.",
+            stacklevel=2,
+        )
+    return switched
+
+
+def _frozen_linears(model: torch.nn.Module) -> list[Any]:
     import bitsandbytes as bnb
 
     linears = {name: m for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear8bitLt)}
@@ -309,14 +312,27 @@ def use_fast_int8(model: torch.nn.Module, enabled: bool = True) -> int:
                 f"requires_grad={linear.weight.requires_grad}; expected frozen int8 codes "
                 "(has_fp16_weights=False, and moved to its device)."
             )
-    for linear in linears.values():
-        if linear.state.CB is None:
-            linear.init_8bit_state()
-        linear.__class__ = _fast_linear() if enabled else bnb.nn.Linear8bitLt
-    if importlib.util.find_spec("peft"):
-        from peft.tuners.lora.bnb import Linear8bitLt
+    return list(linears.values())
 
-        for module in model.modules():
-            if isinstance(module, Linear8bitLt) and isinstance(module.base_layer, bnb.nn.Linear8bitLt):
-                module.__class__ = _fast_lora() if enabled else Linear8bitLt
-    return len(linears)
+
+def _lora_layers(model: torch.nn.Module) -> list[Any]:
+    import bitsandbytes as bnb
+
+    if not importlib.util.find_spec("peft"):
+        return []
+    from peft.tuners.lora.bnb import Linear8bitLt
+
+    layers = [module for module in model.modules() if isinstance(module, Linear8bitLt)]
+    return [layer for layer in layers if isinstance(layer.base_layer, bnb.nn.Linear8bitLt)]
+
+
+def _switch(module: Any, fast: Callable[..., Any], enabled: bool) -> bool:
+    """Set or take away the instance's fast ``forward``; False if another library has put its own there."""
+    forward = vars(module).get("forward")
+    if forward is not None and getattr(forward, "__func__", None) is not fast:
+        return False
+    if enabled:  # a bound method: a deep copy's is bound to the copy, and compiled layers share a graph
+        module.forward = types.MethodType(fast, module)
+    elif forward is not None:
+        del module.forward
+    return True

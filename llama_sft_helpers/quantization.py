@@ -8,10 +8,13 @@ how bitsandbytes stores a layer, ``quantization_plots`` draws; what is public th
 
 from __future__ import annotations
 
+import contextlib
 import html
 import itertools
+import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -338,14 +341,31 @@ def _peak_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:
         model(**inputs, use_cache=False)
         return torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler prints a line at its start and end
-    for module in model.modules():
-        if storage_format(module) == "int8":
-            # indices of the last pass's outliers: the profiler warns if memory that it does not know is freed
-            module.state.idx = None  # type: ignore[union-attr]
     cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiler:
+    with (
+        _outliers_of_the_last_pass(model),
+        torch.profiler.profile(activities=[cpu], profile_memory=True) as profiler,
+    ):
         model(**inputs, use_cache=False)
-    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = [event for event in events if event.name() == "[memory]"]
-    changes.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted(
+        (event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]
+    )
+    return max(itertools.accumulate((event["args"]["Bytes"] for event in changes), initial=0))
+
+
+@contextlib.contextmanager
+def _outliers_of_the_last_pass(model: nn.Module) -> Iterator[None]:
+    """Hold them back: the profiler warns if memory that it does not know is freed."""
+    states: list[Any] = [m.state for m in model.modules() if storage_format(m) == "int8"]
+    kept = [state.idx for state in states]
+    try:
+        for state in states:
+            state.idx = None
+        yield
+    finally:
+        for state, idx in zip(states, kept, strict=True):
+            state.idx = idx

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from llama_sft_helpers.compiled_layers import (
     CompiledLayers,
+    QuickSteps,
     check_graphs,
     compile_decoder_layers,
-    remember_modules,
 )
 from llama_sft_helpers.int8_product import dequantize, int8_linear, use_fast_int8
 from llama_sft_helpers.row_losses import rounding_bound, row_losses
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CompiledLayers",
+    "QuickSteps",
     "check_graphs",
     "compile_decoder_layers",
     "dequantize",
@@ -35,7 +36,6 @@ __all__ = [
     "plot_ladder",
     "read_results",
     "register_varlen_attention",
-    "remember_modules",
     "rounding_bound",
     "row_losses",
     "summarize_ladder",

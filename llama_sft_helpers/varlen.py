@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import inspect
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 _HALF_TYPES = (torch.bfloat16, torch.float16)
 _varlen_kernel: Callable[..., torch.Tensor] | None = None  # set once by register_varlen_attention
@@ -53,9 +52,23 @@ def register_varlen_attention() -> str:
     from torch.nn.attention.varlen import varlen_attn
 
     _varlen_kernel = functools.partial(_call_varlen, varlen_attn, _how_to_share_heads(varlen_attn))
-    with contextlib.suppress(Exception):  # a second registration, or a torch whose operator has another name
-        register_flop_formula(torch.ops.torch_attn._varlen_attn)(_varlen_flop)
+    _count_operations()
     return "varlen"
+
+
+def _count_operations() -> None:
+    """Tell the compiler what attention costs, unless torch does; else it would take it to be free."""
+    try:
+        operator = torch.ops.torch_attn._varlen_attn
+    except AttributeError as error:
+        warnings.warn(
+            f"torch {torch.__version__} names its attention operator differently ({error}): the compiler "
+            "takes attention to be free, and may compute it again where it should be kept.",
+            stacklevel=3,
+        )
+        return
+    if operator not in flop_registry:
+        register_flop_formula(operator)(_varlen_flop)
 
 
 def _varlen_flop(query_shape, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
@@ -135,49 +148,45 @@ def _varlen_attention(  # noqa: PLR0917
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Shapes: query ``(batch, heads, tokens, head_dim)``; result ``(batch, tokens, heads, head_dim)``."""
     positions: Any = kwargs.get("position_ids")
-    same = query.shape[2] == key.shape[2] and positions is not None
-    if dropout and attention_mask is None and same and bool((positions == 0).sum() > positions.shape[0]):
-        raise ValueError(
-            f"attention 'varlen' has no dropout (attention_dropout={dropout}), and packed documents would "
-            "see each other without a mask; expected 0. Set config.attention_dropout = 0, or use 'sdpa'."
-        )
-    if (
-        _varlen_kernel is None
-        or attention_mask is not None
-        or dropout
-        or not same
-        or not _runs(query.device, query.dtype)
-    ):
+    unmasked = attention_mask is None and positions is not None and query.shape[2] == key.shape[2]
+    if dropout and unmasked:
+        _refuse_packed(positions, dropout)
+    if _varlen_kernel is None or dropout or not unmasked or not _runs(query.device, query.dtype):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         out: tuple[torch.Tensor, torch.Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out
+    bounds, longest = _bounds(positions.expand(query.shape[0], -1), kwargs)
+    flat = [_flatten(tensor) for tensor in (query, key, value)]
+    attended = _varlen_kernel(*flat, bounds, longest, scaling)
+    return attended.view(query.shape[0], query.shape[2], *flat[0].shape[1:]), None
+
+
+def _refuse_packed(position_ids: torch.Tensor, dropout: float) -> None:
+    if bool((position_ids == 0).sum() > position_ids.shape[0]):
+        raise ValueError(
+            f"attention 'varlen' has no dropout (attention_dropout={dropout}), and packed documents would "
+            "see each other without a mask; expected 0. Set config.attention_dropout = 0, or use 'sdpa'."
+        )
+
+
+def _bounds(position_ids: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    """What the collator found (trl's does where it packs), or found again in every layer, which waits."""
     bounds, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
-    if "longest_document" in kwargs:
-        longest = kwargs["longest_document"].shape[0]
-    if bounds is None or longest is None:
-        bounds, longest = _cached_bounds(positions.expand(query.shape[0], -1))
-    batch, _, tokens, _ = query.shape
-    dtype = query.dtype if query.dtype in _HALF_TYPES else torch.get_autocast_dtype("cuda")
-    flat = [
-        t.transpose(1, 2).reshape(batch * tokens, t.shape[1], t.shape[3]).to(dtype)
-        for t in (query, key, value)
-    ]
-    return _varlen_kernel(*flat, bounds, longest, scaling).view(batch, tokens, *flat[0].shape[1:]), None
+    if bounds is None:
+        return _find_bounds(position_ids)
+    if longest is None:
+        return bounds, position_ids.numel()  # no document is longer than all of them
+    return bounds, int(longest) if isinstance(longest, torch.Tensor) else longest
 
 
-_last_bounds: list[Any] = [None, None]
+_find_bounds = torch.compiler.disable(document_bounds)  # their number is data, which no graph may depend on
 
 
-@torch.compiler.disable
-def _cached_bounds(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """``document_bounds``, computed once for all layers of a forward pass (each costs a GPU wait)."""
-    if position_ids.is_inference():  # has no version counter
-        return document_bounds(position_ids)
-    key = (position_ids.data_ptr(), position_ids._version, tuple(position_ids.shape))
-    if _last_bounds[0] != key or _last_bounds[1][2] is not position_ids.untyped_storage():
-        _last_bounds[:] = [key, (*document_bounds(position_ids), position_ids.untyped_storage())]
-    bounds, longest, _ = _last_bounds[1]
-    return bounds, longest
+def _flatten(tensor: torch.Tensor) -> torch.Tensor:
+    """``(batch, heads, tokens, head_dim)`` as one row of tokens, in a type that the kernel takes."""
+    batch, heads, tokens, head_dim = tensor.shape
+    dtype = tensor.dtype if tensor.dtype in _HALF_TYPES else torch.get_autocast_dtype("cuda")
+    return tensor.transpose(1, 2).reshape(batch * tokens, heads, head_dim).to(dtype)

@@ -1,6 +1,7 @@
 """Each switch of speed.py against float64, against what it replaces, and undone again."""
 
 import copy
+import functools
 import json
 import warnings
 from pathlib import Path
@@ -125,6 +126,7 @@ def test_fast_int8_keeps_state_dict_and_is_undone(tiny_model_int8, batch):
     assert set(model.state_dict()) == set(kept)
     assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
     assert speed.use_fast_int8(model, enabled=False) == 14
+    assert not any("forward" in vars(module) for module in model.modules())
     assert {type(m) for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt)} == {bnb.nn.Linear8bitLt}
     assert torch.equal(model(**batch).logits, reference)
 
@@ -201,6 +203,110 @@ def test_disabled_and_merged_adapters(tiny_model_int8, batch):
     # merging quantizes once more (see notebook 07), so only closer to the adapted model than to the plain one
     merged = model(**batch).logits
     assert (merged - adapted).norm() < 0.2 * (merged - plain).norm()
+
+
+def plain_logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def test_fast_int8_leaves_the_libraries_own_modules_and_keys(tiny_model_int8):
+    model = add_lora(tiny_model_int8)
+    before = {name: (module, type(module)) for name, module in model.named_modules()}
+    keys = list(model.state_dict())
+    speed.use_fast_int8(model)
+    after = dict(model.named_modules())
+    assert list(after) == list(before)
+    assert all(after[name] is module and type(module) is kind for name, (module, kind) in before.items())
+    assert list(model.state_dict()) == keys
+
+
+def test_a_copy_of_a_fast_model_computes_with_its_own_weights(tiny_model_int8, batch):
+    model = add_lora(tiny_model_int8).train()
+    speed.use_fast_int8(model)
+    expected = plain_logits(model, batch)
+    copied = copy.deepcopy(model)
+    assert torch.equal(plain_logits(copied, batch), expected)
+    for name, parameter in copied.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    first = copied.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    first.state.SCB.mul_(2)
+    assert not torch.allclose(plain_logits(copied, batch), expected, atol=1e-2)
+    assert torch.equal(plain_logits(model, batch), expected)
+    speed.use_fast_int8(copied, enabled=False)
+    assert "forward" in vars(model.get_base_model().model.layers[0].mlp.up_proj)
+
+
+def test_the_base_is_unchanged_by_switching_and_training_fast(tiny_model_int8, batch):
+    from llama_sft_helpers.training import check_base_unchanged, checksum_base
+
+    model = add_lora(tiny_model_int8).train()
+    before = checksum_base(model)
+    speed.use_fast_int8(model)
+    run(model, batch)
+    check_base_unchanged(model, before)
+    speed.use_fast_int8(model, enabled=False)
+    check_base_unchanged(model, before)
+
+
+def test_adapters_of_a_fast_model_can_be_added_switched_and_deleted(tiny_model_int8, batch):
+    model = add_lora(tiny_model_int8).eval()
+    speed.use_fast_int8(model)
+    expected = plain_logits(model, batch)
+    model.add_adapter("second", LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    model.set_adapter("second")  # its B is 0: the base alone
+    with model.disable_adapter():
+        base = plain_logits(model, batch)
+    assert torch.allclose(plain_logits(model, batch), base, atol=1e-5)
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    assert torch.equal(plain_logits(model, batch), expected)
+
+
+def test_a_fast_model_is_unloaded_to_the_base_that_peft_got(tiny_model_int8, batch):
+    base = tiny_model_int8.train()
+    linears = {n: m for n, m in base.named_modules() if type(m).__name__ == "Linear8bitLt"}
+    plain = plain_logits(base, batch)
+    model = add_lora(base)
+    speed.use_fast_int8(model)
+    unloaded = model.unload()
+    assert {n: m for n, m in unloaded.named_modules() if type(m).__name__ == "Linear8bitLt"} == linears
+    assert torch.allclose(plain_logits(unloaded, batch), plain, atol=1e-4)
+    speed.use_fast_int8(unloaded, enabled=False)
+    assert torch.equal(plain_logits(unloaded, batch), plain)
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module")
+def test_merging_a_fast_model_equals_merging_a_plain_one(tiny_model_int8, batch):
+    model = add_lora(tiny_model_int8).train()
+    plain, fast = copy.deepcopy(model).merge_and_unload(), model
+    speed.use_fast_int8(fast)
+    run(fast, batch)
+    fast = fast.merge_and_unload()
+    before, after = plain.state_dict(), fast.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert torch.allclose(plain_logits(fast, batch), plain_logits(plain, batch), atol=1e-4)
+
+
+def test_layers_that_another_library_runs_are_left_alone_and_said(tiny_model_int8, batch):
+    expected = plain_logits(tiny_model_int8, batch)
+    layer = tiny_model_int8.model.layers[0]
+    for module in (layer, layer.mlp.up_proj):
+        module.forward = functools.partial(type(module).forward, module)  # as accelerate's hooks do
+    theirs = vars(layer.mlp.up_proj)["forward"]
+    with pytest.warns(UserWarning, match="1 of 14 int8 layers are run by another library"):
+        assert speed.use_fast_int8(tiny_model_int8) == 13
+    with pytest.warns(UserWarning, match="another library runs LlamaDecoderLayer"):
+        compiled = speed.compile_decoder_layers(tiny_model_int8)
+    with pytest.raises(AssertionError, match="another library runs"):
+        speed.check_graphs(compiled)
+    compiled.remove()
+    with pytest.warns(UserWarning, match="1 of 14"):
+        assert speed.use_fast_int8(tiny_model_int8, enabled=False) == 13
+    assert vars(layer.mlp.up_proj)["forward"] is theirs
+    assert torch.equal(plain_logits(tiny_model_int8, batch), expected)
 
 
 def test_fast_int8_refuses_what_it_cannot_do(tiny_model):
@@ -295,11 +401,57 @@ def test_document_bounds_over_two_rows():
     assert longest == 4
 
 
-def test_cached_bounds_follow_the_rows():
-    first = torch.tensor([[0, 1, 2, 0, 1]])
-    assert varlen._cached_bounds(first)[0].tolist() == [0, 3, 5]
-    first[0, 1] = 0
-    assert varlen._cached_bounds(first)[0].tolist() == [0, 1, 3, 5]
+def test_bounds_follow_rows_that_change_in_place(tiny_model, packed, varlen_on_cpu):
+    tiny_model.set_attn_implementation("varlen")
+    rows = {key: packed[key] for key in ("input_ids", "position_ids")}
+    for start in (7, 3):
+        rows["position_ids"][0] = torch.cat([torch.arange(start), torch.arange(24 - start)])
+        with torch.inference_mode():
+            alone = tiny_model(input_ids=rows["input_ids"][:, start:]).logits
+            assert torch.allclose(tiny_model(**rows).logits[:, start:], alone, atol=1e-4)
+
+
+def test_the_collators_bounds_are_taken_and_not_found_again(tiny_model, packed, varlen_on_cpu, monkeypatch):
+    tiny_model.set_attn_implementation("varlen")
+    expected = tiny_model(**packed).logits
+    monkeypatch.setattr(varlen, "_find_bounds", lambda positions: pytest.fail("the collator gave bounds"))
+    assert torch.equal(tiny_model(**packed).logits, expected)
+    packed["max_length_q"] = torch.tensor(12)
+    assert torch.equal(tiny_model(**packed).logits, expected)
+    del packed["max_length_q"]  # a bound is enough
+    assert torch.equal(tiny_model(**packed).logits, expected)
+
+
+def test_trls_collator_gives_the_bounds_that_attention_takes():
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    rows = [{"input_ids": list(range(5, 5 + n))} for n in (7, 12, 5)]
+    collated = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(rows)
+    bounds, longest = varlen._bounds(collated["position_ids"], collated)
+    assert bounds is collated["cu_seq_lens_q"]
+    assert (bounds.tolist(), longest) == ([0, 7, 19, 24], 12)
+    found, longest = speed.document_bounds(collated["position_ids"])
+    assert (found.tolist(), longest) == ([0, 7, 19, 24], 12)
+
+
+def test_an_attention_operator_of_another_name_is_said(monkeypatch):
+    monkeypatch.setattr(varlen.torch, "ops", type("Ops", (), {"torch_attn": object()})())
+    with pytest.warns(UserWarning, match="takes attention to be free"):
+        varlen._count_operations()
+
+
+def test_attention_is_counted_once(monkeypatch):
+    operator = torch.ops.llama_sft.lora_grads  # any operator without a count of its own
+    monkeypatch.setattr(
+        varlen.torch, "ops", type("Ops", (), {"torch_attn": type("N", (), {"_varlen_attn": operator})})()
+    )
+    monkeypatch.setattr(varlen, "flop_registry", registry := {})
+    monkeypatch.setattr(
+        varlen, "register_flop_formula", lambda target: lambda f: registry.setdefault(target, []).append(f)
+    )
+    for _ in range(2):
+        varlen._count_operations()
+    assert registry == {operator: [varlen._varlen_flop]}
 
 
 # compilation
@@ -343,48 +495,109 @@ def test_compiled_layers_share_few_graphs(tiny_model_int8, packed):
     assert set(model.state_dict()) == state
     speed.check_graphs(compiled)
     compiled.remove()
-    assert all(layer._compiled_call_impl is None for layer in model.get_base_model().model.layers)
+    assert not any("forward" in vars(layer) for layer in model.get_base_model().model.layers)
 
 
-def test_remembered_modules_answer_as_a_walk_does(tiny_model_int8):
+@pytest.fixture
+def compiled_model(tiny_model_int8):
+    """An adapter over an int8 model, walked once as ``Trainer`` does, with its layers compiled."""
     model = add_lora(tiny_model_int8)
-    names = [name for name, _ in model.named_modules()]
-    parameters = [id(p) for p in model.parameters()]
-    count = model.get_base_model().num_parameters(exclude_embeddings=True)
-    undo = speed.remember_modules(model)
-    for _ in range(2):
-        assert [name for name, _ in model.named_modules()] == names
-        assert [id(p) for p in model.parameters()] == parameters
-        assert model.get_base_model().num_parameters(exclude_embeddings=True) == count
-        model.train()
-        assert all(m.training for m in model.modules())
-        model.eval()
-        assert not any(m.training for m in model.modules())
-    # a new module, and a parameter that takes another's place, are seen
-    layer = model.get_base_model().model.layers[0]
-    layer.extra = torch.nn.Linear(2, 2)
-    assert [name for name, _ in model.named_modules() if name.endswith("extra")]
-    layer.extra.weight = replaced = torch.nn.Parameter(torch.ones(2, 2))
-    assert any(p is replaced for p in model.parameters())
-    model.eval()
-    assert not layer.extra.training
-    undo()
-    assert not {"train", "named_modules", "named_parameters"} & set(vars(model))
+    compiled = speed.compile_decoder_layers(model)
+    model.get_base_model().num_parameters(only_trainable=True)
+    list(model.parameters())
+    model.train()
+    yield model
+    compiled.remove()
 
 
-def test_slicing_the_layers_does_not_make_it_walk_again(tiny_model, monkeypatch):
-    undo = speed.remember_modules(tiny_model)
-    list(tiny_model.named_modules())
-    walked = []
-    real = torch.nn.Module.named_modules
-    monkeypatch.setattr(
-        torch.nn.Module, "named_modules", lambda self, *a, **k: walked.append(1) or real(self, *a, **k)
-    )
-    tiny_model.model.layers[:2]  # what every forward pass of Llama does
-    tiny_model.zero_grad()
-    list(tiny_model.named_modules())
-    assert not walked
-    undo()
+def test_a_compiled_model_counts_what_is_trainable_now(compiled_model):
+    base = compiled_model.get_base_model()
+    assert base.num_parameters(only_trainable=True) > 0
+    compiled_model.requires_grad_(False)
+    assert base.num_parameters(only_trainable=True) == 0
+
+
+def test_a_copy_of_a_compiled_model_has_its_own_parameters_and_mode(compiled_model):
+    copied = copy.deepcopy(compiled_model)
+    own = {id(p) for p in copied.parameters()}
+    assert not own & {id(p) for p in compiled_model.parameters()}
+    copied.eval()
+    assert not any(module.training for module in copied.modules())
+    assert all(module.training for module in compiled_model.modules())
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Graphs run as they were traced: seconds instead of minutes."""
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, *_, **__: graph.forward)
+    torch._dynamo.reset()
+
+
+def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(compiled_model, batch, no_compiler):
+    speed.use_fast_int8(compiled_model)
+    batch["use_cache"] = False
+    expected = compiled_model(**batch).logits.detach()
+    copied = copy.deepcopy(compiled_model)
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+        assert not torch.allclose(copied(**batch).logits, expected, atol=1e-2)
+        assert torch.allclose(compiled_model(**batch).logits, expected, atol=1e-4)
+
+
+def test_a_compiled_model_follows_modes_of_its_parts(compiled_model):
+    compiled_model.get_base_model().eval()
+    compiled_model.train()
+    assert all(module.training for module in compiled_model.modules())
+
+
+def test_an_adapter_deleted_after_compiling_is_no_longer_listed(compiled_model):
+    compiled_model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert any(".second." in name for name, _ in compiled_model.named_parameters())
+    compiled_model.delete_adapter("second")
+    assert not any(".second." in name for name, _ in compiled_model.named_parameters())
+
+
+def test_compiling_overrides_no_method_of_the_model_and_hooks_no_other_module(tiny_model):
+    import torch.nn.modules.module as hooks
+
+    before = len(hooks._global_module_registration_hooks)
+    compiled = speed.compile_decoder_layers(tiny_model)
+    assert not {"train", "named_modules", "named_parameters", "num_parameters"} & set(vars(tiny_model))
+    assert len(hooks._global_module_registration_hooks) == before
+    compiled.remove()
+
+
+def test_rows_of_other_lengths_reach_one_graph_with_one_bound(tiny_model, no_compiler, varlen_on_cpu):
+    seen = []
+    monkeypatched = varlen._varlen_kernel
+
+    @torch.compiler.disable
+    def kernel(query, key, value, bounds, longest, scale):  # noqa: PLR0917
+        seen.append(longest)
+        return monkeypatched(query, key, value, bounds, longest, scale)
+
+    varlen._varlen_kernel = kernel
+    tiny_model.set_attn_implementation("varlen")
+    compiled = speed.compile_decoder_layers(tiny_model)
+    compiled.most_graphs = 50
+    for lengths in ([7, 12, 5], [20, 3], [30, 9, 9]):
+        ids = torch.randint(5, 900, (1, sum(lengths)))
+        rows = {
+            "input_ids": ids,
+            "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+            "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+            "max_length_q": max(lengths),
+            "use_cache": False,
+        }
+        with torch.no_grad():
+            logits = tiny_model(**rows).logits
+            alone = [tiny_model(input_ids=part, use_cache=False).logits for part in ids.split(lengths, 1)]
+        assert torch.allclose(logits, torch.cat(alone, 1), atol=1e-4)
+    with_bounds = [longest for longest in seen if longest == 1024]
+    assert len(with_bounds) == 2 * 3  # two layers, three batches
+    compiled.remove()
 
 
 def test_a_failing_compiler_leaves_the_layers_running(tiny_model, batch, monkeypatch):
@@ -506,19 +719,73 @@ def test_dropout_would_let_packed_documents_see_each_other_and_is_refused(monkey
 
 def test_document_bounds_in_inference_mode():
     with torch.inference_mode():
-        bounds, longest = varlen._cached_bounds(torch.tensor([[0, 1, 0, 1, 2]]))
+        bounds, longest = speed.document_bounds(torch.tensor([[0, 1, 0, 1, 2]]))
     assert (bounds.tolist(), longest) == ([0, 2, 5], 3)
 
 
-def test_remembered_modules_do_not_keep_a_model_alive(tiny_model):
-    import gc
-    import weakref
+# steps
 
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    known = weakref.ref(model)
-    speed.remember_modules(model)
-    speed.remember_modules(model)()  # a second undo finds what the first one left
-    model(torch.zeros(1, 2))
-    del model
-    gc.collect()
-    assert known() is None
+
+def train_tiny(folder, model, trainer_class, monkeypatch, **changes):
+    import tiny_training
+
+    tiny_training.quiet()
+    monkeypatch.setattr(tiny_training, "SFTTrainer", trainer_class)
+    trainer = tiny_training.build_trainer(folder, model=model, **changes)
+    trainer.train()
+    return trainer
+
+
+def test_quick_steps_train_and_count_as_the_trainer_does(tmp_path, monkeypatch):
+    import tiny_training
+    from trl import SFTTrainer
+
+    class QuickTrainer(speed.QuickSteps, SFTTrainer):
+        pass
+
+    walked = []
+    real = torch.nn.Module.train
+    histories, operations, walks = [], [], []
+    for kind in (SFTTrainer, QuickTrainer):
+        model = tiny_training.build_model()
+        del walked[:]
+        monkeypatch.setattr(
+            torch.nn.Module, "train", lambda self, mode=True: walked.append(self) or real(self, mode)
+        )
+        trainer = train_tiny(tmp_path / kind.__name__, model, kind, monkeypatch, eval_strategy="no")
+        monkeypatch.setattr(torch.nn.Module, "train", real)
+        walks.append(sum(module is model for module in walked))
+        histories.append(
+            [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
+        )
+        operations.append(trainer.state.total_flos)
+        assert all(module.training for module in model.modules())
+    assert histories[0] == histories[1]
+    assert len(histories[0]) == 4
+    assert operations[0] == operations[1] > 0
+    assert walks[0] - walks[1] >= 3  # in each step, and in the first only
+
+
+def test_quick_steps_see_a_part_in_evaluation_mode_and_a_new_run(tiny_model):
+    class Base:
+        model = tiny_model
+
+        def training_step(self, model, inputs):
+            model.train()
+            return model(**inputs).logits.sum() * 0 + model.config.vocab_size
+
+        def floating_point_ops(self, inputs):
+            return 6 * inputs["input_ids"].numel() * self.model.num_parameters()
+
+    trainer = type("Quick", (speed.QuickSteps, Base), {})()
+    trainer.state = object()
+    inputs = {"input_ids": torch.arange(5, 12)[None]}
+    for part in (tiny_model, tiny_model.model.layers[1]):
+        part.eval()
+        assert trainer.training_step(tiny_model, inputs) == tiny_model.config.vocab_size
+        assert all(module.training for module in tiny_model.modules())
+    assert trainer.floating_point_ops(inputs) == 6 * 7 * tiny_model.num_parameters()
+    assert trainer.floating_point_ops({}) == 0
+    tiny_model.extra = torch.nn.Linear(3, 3)
+    trainer.state = object()
+    assert trainer.floating_point_ops(inputs) == 6 * 7 * tiny_model.num_parameters()

@@ -108,6 +108,42 @@ def test_varlen_equals_sdpa_on_each_document_alone(dtype):
         assert relative(mine, truth) < limit
 
 
+def test_a_bound_above_the_longest_document_changes_nothing():
+    """What compiled layers pass: a bound that hardly changes, instead of each batch's longest document."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("compute capability 8.0 or later is needed")
+    assert speed.register_varlen_attention() == "varlen"
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, 190, 253, 765, 1024], device="cuda", dtype=torch.int32)
+    positions = torch.cat([torch.arange(n) for n in bounds.diff().tolist()])[None].cuda()
+    q, k, v = (
+        torch.randn(1, heads, 1024, 128, device="cuda").bfloat16().requires_grad_() for heads in (8, 2, 2)
+    )
+    results = []
+    for longest in (512, 1024, 4096):
+        known = {"position_ids": positions, "cu_seq_lens_q": bounds, "max_length_q": longest}
+        out, _ = varlen._varlen_attention(torch.nn.Module(), q, k, v, None, scaling=128**-0.5, **known)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
+    for other in results[1:]:
+        assert all(relative(mine, truth) < 1e-2 for mine, truth in zip(other, results[0], strict=True))
+
+
+def test_longer_documents_than_before_compile_at_most_once_more():
+    model = tiny_llama()
+    if speed.register_varlen_attention() == "varlen":
+        model.set_attn_implementation("varlen")
+    speed.use_fast_int8(model)
+    torch._dynamo.reset()
+    compiled = speed.compile_decoder_layers(model)
+    graphs = []
+    for i, lengths in enumerate(([100, 60], [700, 90], [1500, 40], [2100, 30], [3000, 20], [50, 90])):
+        run(model, packed_batch(lengths, i))
+        graphs.append(compiled.graphs)
+    assert graphs[1] == 1
+    assert graphs[-1] <= 2
+    speed.check_graphs(compiled)
+
+
 def tiny_llama():
     from bitsandbytes.nn import Linear8bitLt
     from peft import LoraConfig, get_peft_model
