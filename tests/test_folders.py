@@ -1,5 +1,6 @@
 """Folders arrive whole or not at all, also when the disk is full."""
 
+import errno
 import hashlib
 import resource
 import shutil
@@ -12,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from llama_sft_helpers.folders import PublishError, hash_files, new_folder, write_text
+from llama_sft_helpers.folders import (
+    PublishError,
+    free_bytes,
+    hash_files,
+    is_full_disk,
+    new_folder,
+    write_text,
+)
 
 
 def test_a_folder_appears_when_complete_and_is_replaced_by_the_next_run(tmp_path):
@@ -104,6 +112,29 @@ def test_a_disk_that_fills_up_while_a_model_is_saved(tmp_path):
     assert "Nothing was overwritten" in last
     assert (target / "model.safetensors").read_text() == "the earlier merge"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (OSError(errno.EFBIG, "File too large"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:672] PytorchStreamWriter failed writing"), True),
+        (RuntimeError(f"I/O error: quota (os error {errno.EDQUOT})"), True),
+        (RuntimeError("I/O error: Permission denied (os error 13)"), False),
+        (PermissionError(errno.EACCES, "No space left, says a file's name"), False),
+        (OSError(errno.EROFS, "Read-only file system"), False),
+        (ValueError("shapes differ"), False),
+    ],
+)
+def test_a_full_disk_is_told_from_other_errors(error, full):
+    assert is_full_disk(error) is full
+
+
+def test_free_space_of_a_folder_that_is_not_there_yet(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    assert free_bytes(tmp_path / "a" / "b") == pytest.approx(free, rel=0.05)
 
 
 def test_the_hash_covers_names_and_bytes(tmp_path):

@@ -101,6 +101,16 @@ def test_answers_cannot_break_out_of_their_blocks(tmp_path):
     assert "````text\n```python\nprint()\n```\n````" in text
 
 
+def test_what_looks_like_a_template_stays_text(tmp_path):
+    answers = ANSWERS.assign(prompt=["{{ 1234 * 1000 }}", "{% raw %}"], tuned=["{{ cell }}", "{# note #}"])
+    losses = LOSSES.rename(index={"base": "<b>|{{ 1234 * 1000 }}"})
+    text = write(tmp_path, generations=answers, losses=losses).read_text(encoding="utf-8")
+    for kept in ("```text\n{{ 1234 * 1000 }}\n```", "{% raw %}", "{{ cell }}", "{# note #}"):
+        assert kept in text, kept
+    assert "| &lt;b>\\|{{ 1234 * 1000 }} | 1.5000 |" in text
+    assert "1234000" not in text
+
+
 def test_a_card_is_renewed_but_a_foreign_or_edited_one_is_left_alone(tmp_path):
     path = write(tmp_path)
     first = path.read_text(encoding="utf-8")
