@@ -12,6 +12,10 @@ os.environ.setdefault("SFT_MODELS_DIR", str(ROOT / ".cache" / "models"))
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("HF_TOKEN", None)
+# torch.compile's cache of C++ code does not ask which instruction set it was made for, and code for AVX2 does
+# not compile where ATEN_CPU_CAPABILITY says `default`: each limit gets a cache of its own.
+if _limit := os.environ.get("ATEN_CPU_CAPABILITY"):
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / f"inductor-{_limit}"))
 
 
 @pytest.fixture(scope="session")

@@ -194,6 +194,23 @@ def test_the_tests_of_other_cpus_run_under_their_limits_and_in_a_fresh_models_fo
     assert not Path(seen["SFT_MODELS_DIR"]).exists()  # taken away again
 
 
+def test_each_instruction_set_has_a_compile_cache_of_its_own():
+    """One shared cache gives C++ code for AVX2 to a run without it, where it does not compile."""
+    code = "import os, conftest; print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
+    seen = []
+    for limit in ({}, {"ATEN_CPU_CAPABILITY": "default"}, {"ATEN_CPU_CAPABILITY": "avx2"}):
+        names = ("ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR")
+        outside = {name: value for name, value in os.environ.items() if name not in names}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, cwd=ROOT / "tests", env=outside | limit, capture_output=True, text=True, check=True
+        )
+        seen.append(done.stdout.strip())
+    assert seen[0] == "None"  # torch's own choice
+    assert seen[1].endswith("inductor-default")
+    assert seen[2].endswith("inductor-avx2")
+
+
 @pytest.mark.slow
 def test_the_wheel_installs_in_a_clean_venv_with_data_inside(tmp_path):
     subprocess.run(
