@@ -571,12 +571,12 @@ def test_compiling_overrides_no_method_of_the_model_and_hooks_no_other_module(ti
 
 def test_rows_of_other_lengths_reach_one_graph_with_one_bound(tiny_model, no_compiler, varlen_on_cpu):
     seen = []
-    monkeypatched = varlen._varlen_kernel
+    attend = varlen._varlen_kernel
 
     @torch.compiler.disable
     def kernel(query, key, value, bounds, longest, scale):  # noqa: PLR0917
         seen.append(longest)
-        return monkeypatched(query, key, value, bounds, longest, scale)
+        return attend(query, key, value, bounds, longest, scale)
 
     varlen._varlen_kernel = kernel
     tiny_model.set_attn_implementation("varlen")
