@@ -1,8 +1,8 @@
 """Notebook 07: the adapter alone as a GGUF file, which llama.cpp adds to a base model's GGUF file.
 
 A program that needs the package ``gguf``: ``python -m llama_sft_helpers.lora_gguf ADAPTER BASE OUT``, where
-BASE is the folder of the base model or its ``config.json``. A and B are stored as they are; nothing is merged,
-and the base may be stored in any of llama.cpp's forms, 4-bit ones too.
+BASE is the folder of the base model or its ``config.json``. A and B are stored as they are, nothing is
+merged, and the base may be stored in any of llama.cpp's forms, 4-bit ones too.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if config.get("model_type") != "llama":
         raise AdapterError(
-            f"{path} is of the type {config.get('model_type')!r}, expected 'llama': llama.cpp orders the rows "
-            "of q_proj and k_proj by architecture. Merge the adapter, and convert the merged model."
+            f"{path} is of the type {config.get('model_type')!r}, expected 'llama': llama.cpp orders the "
+            "rows of q_proj and k_proj by architecture. Merge the adapter, and convert the merged model."
         )
     return config
 
