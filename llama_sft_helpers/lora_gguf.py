@@ -1,7 +1,7 @@
 """Notebook 07: the adapter alone as a GGUF file, which llama.cpp adds to a base model's GGUF file.
 
 A program that needs the package ``gguf``: ``python -m llama_sft_helpers.lora_gguf ADAPTER BASE OUT``, where
-BASE is the folder of the base model or its ``config.json``. A and B are stored as they are; nothing is
+BASE is the folder of the base model or its ``config.json``. A and B are stored as they are, nothing is
 merged, and the base may be stored in any of llama.cpp's forms, 4-bit ones too.
 """
 

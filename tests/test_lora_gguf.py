@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from adapter_fixture import TARGETS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_merging import save_adapter, save_base
 
 from llama_sft_helpers.adapter import AdapterError
@@ -107,7 +107,9 @@ def test_another_architecture_and_an_unknown_layer_are_refused(folders, tmp_path
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
     with pytest.raises(AdapterError, match="'qwen2', expected 'llama'"):
         write_lora_gguf(tmp_path / "x.gguf", adapter_folder=adapter, base_config=tmp_path)
-    other = save_adapter(tmp_path / "other", base, target_modules=["lm_head"])
-    with pytest.raises(AdapterError, match="no place for lm_head"):
-        write_lora_gguf(tmp_path / "x.gguf", adapter_folder=other, base_config=base)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    odd = {name.replace("up_proj", "odd_proj"): tensor for name, tensor in weights.items()}
+    save_file(odd, adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"no place for model.layers.0.mlp.odd_proj"):
+        write_lora_gguf(tmp_path / "x.gguf", adapter_folder=adapter, base_config=base)
     assert not list(tmp_path.glob("*.gguf"))

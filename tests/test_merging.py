@@ -322,7 +322,7 @@ def test_07_goes_on_where_neither_gpu_nor_ram_holds_the_model(
     sources = {cell["id"]: "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"}
     names = list(sources)
     wanted = names[names.index("07-052") : names.index("07-055b") + 1]
-    space = {}
+    space = {"sys": sys}
     for cell in ("07-002", "07-002a"):
         exec(sources[cell].replace("%load_ext llama_sft_helpers", ""), space)
     settings = {"model_id": trained.profile.model_id, "output_dir": tmp_path}
@@ -334,6 +334,7 @@ def test_07_goes_on_where_neither_gpu_nor_ram_holds_the_model(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     for name in wanted:
         exec(sources[name], space)
+    monkeypatch.undo()
     assert (space["merged"] is not None) == room
     assert ("A merge needs" in space["no_room"]) != room
     peft = merge_by_peft(trained.profile.model_id, trained.adapter, tmp_path / "peft")
