@@ -394,7 +394,8 @@ def test_a_real_upgrade_under_an_import_asks_for_a_restart_and_after_it_for_noth
     first = probe(python, before="import pandas", after="import pyarrow.dataset", rounds=2)
     assert first.count(f"RESULT EnvironmentCheckError This session had imported {stale}") == 2, first
     assert f"ON DISK {new}" in first
-    assert "ImportError" in first.partition("ON DISK")[2], "without a restart it would not have worked"
+    # without a restart the old pyarrow in memory meets the new one's files
+    assert "may indicate binary incompatibility" in first.partition("ON DISK")[2], first
     again = probe(python, before="import pandas, pyarrow", after="import pyarrow.dataset")
     assert "RESULT NoneType None" in again, again
     assert "Error" not in again
