@@ -220,7 +220,8 @@ def remember_modules(model: torch.nn.Module) -> Callable[[], None]:
 
 def _call_layer(compiled: Callable[..., Any], layer: Any, hidden: torch.Tensor, **kwargs: Any) -> Any:
     """Run one layer compiled, with everything that changes between batches marked as a changing shape."""
-    if kwargs.get("past_key_values") is not None:  # generation: the cache grows with every token
+    # generation: the cache grows with every token; newer versions of transformers call it `cache`
+    if kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
         return layer._call_impl(hidden, **kwargs)
     if torch.is_grad_enabled() and not hidden.requires_grad:
         hidden = (
