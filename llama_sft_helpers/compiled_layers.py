@@ -156,7 +156,8 @@ def compile_decoder_layers(model: torch.nn.Module, activation_memory_budget: flo
 
 def _call_layer(compiled: Callable[..., Any], layer: Any, hidden: torch.Tensor, **kwargs: Any) -> Any:
     """Run one layer compiled, with everything that changes between batches marked as a changing shape."""
-    if kwargs.get("past_key_values") is not None:  # generation: the cache grows with every token
+    # generation: the cache grows with every token; newer versions of transformers call it `cache`
+    if kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
         return type(layer).forward(layer, hidden, **kwargs)
     if torch.is_grad_enabled() and not hidden.requires_grad:
         # as every later layer's input, so that the first layer shares their graph
