@@ -108,7 +108,7 @@ def _merge(name: str, weight: torch.Tensor, lora: Mapping[str, _Factors], scale:
     weight = weight.to(_DTYPE) if weight.is_floating_point() else weight
     for path in adapted:
         a, b = lora[path]
-        weight = (weight.float() + (b @ a) * scale).to(_DTYPE)
+        weight = (b @ a).mul_(scale).add_(weight).to(_DTYPE)  # in place: one float32 tensor of this size
     return weight.contiguous()
 
 

@@ -1,6 +1,7 @@
 """The merge by files: PEFT's own bytes, in the memory of one file, and a model like any other afterwards."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -187,28 +188,32 @@ def test_one_file_has_no_index_and_the_second_form_of_the_weights_is_not_read(fo
 # --- Memory ---
 
 _PEAK = """
-import resource, sys
+import sys
 import llama_sft_helpers.merging as merging, peft, huggingface_hub, safetensors.torch, torch
+def kib(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 base, adapter, folder = sys.argv[1:]
 (torch.ones(64, 64) @ torch.ones(64, 64)).to(torch.bfloat16)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew: it would hold the parent's, too
+before = kib("VmRSS")
 merging.write_merged_shards(folder, base_folder=base, adapter_folder=adapter, max_shard_size="40MB")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(kib("VmHWM") - before)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_is_a_shard_and_some_weights_and_not_the_model(tmp_path):
-    """480 MB of weights pass through about 40 MB of shard and weights of 8 MB."""
+    """302 MB of weights pass through 40 MB of shard and one weight of 16 MB in float32."""
     base, adapter, folder = (tmp_path / name for name in ("base", "adapter", "merged"))
     for path in (base, adapter, folder):
         path.mkdir()
     weights, index, factors = {}, {}, {}
-    for layer in range(60):
+    for layer in range(36):
         path = f"model.layers.{layer}.self_attn.q_proj"
         weights[f"{path}.weight"] = torch.ones(2048, 2048, dtype=torch.bfloat16)
         factors[f"base_model.model.{path}.lora_A.weight"] = torch.ones(4, 2048)
         factors[f"base_model.model.{path}.lora_B.weight"] = torch.ones(2048, 4)
-        if layer % 20 == 19:
+        if layer % 12 == 11:
             file = f"model-{layer}.safetensors"
             save_file(weights, base / file, metadata={"format": "pt"})
             index |= dict.fromkeys(weights, file)
@@ -218,8 +223,11 @@ def test_the_peak_is_a_shard_and_some_weights_and_not_the_model(tmp_path):
     save_file(factors, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
     command = [sys.executable, "-c", _PEAK, str(base), str(adapter), str(folder)]
-    peak_kib = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert peak_kib < 180 * 1024, f"{peak_kib / 1024:.0f} MiB for {480} MB of weights"
+    # glibc gives blocks over 32 MB back at once, as a real model's are; here the smaller ones, too
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    peak_kib = int(result.stdout)
+    assert peak_kib < 90 * 1024, f"{peak_kib / 1024:.0f} MiB for 302 MB of weights"
 
 
 # --- What cannot be merged is told ---
