@@ -85,8 +85,10 @@ def test_padding_moves_llm_int8_and_not_the_dequantized_product(tiny_model_int8,
     with torch.no_grad():
         for module in model.modules():
             if type(module).__name__ == "LlamaRMSNorm":
-                module.weight.mul_(2)  # some values of real tokens come near the threshold of 6
-        model.get_input_embeddings().weight[PAD, ::2] = 0  # the other half of the columns is larger then
+                module.weight.mul_(2)
+        # four of 64 columns hold the padding's whole vector: 4 after the norm, times 2 is beyond 6
+        model.get_input_embeddings().weight[PAD] = 0
+        model.get_input_embeddings().weight[PAD, :4] = 1
     bound = speed.rounding_bound(torch.float32, model.config.num_hidden_layers, 49)
     (padded, free), _ = means(model, rows)
     assert abs(padded - free) > bound
