@@ -40,7 +40,7 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate
 RANDOM_WEIGHTS_LACK: dict[str, str] = {}
 
 # What one update costs does not depend on how many follow; the real run's length is in the profile.
-SHORT_RUN = {"max_steps": 24, "eval_steps": 12, "save_steps": 12}
+SHORT_RUN = {"max_steps": 24, "eval_steps": 12, "save_steps": 12, "sweep_seconds": 90, "max_new_tokens": 64}
 
 # The cap is set as soon as the notebook itself has woken CUDA, not earlier: notebooks choose how the
 # allocator works before that.
@@ -72,32 +72,32 @@ class Job:
     only: str | None
     cell_timeout: int
     work: Path
+    out: Path
+    at_a_time: int
 
 
 def run_profile(job: Job) -> list[dict[str, Any]]:
-    """Run a profile's notebooks one after the other; one row for each."""
+    """Run a profile's notebooks one after the other; one row for each, recorded as soon as it is there."""
     from llama_sft_helpers.profiles import read_profile
     from llama_sft_helpers.run import find_notebooks
 
-    out = job.work / f"{job.profile}_{job.model}"
-    out.mkdir(parents=True, exist_ok=True)
+    folder = job.work / f"{job.profile}_{job.model}"
+    folder.mkdir(parents=True, exist_ok=True)
     changes = {"model_id": str(job.folder), "dataset_id": "local:alpaca_mini"}
     if job.model == "llama3-8b-shape":
         changes |= SHORT_RUN
-    own = out / "profile.toml"
-    lines = [
-        f'profile = "{job.profile}"',
-        "[settings]",
-        *(f"{k} = {json.dumps(v)}" for k, v in changes.items()),
-    ]
-    own.write_text("\n".join(lines), encoding="utf-8")
+    own = folder / "profile.toml"
+    settings = [f"{name} = {json.dumps(value)}" for name, value in changes.items()]
+    own.write_text("\n".join([f'profile = "{job.profile}"', "[settings]", *settings]), encoding="utf-8")
     cap_gib = read_profile(job.profile).gpu_gib
-    environment = {**os.environ, "SFT_PROFILE": str(own), "SFT_OUTPUT_DIR": str(out)}
+    environment = {**os.environ, "SFT_PROFILE": str(own), "SFT_OUTPUT_DIR": str(folder)}
     rows = []
     for path in find_notebooks(ROOT / "notebooks", job.only):
         row = {"notebook": path.stem, "profile": job.profile, "model": job.model, "cap_gib": cap_gib}
-        row |= run_notebook(path, out, cap_gib, environment, job)
+        row |= run_notebook(path, folder, cap_gib, environment, job)
+        row |= {"card": card(), "runs_at_a_time": job.at_a_time}
         print(json.dumps(row)[:400], flush=True)
+        record(job.out, row)
         rows.append(row)
     return rows
 
@@ -201,26 +201,31 @@ def as_package(gguf_file: Path, site: Path) -> Path:
     return site
 
 
-def record(path: Path, rows: list[dict[str, Any]], jobs: int) -> None:
-    """Write the rows, replacing those of the same notebook, profile and model."""
+def card() -> str:
+    """The GPU's name, or CPU."""
     import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def record(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to the JSON, in the place of an earlier one of the same notebook, profile and model."""
+    from filelock import FileLock
 
     def key(row: dict[str, Any]) -> tuple[str, str, str]:
         return row["model"], row["profile"], row["notebook"]
 
-    for row in rows:
-        row["profiles_at_a_time"] = jobs
-    before = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
-    merged = {key(row): row for row in [*before, *rows]}
-    content = {
-        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "command": shlex.join(["python", "benchmarks/notebooks_on_gpu.py", *sys.argv[1:]]),
-        "short_run_of_llama3_8b_shape": SHORT_RUN,
-        "runs": [merged[name] for name in sorted(merged)],
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with FileLock(f"{path}.lock"):
+        before = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+        merged = {key(old): old for old in [*before, row]}
+        content = {
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "command": shlex.join(["python", "benchmarks/notebooks_on_gpu.py", *sys.argv[1:]]),
+            "llama3_8b_shape_settings": SHORT_RUN,
+            "runs": [merged[name] for name in sorted(merged)],
+        }
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -233,6 +238,7 @@ def main() -> int:
     parser.add_argument("--profiles", default=",".join(PROFILES))
     parser.add_argument("--only", help="notebooks, as 03,04")
     parser.add_argument("--jobs", type=int, default=1, help="profiles at a time")
+    parser.add_argument("--at-a-time", type=int, help="runs on this machine in all")
     parser.add_argument("--cell-timeout", type=int, default=400, help="seconds for one cell")
     parser.add_argument("--work", type=Path, default=Path("gpu-runs"), help="folder for executed notebooks")
     parser.add_argument("--out", type=Path, required=True)
@@ -243,16 +249,23 @@ def main() -> int:
     else:
         folder = make_llama3_shape(Path(source or "llama3-8b-shape").absolute())
     work = arguments.work.absolute()
+    at_a_time = arguments.at_a_time or arguments.jobs
     jobs = [
-        Job(name, model, folder.absolute(), arguments.only, arguments.cell_timeout, work)
+        Job(
+            name,
+            model,
+            folder.absolute(),
+            arguments.only,
+            arguments.cell_timeout,
+            work,
+            arguments.out.absolute(),
+            at_a_time,
+        )
         for name in arguments.profiles.split(",")
     ]
     # processes, as nbclient runs an event loop of its own for each notebook
     with concurrent.futures.ProcessPoolExecutor(max_workers=arguments.jobs) as pool:
-        rows = []
-        for future in concurrent.futures.as_completed([pool.submit(run_profile, job) for job in jobs]):
-            rows += future.result()
-            record(arguments.out, rows, arguments.jobs)
+        rows = [row for found in pool.map(run_profile, jobs) for row in found]
     failed = [row for row in rows if row["first_failing_cell"]]
     for row in failed:
         print(row["profile"], row["notebook"], row["first_failing_cell"])
