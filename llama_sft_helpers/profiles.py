@@ -162,6 +162,16 @@ def available_profiles() -> list[str]:
     return sorted(path.stem for path in (_PACKAGE / "profiles").glob("*.toml"))
 
 
+def device_map() -> dict[str, int | str]:
+    """``{"": 0}``, the whole model on the first GPU, or ``{"": "cpu"}`` where there is none.
+
+    See https://huggingface.co/docs/accelerate/concept_guides/big_model_inference#designing-a-device-map.
+    """
+    import torch
+
+    return {"": 0} if torch.cuda.is_available() else {"": "cpu"}
+
+
 def load_profile(name: str | None = None, *, fast: bool = True, **overrides: Any) -> Profile:
     """Load a profile by name, by ``$SFT_PROFILE``, or by the GPU memory that is there.
 

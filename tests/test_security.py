@@ -119,7 +119,7 @@ def test_an_adapter_in_a_pickle_is_refused(adapter, payload, tiny_model_dir):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from llama_sft_helpers.adapter import AdapterError, check_adapter
+    from llama_sft_helpers.evaluation import AdapterError, check_adapter
 
     (adapter / "adapter_model.safetensors").unlink()
     torch.save({"weight": payload}, adapter / "adapter_model.bin")
