@@ -23,7 +23,7 @@ from ledger import ledger  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SOURCES = [*(ROOT / "llama_sft_helpers").glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *NOTEBOOKS]
+SOURCES = [*(ROOT / "llama_sft_helpers").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *NOTEBOOKS]
 SCRIPT = "<script>alert('planted')</script><img src=x onerror=alert(1)>"
 
 
