@@ -54,7 +54,7 @@ class Profile:
         max_length: Longest row, and the block size when packing, in tokens.
         packing: Whether documents share a block.
         per_device_train_batch_size: Rows (or blocks) in a micro-batch.
-        gradient_accumulation_steps: Micro-batches in an optimiser step.
+        gradient_accumulation_steps: Micro-batches in an optimizer step.
         max_steps: Optimiser steps.
         learning_rate: Peak learning rate.
         dtype: Name of the 16- or 32-bit type of everything that is not quantized.
