@@ -266,7 +266,7 @@ shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "nu
 base = LlamaForCausalLM(LlamaConfig(vocab_size=32, **shape))
 model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
 card_path, tokenizer = Path(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2])
-profile = SimpleNamespace(model_id="some/base")
+profile, training = SimpleNamespace(model_id="some/base"), {"eval_loss_after": 1.0}
 """
 
 

@@ -389,10 +389,13 @@ def test_outliers_leave_hooks_and_mode_as_they_were(tiny_model_int8, batch):
     assert not any(module._forward_pre_hooks for module in tiny_model_int8.modules())
 
 
-def test_hooks_are_removed_when_the_forward_pass_fails(tiny_model_int8, batch):
-    too_large = dict(batch) | {"input_ids": batch["input_ids"] + 10_000}
-    with pytest.raises(IndexError):
-        quantization.summarize_outliers(tiny_model_int8, too_large)
+def test_hooks_are_removed_when_the_forward_pass_fails(tiny_model_int8, batch, monkeypatch):
+    def fail(*_, **__):
+        raise IndexError("a layer fails")
+
+    monkeypatch.setattr(tiny_model_int8.model.layers[1], "forward", fail)
+    with pytest.raises(IndexError, match="a layer fails"):
+        quantization.summarize_outliers(tiny_model_int8, batch)
     assert not any(module._forward_pre_hooks for module in tiny_model_int8.modules())
 
 
