@@ -209,17 +209,15 @@ def test_reserved_memory_in_a_reason_is_the_measured_one(name):
     assert number(reason, "GiB reserved on an H100") == round(measured, 1)
 
 
-def test_the_t4s_memory_is_the_plans_and_a_longer_step_would_be_tight():
+def test_the_t4s_memory_is_the_plans_with_a_fifth_to_spare():
     config = SimpleNamespace(**json.loads((ROOT / "llama_sft_helpers/configs/llama3_8b.json").read_text()))
     profile = read_profile("colab-t4")
     plan = plan_memory(config, profile)
     reason = profile.reasons["per_device_train_batch_size"]
-    assert number(reason, "of 14.6 GiB") == round(plan["gib"].sum(), 1) <= 0.9 * profile.gpu_gib
+    assert number(reason, "of 14.6 GiB") == round(plan["gib"].sum(), 1) <= 0.8 * profile.gpu_gib
     assert profile.gpu_gib == 14.6
     weights = plan.loc[plan["component"].str.endswith("weights"), "gib"].sum()
     assert number(reason, "of them weights") == round(weights, 1)
-    longer = dataclasses.replace(profile, max_length=profile.max_length + 256)
-    assert plan_memory(config, longer)["gib"].sum() > 0.9 * profile.gpu_gib
 
 
 def shipped_rows_within(tokenizer, length):

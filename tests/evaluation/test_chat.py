@@ -216,5 +216,5 @@ def test_the_notebook_does_not_block_on_output_widgets():
     from pathlib import Path
 
     root = Path(__file__).parents[2]
-    for path in ("llama_sft_helpers/chat.py", "notebooks/07_evaluation.ipynb"):
+    for path in ("llama_sft_helpers/evaluation/chat.py", "notebooks/07_evaluation.ipynb"):
         assert "Output()" not in (root / path).read_text(encoding="utf-8")

@@ -95,7 +95,14 @@ def test_the_scale_of_rslora_is_kept(tmp_path):
 def test_the_program_writes_the_same_file(folders, tmp_path):
     base, adapter = folders
     write_lora_gguf(tmp_path / "one.gguf", adapter_folder=adapter, base_config=base / "config.json")
-    command = [sys.executable, "-m", "llama_sft_helpers.lora_gguf", adapter, base, tmp_path / "two.gguf"]
+    command = [
+        sys.executable,
+        "-m",
+        "llama_sft_helpers.evaluation.lora_gguf",
+        adapter,
+        base,
+        tmp_path / "two.gguf",
+    ]
     subprocess.run(list(map(str, command)), check=True)
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
     assert not list(tmp_path.glob(".*"))

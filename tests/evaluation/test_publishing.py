@@ -256,12 +256,12 @@ from types import SimpleNamespace
 from huggingface_hub import create_repo, upload_file
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from llama_sft_helpers.publishing import check_repo_id, hub_errors
+from llama_sft_helpers.evaluation import check_repo_id, hub_errors
 shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 base = LlamaForCausalLM(LlamaConfig(vocab_size=32, **shape))
 model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
 card_path, tokenizer = Path(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2])
-profile = SimpleNamespace(model_id="some/base")
+profile, training = SimpleNamespace(model_id="some/base"), {"eval_loss_after": 1.0}
 """
 
 

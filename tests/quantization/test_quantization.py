@@ -390,11 +390,11 @@ def test_outliers_leave_hooks_and_mode_as_they_were(tiny_model_int8, batch):
 
 
 def test_hooks_are_removed_when_the_forward_pass_fails(tiny_model_int8, batch, monkeypatch):
-    def fail(*args, **kwargs):
-        raise IndexError
+    def fail(*_, **__):
+        raise IndexError("a layer fails")
 
-    monkeypatch.setattr(tiny_model_int8.lm_head, "forward", fail)
-    with pytest.raises(IndexError):
+    monkeypatch.setattr(tiny_model_int8.model.layers[1], "forward", fail)
+    with pytest.raises(IndexError, match="a layer fails"):
         quantization.summarize_outliers(tiny_model_int8, batch)
     assert not any(module._forward_pre_hooks for module in tiny_model_int8.modules())
 
