@@ -50,7 +50,7 @@ test-browser: $(VENV)/.installed  ## the login widget in JupyterLab and headless
 # make colab-lookalike PYTHON=python3.11 TORCH=torch==2.13.0
 TORCH ?= torch==2.11.0
 colab-lookalike:  ## Colab's versions: does installing the series move torch, numpy or pandas, and does it run?
-	$(PYTHON) tests/colab_lookalike.py --torch "$(TORCH)"
+	$(PYTHON) tests/support/colab_lookalike.py --torch "$(TORCH)"
 
 # The newest releases of everything, in a venv of their own. torch stays the one of requirements-tested.txt, which
 # spares a download of gigabytes; make newest NEWEST_TORCH=torch takes the newest torch too.

@@ -33,8 +33,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llama_sft_helpers import speed
+from llama_sft_helpers.data import to_prompt_completion
 from llama_sft_helpers.profiles import read_profile
-from llama_sft_helpers.rows import to_prompt_completion
 
 Batch = dict[str, Any]
 THRESHOLD = 6.0  # llm_int8_threshold
@@ -55,7 +55,7 @@ def load(folder: str, dtype: torch.dtype, device: str) -> Any:
 def read_rows(folder: str, count: int, longest: int) -> tuple[list[Batch], int]:
     """Tokens and labels (completion and EOS only) of the package's first rows, and the pad token's id."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    path = Path(speed.__file__).parent / "datasets" / "alpaca_mini.jsonl"
+    path = Path(speed.__file__).parents[1] / "datasets" / "alpaca_mini.jsonl"
     rows = []
     for row in load_dataset("json", data_files=str(path), split="train"):
         parts = to_prompt_completion(row)

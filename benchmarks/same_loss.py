@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from llama_sft_helpers import speed
+from llama_sft_helpers.data import to_prompt_completion
 from llama_sft_helpers.profiles import load_profile
-from llama_sft_helpers.rows import to_prompt_completion
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

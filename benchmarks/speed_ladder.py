@@ -149,7 +149,7 @@ def build_rows(tokenizer: Any, count: int, seed: int = 0) -> list[dict[str, list
     """
     import numpy as np
 
-    from llama_sft_helpers.rows import to_prompt_completion
+    from llama_sft_helpers.data import to_prompt_completion
 
     lines = (ROOT / "llama_sft_helpers/datasets/alpaca_mini.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [to_prompt_completion(json.loads(line)) for line in lines]

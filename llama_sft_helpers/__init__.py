@@ -1,8 +1,9 @@
 """Look inside 8-bit quantization, LoRA and supervised fine-tuning while you run them.
 
-One module per notebook: ``environment``, ``login``, ``quantization``, ``lora``, ``data``, ``training``,
-``evaluation``, ``speed``; and ``memory``, ``profiles``, ``demo_model``, ``doctor`` and ``cli`` beside them.
-Importing this package imports nothing heavy; import the module that carries the name of your notebook.
+A module or package per notebook: ``environment``, ``login``, ``quantization``, ``lora``, ``data``,
+``training``, ``evaluation``, ``speed``; and ``memory``, ``profiles``, ``demo_model``, ``doctor`` and ``cli``
+beside them. Importing this package imports nothing heavy; import from the one that carries the name of your
+notebook.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -16,13 +17,13 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 def load_ipython_extension(shell: Any) -> None:
     """``%load_ext llama_sft_helpers``: cause and fix under every traceback that the doctor knows."""
-    from llama_sft_helpers.doctor import attach
+    from llama_sft_helpers.doctor.explanation import attach
 
     attach(shell)
 
 
 def unload_ipython_extension(shell: Any) -> None:
     """``%unload_ext llama_sft_helpers``: tracebacks alone again."""
-    from llama_sft_helpers.doctor import detach
+    from llama_sft_helpers.doctor.explanation import detach
 
     detach(shell)

@@ -12,6 +12,8 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
 
+    from llama_sft_helpers.profiles import Profile
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_show_locals=False
 )
@@ -68,7 +70,7 @@ def check(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Compare this machine with what the series is tested with; exit code 1 if something must be mended."""
+    """Compare this machine with what the series is tested with; exit code 1 if something must be fixed."""
     from llama_sft_helpers.environment import list_problems, summarize_environment
     from llama_sft_helpers.profiles import ProfileError, read_profile
 
@@ -90,11 +92,11 @@ def _print_environment(summary: pd.DataFrame, problems: list[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from llama_sft_helpers.environment import MUST_MEND
+    from llama_sft_helpers.environment import MUST_FIX
 
     table = Table(*summary.columns[:-1], title="This machine")
     for *cells, status, _ in summary.itertuples(index=False):
-        style = "red" if status in MUST_MEND else "green" if status == "ok" else ""
+        style = "red" if status in MUST_FIX else "green" if status == "ok" else ""
         table.add_row(*(Text(str(cell)) for cell in cells), Text(str(status), style))
     console = Console(highlight=False)
     console.print(table)
@@ -115,24 +117,51 @@ def plan(
 ) -> None:
     """Plan the GPU memory of a training step, component by component, before spending it."""
     from llama_sft_helpers.demo_model import ModelBuildError
-    from llama_sft_helpers.memory import print_plan
     from llama_sft_helpers.profiles import load_profile
 
     try:
         chosen = load_profile(profile)
         config = _model_config(chosen.model_id)
-        fits = print_plan(config, chosen, quantization=quantization, gpu_gib=gpu_gib, as_json=as_json)
+        fits = _print_plan(config, chosen, quantization, gpu_gib, as_json)
     except (ValueError, OSError, ModelBuildError) as error:
         _fail(error)
     else:
         raise typer.Exit(0 if fits or gpu_gib is None else 1)
 
 
+def _print_plan(
+    config: Any, profile: Profile, quantization: str, gpu_gib: float | None, as_json: bool
+) -> bool:
+    """Print the plan and its verdict on cards; whether it fits every card asked about."""
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from llama_sft_helpers.memory.plan import CARDS_GIB, plan_fit, plan_memory
+
+    plan = plan_memory(config, profile, quantization=quantization)
+    cards = {"yours": gpu_gib} if gpu_gib else CARDS_GIB
+    fit = plan_fit(config, profile, quantization=quantization, cards_gib=cards)
+    if as_json:
+        tables = {"plan": plan.to_dict("records"), "fit": fit.to_dict("records")}
+        content = {"profile": profile.name, "quantization": quantization, **tables}
+        sys.stdout.write(json.dumps(content, indent=1) + "\n")
+    else:
+        total = f"{plan['gib'].sum():.2f} GiB"
+        for frame, title in ((plan, f"{profile.name}, {quantization}: {total} in all"), (fit, "On a card")):
+            table = Table(*map(str, frame.columns), title=title)
+            for row in frame.itertuples(index=False):
+                table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
+            Console().print(table)
+    return bool((fit["verdict"] != "does not fit").all())
+
+
 def _model_config(model_id: str) -> Any:
     """A model's configuration; Llama 3 8B's comes with this package, as the hub's needs a token."""
     from transformers import AutoConfig
 
-    from llama_sft_helpers.llama import is_llama3, load_llama3_config
+    from llama_sft_helpers.core.llama import is_llama3, load_llama3_config
 
     if is_llama3(model_id, "8B"):
         return load_llama3_config()
@@ -150,9 +179,9 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
 ) -> None:
     """Talk to a trained adapter on its 8-bit base model; answers stream, and end at EOS."""
-    from llama_sft_helpers.adapter import AdapterError
-    from llama_sft_helpers.chat import ChatError, run_chat, stream_answer
-    from llama_sft_helpers.data import to_prompt_completion
+    from llama_sft_helpers.data.rows import to_prompt_completion
+    from llama_sft_helpers.evaluation.adapter import AdapterError
+    from llama_sft_helpers.evaluation.chat import ChatError, run_chat, stream_answer
 
     def respond(instruction: str, tuned: bool) -> Generator[str, None, None]:
         row = to_prompt_completion({"instruction": instruction, "output": "unused"})
@@ -180,8 +209,8 @@ def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-    from llama_sft_helpers.adapter import AdapterError, check_adapter, find_base_model
-    from llama_sft_helpers.environment import device_map
+    from llama_sft_helpers.evaluation.adapter import AdapterError, check_adapter, find_base_model
+    from llama_sft_helpers.profiles import device_map
 
     transformers.utils.logging.disable_progress_bar()
     base_model = base_model or find_base_model(folder)

@@ -118,7 +118,7 @@ def _refuse_foreign(target: Path) -> None:
 def _build(name: str, target: Path, stamp: dict[str, str]) -> None:
     from safetensors import SafetensorError
 
-    from llama_sft_helpers.folders import is_full_disk
+    from llama_sft_helpers.core.files import is_full_disk
 
     try:
         _build_and_rename(name, target, stamp)
@@ -175,7 +175,7 @@ def _build_smollm2(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def demo_model_lacks() -> str:
+def demo_model_fix() -> str:
     """The command that installs what building the demo model lacks; empty if it is there or can be built."""
     name = "smollm2-135m-instruct"
     return "" if is_complete(models_dir() / name, _recipe(name)) else _missing_packages()

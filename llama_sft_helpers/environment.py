@@ -1,4 +1,4 @@
-"""Notebook 01: what this machine has, and what of it must be mended.
+"""Notebook 01: what this machine has, and what of it must be fixed.
 
 Measuring and judging are kept apart: ``_measure`` looks at the machine, ``_judge`` compares what it saw with
 the versions this project is tested with. Those are read from the installed package's own metadata, which is
@@ -21,9 +21,9 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_sft_helpers.demo_model import demo_model_lacks
-from llama_sft_helpers.folders import free_bytes
-from llama_sft_helpers.llama import is_llama3, load_llama3_config
+from llama_sft_helpers.core.files import free_bytes
+from llama_sft_helpers.core.llama import is_llama3, load_llama3_config
+from llama_sft_helpers.demo_model import demo_model_fix
 from llama_sft_helpers.profiles import Profile, read_profile
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ _POST_2025 = {
     "bitsandbytes": "0.45.2", "accelerate": "1.3.0", "CUDA driver": "12.4", "CUDA toolkit": "12.5",
     "GPU": "A100", "GPU memory": "40 GB",
 }  # fmt: skip
-# Statuses that must be mended, in the order to mend them: a new runtime or profile changes the
+# Statuses that must be fixed, in the order to fix them: a new runtime or profile changes the
 # rest, and a restart comes last, because every install may ask for another one.
-MUST_MEND = (
+MUST_FIX = (
     "no GPU", "GPU hidden", "unsupported", "too little", "missing", "broken", "too old", "too new", "restart",
 )  # fmt: skip
 # A bound that no package declares: peft raises on an older torchao as soon as it wraps a 16-bit Linear
@@ -64,7 +64,7 @@ _CHANGE_RUNTIME = "Runtime > Change runtime type > A100, L4 or T4 GPU"
 
 
 class EnvironmentCheckError(AssertionError):
-    """Something of this machine must be mended before the series can run."""
+    """Something of this machine must be fixed before the series can run."""
 
 
 _Row = tuple[str, str, str, str, str, str]  # in the order of COLUMNS
@@ -87,17 +87,7 @@ class Machine:
     ram_gib: float
     colab: bool
     torch_error: str = ""  # why torch, though installed, cannot be imported
-    demo_model_lacks: str = ""  # why the demo model cannot be built, with the command that mends it
-
-
-def device_map() -> dict[str, int | str]:
-    """``{"": 0}``, the whole model on the first GPU, or ``{"": "cpu"}`` where there is none.
-
-    See https://huggingface.co/docs/accelerate/concept_guides/big_model_inference#designing-a-device-map.
-    """
-    import torch
-
-    return {"": 0} if torch.cuda.is_available() else {"": "cpu"}
+    demo_model_fix: str = ""  # why the demo model cannot be built, with the command that fixes it
 
 
 def summarize_environment(profile: Profile | None = None) -> pd.DataFrame:
@@ -107,8 +97,8 @@ def summarize_environment(profile: Profile | None = None) -> pd.DataFrame:
         profile: What the machine must be able to run; None reads ``$SFT_PROFILE`` or looks at the GPU.
 
     Returns:
-        Columns component, installed, tested, post_2025, status, fix. A status in ``MUST_MEND`` stops the
-        series and ``fix`` says what mends it; "ok", "other version" and "not there" do not.
+        Columns component, installed, tested, post_2025, status, fix. A status in ``MUST_FIX`` stops the
+        series and ``fix`` says what to do; "ok", "other version" and "not there" do not.
     """
     import pandas as pd
 
@@ -118,25 +108,25 @@ def summarize_environment(profile: Profile | None = None) -> pd.DataFrame:
 
 
 def check_environment(profile: Profile | None = None, *, summary: pd.DataFrame | None = None) -> None:
-    """Stop early, with every problem in one message, the first to mend first.
+    """Stop early, with every problem in one message, the first to fix first.
 
     Args:
         profile: As for ``summarize_environment``.
         summary: A table of ``summarize_environment`` to check; None makes one.
 
     Raises:
-        EnvironmentCheckError: Something must be mended; the message has one line for each, with its fix.
+        EnvironmentCheckError: Something must be fixed; the message has one line for each, with its fix.
     """
     problems = list_problems(summarize_environment(profile) if summary is None else summary)
     if problems:
-        count = f"{len(problems)} thing{'s' * (len(problems) > 1)} to mend, in this order:"
+        count = f"{len(problems)} thing{'s' * (len(problems) > 1)} to fix, in this order:"
         raise EnvironmentCheckError("\n".join([count, *problems]))
 
 
 def list_problems(summary: pd.DataFrame) -> list[str]:
-    """One line for each row that must be mended, the first to mend first."""
-    bad = summary[summary["status"].isin(MUST_MEND)]
-    order = sorted(bad.to_dict(orient="records"), key=lambda row: MUST_MEND.index(row["status"]))
+    """One line for each row that must be fixed, the first to fix first."""
+    bad = summary[summary["status"].isin(MUST_FIX)]
+    order = sorted(bad.to_dict(orient="records"), key=lambda row: MUST_FIX.index(row["status"]))
     return [
         f"{row['component']}: {row['status']} (here: {row['installed'] or 'nothing'}; "
         f"tested or needed: {row['tested'] or 'not set'})\n    {row['fix']}"
@@ -199,7 +189,7 @@ def _measure() -> Machine:
         ram_gib=_ram_gib(),
         colab=_on_colab(),
         torch_error=_torch_error() if "torch" in on_disk else "",
-        demo_model_lacks=demo_model_lacks(),
+        demo_model_fix=demo_model_fix(),
     )
 
 
@@ -395,8 +385,8 @@ def _judge_package(machine: Machine, name: str, tested: str, bounds: SpecifierSe
 def _judge_demo_model(machine: Machine, profile: Profile) -> list[_Row]:
     if not profile.model_id.endswith("smollm2-135m-instruct"):
         return []
-    here = "" if machine.demo_model_lacks else "can be built"
-    return [_row("demo model", here, profile.name, bool(here), ("missing", machine.demo_model_lacks))]
+    here = "" if machine.demo_model_fix else "can be built"
+    return [_row("demo model", here, profile.name, bool(here), ("missing", machine.demo_model_fix))]
 
 
 def _side(here: str, bounds: SpecifierSet) -> str:
@@ -477,7 +467,7 @@ def _that_fits(gpu_gib: float) -> str:
 
 def _needed_gpu_gib(profile: Profile) -> float:
     """GPU memory that training takes: the plan for Llama 3 8B, nine tenths of the card for other models."""
-    from llama_sft_helpers.memory import plan_memory
+    from llama_sft_helpers.memory.plan import plan_memory
 
     if profile.gpu_gib == 0 or not is_llama3(profile.model_id, "8B"):
         return 0.9 * profile.gpu_gib
@@ -494,7 +484,8 @@ def _needed_disk_gib(profile: Profile) -> float:
 
 def _planned_download_gib(profile: Profile) -> float:
     """The size that the model's shape gives, less what lies in the cache already."""
-    from llama_sft_helpers.memory_counts import Shape, weight_rows
+    from llama_sft_helpers.core.llama import Shape
+    from llama_sft_helpers.memory.counts import weight_rows
 
     sixteen_bit = dataclasses.replace(profile, dtype="bfloat16")
     weights = weight_rows(Shape.of(load_llama3_config()), sixteen_bit, quantization="16-bit")

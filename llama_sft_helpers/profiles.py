@@ -54,7 +54,7 @@ class Profile:
         max_length: Longest row, and the block size when packing, in tokens.
         packing: Whether documents share a block.
         per_device_train_batch_size: Rows (or blocks) in a micro-batch.
-        gradient_accumulation_steps: Micro-batches in an optimiser step.
+        gradient_accumulation_steps: Micro-batches in an optimizer step.
         max_steps: Optimiser steps.
         learning_rate: Peak learning rate.
         dtype: Name of the 16- or 32-bit type of everything that is not quantized.
@@ -160,6 +160,16 @@ def _mount_drive() -> str:
 def available_profiles() -> list[str]:
     """Names of the shipped profiles, sorted."""
     return sorted(path.stem for path in (_PACKAGE / "profiles").glob("*.toml"))
+
+
+def device_map() -> dict[str, int | str]:
+    """``{"": 0}``, the whole model on the first GPU, or ``{"": "cpu"}`` where there is none.
+
+    See https://huggingface.co/docs/accelerate/concept_guides/big_model_inference#designing-a-device-map.
+    """
+    import torch
+
+    return {"": 0} if torch.cuda.is_available() else {"": "cpu"}
 
 
 def load_profile(name: str | None = None, *, fast: bool = True, **overrides: Any) -> Profile:

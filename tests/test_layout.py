@@ -1,6 +1,7 @@
 """The rules of the house, checked on the files themselves."""
 
 import ast
+import importlib
 import importlib.metadata
 import re
 import subprocess
@@ -16,7 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llama_sft_helpers"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-MODULES = sorted(PACKAGE.glob("*.py"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A step's notebook -> the real calls that stand visible in it.
 REAL_CALLS = {
@@ -37,28 +38,29 @@ EXCEPTIONS = {
     "tiny_llama": {"train"},  # the recipe of the tests' model
     "cli": {"from_pretrained"},  # `chat` loads the adapter it talks to
 }
-SHARED_MODULES = {
-    "batches",
-    "checksums",
-    "demo_model",
-    "folders",
-    "llama",
-    "memory",
-    "memory_counts",
-    "modes",
-    "profiles",
-    "summary",
-    "tiny_llama",
-}
-# step -> the further modules that belong to it alone
-PARTS = {
-    "quantization": {"quantized_layers", "quantization_plots"},
-    "lora": {"lora_sweep"},
-    "data": {"rows", "packing", "splits"},
-    "training": {"checkpoints"},
-    "speed": {"compiled_layers", "int8_product", "row_losses", "varlen"},
-    "evaluation": {"adapter", "chat", "lora_gguf", "merging", "publishing", "scaling"},
-}
+STEPS = [name[3:] for name in REAL_CALLS]
+
+
+def room(path: Path) -> str:
+    """The package or module directly under ``llama_sft_helpers`` that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def module_name(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+
+def contents(package: str) -> dict[str, str]:
+    """A package's table of contents: public name -> module; empty for one that has none."""
+    file = PACKAGE / package / "__init__.py"
+    for node in ast.parse(file.read_text(encoding="utf-8")).body if file.is_file() else []:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CONTENTS":
+            return ast.literal_eval(node.value)
+    return {}
+
+
+ROOMS = sorted({room(path) for path in MODULES} - {"__init__"})
+CONTENTS = {name: contents(name) for name in ROOMS if contents(name)}
 
 
 def notebook_code(path: Path) -> str:
@@ -111,10 +113,10 @@ def own_imports(tree: ast.AST) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_helpers_do_not_run_the_pipeline(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    used = pipeline_calls(tree) - EXCEPTIONS.get(path.stem, set())
+    used = pipeline_calls(tree) - EXCEPTIONS.get(module_name(path), set())
     # Reading a config or a processor is no pipeline step, loading a model is.
     assert not used, f"{path.name} calls {sorted(used)}; those calls belong into a notebook"
 
@@ -137,28 +139,167 @@ def test_the_pipeline_rule_can_fail(code, run):
     assert pipeline_calls(ast.parse(code)) == run
 
 
-@pytest.mark.parametrize("name", list(REAL_CALLS))
-def test_step_modules_do_not_import_each_other(name):
-    step = name[3:]
-    parts = PARTS.get(step, set())
-    for module in (step, *sorted(parts)):
-        imported = own_imports(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")))
-        allowed = SHARED_MODULES | parts
-        assert imported <= allowed, f"{module} imports {sorted(imported - allowed)}"
+def reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    """All that ``start`` imports, and what that imports in turn."""
+    found, waiting = set(), set(graph[start])
+    while waiting:
+        found.add(name := waiting.pop())
+        waiting |= graph.get(name, set()) - found
+    return found
 
 
-def test_every_step_has_its_notebook_module_test_and_readme_row():
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """Room -> the other rooms that its modules import."""
+    graph: dict[str, set[str]] = {name: set() for name in ROOMS}
+    for path in MODULES:
+        if path.parent != PACKAGE or path.stem != "__init__":
+            graph[room(path)] |= own_imports(ast.parse(path.read_text(encoding="utf-8"))) - {room(path)}
+    return graph
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_no_step_reaches_another(imports, step):
+    others = reached(imports, step) & set(STEPS)
+    assert not others, f"{step} reaches {sorted(others)}: move what both need to core"
+
+
+def test_dependencies_point_one_way(imports):
+    assert [name for name in ROOMS if name in reached(imports, name)] == []
+    assert imports["core"] == set()
+
+
+def test_what_is_reached_includes_detours_and_circles():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}
+    assert reached(graph, "a") == {"b", "c"}
+    assert "b" in reached(graph, "b")
+    assert reached(graph, "d") == set()
+
+
+# --- Tables of contents ---
+
+
+def defined(path: Path) -> set[str]:
+    """Names that a module defines itself, imports left out."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in [node.target] if isinstance(node, ast.AnnAssign) else targets:
+            names |= {word.id for word in ast.walk(target) if isinstance(word, ast.Name)}
+    return names
+
+
+@pytest.mark.parametrize("package", CONTENTS)
+def test_a_table_of_contents_names_what_its_modules_define(package):
+    for name, module in CONTENTS[package].items():
+        path = ROOT.joinpath(*module_of(package, module).split(".")).with_suffix(".py")
+        assert name in defined(path), f"{name}: {module}"
+    imported = importlib.import_module(f"llama_sft_helpers.{package}")
+    assert dir(imported) == sorted(imported.__all__) == sorted(CONTENTS[package])
+    assert all(getattr(imported, name) is not None for name in CONTENTS[package])
+    with pytest.raises(AttributeError, match=f"llama_sft_helpers.{package} has no 'nothing'; it offers "):
+        imported.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("package", CONTENTS)
+def test_each_line_of_a_table_of_contents_says_what_the_name_is(package):
+    lines = (PACKAGE / package / "__init__.py").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if re.match(r'    "\w+": "[\w.]+",', line)]
+    assert len(lines) == len(CONTENTS[package])
+    assert all(re.search(r"  # .{10,}", line) for line in lines)
+
+
+def test_each_public_name_has_one_import_path():
+    names = [name for table in CONTENTS.values() for name in table]
+    names += [
+        name
+        for path in MODULES
+        if path.parent == PACKAGE and room(path) in [*STEPS, "profiles"]
+        for name in defined(path)
+        if not name.startswith("_")
+    ]
+    assert sorted(names) == sorted(set(names))
+    for package, table in CONTENTS.items():
+        # Python sets a package's attribute to the module of that name, which would hide the function.
+        assert not set(table) & {path.stem for path in (PACKAGE / package).glob("*.py")}
+
+
+def module_of(package: str, module: str) -> str:
+    """The dotted name of a module as a table of contents names it."""
+    return (
+        f"llama_sft_helpers.{module}"
+        if module.startswith("core.")
+        else f"llama_sft_helpers.{package}.{module}"
+    )
+
+
+def detours(code: str) -> list[str]:
+    """Public names that are imported from their module instead of from the package that offers them."""
+    offered = {
+        (module_of(package, table[name]), name) for package, table in CONTENTS.items() for name in table
+    }
+    imported = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    names = [(node.module or "", alias.name) for node in imported for alias in node.names]
+    return [f"{module}.{name}" for module, name in names if (module, name) in offered]
+
+
+def test_outside_the_package_public_names_come_from_their_package():
+    files = [path for folder in ("tests", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")]
+    found = {path.name: detours(path.read_text(encoding="utf-8")) for path in files}
+    assert {name: names for name, names in found.items() if names} == {}
+    assert detours("from llama_sft_helpers.lora.tables import plan_adapters, _rows") == [
+        "llama_sft_helpers.lora.tables.plan_adapters"
+    ]
+    assert detours("from llama_sft_helpers.lora import plan_adapters") == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_import_from_packages_only(path):
+    code = re.sub(r"^(\s*)[%!].*$", r"\1pass", notebook_code(path), flags=re.MULTILINE)
+    tree = ast.parse(code)
+    assert own_imports(tree) <= {*STEPS, "profiles", "memory", "doctor"}
+    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert [name for name in modules if name.startswith("llama_sft_helpers.") and name.count(".") > 1] == []
+
+
+@pytest.mark.parametrize("name", [*STEPS, "memory", "doctor", "profiles"])
+def test_importing_a_step_imports_nothing_heavy_and_is_quick(name):
+    code = (
+        "import sys, time; start = time.perf_counter(); "
+        f"import llama_sft_helpers.{name}; print(time.perf_counter() - start, *sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(3)]
+    assert min(float(run.split()[0]) for run in runs) < 0.2
+    assert not {"torch", "transformers", "pandas", "matplotlib", "peft", "trl"} & set(runs[0].split())
+
+
+def test_the_wheel_has_every_package():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
+        "packages"
+    ]
+    folders = [path.parent.relative_to(ROOT) for path in MODULES if path.name == "__init__.py"]
+    assert sorted(packages) == sorted(
+        [".".join(folder.parts) for folder in folders] + ["llama_sft_helpers.results"]
+    )
+
+
+def test_every_step_has_its_notebook_package_tests_and_readme_row():
     assert [path.stem for path in NOTEBOOKS] == list(REAL_CALLS)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(
-        r"^\| \[`(\d\d_\w+)`\]\(notebooks/(\w+)\.ipynb\).*?`(\w+)\.py`", readme, flags=re.MULTILINE
+    pattern = (
+        r"^\| \[`(\d\d_\w+)`\]\(notebooks/(\w+)\.ipynb\).*?\[`([\w./]+)`\]\(llama_sft_helpers/([\w./]+)\)"
     )
+    rows = re.findall(pattern, readme, flags=re.MULTILINE)
     assert [row[0] for row in rows] == list(REAL_CALLS)
-    for notebook, file, module in rows:
+    for notebook, file, shown, linked in rows:
         assert notebook == file
-        assert notebook[3:] == module
-        assert (PACKAGE / f"{module}.py").is_file()
-        assert (ROOT / "tests" / f"test_{module}.py").is_file()
+        assert shown == linked
+        assert re.fullmatch(rf"{notebook[3:]}(\.py|/)", linked)
+        assert (PACKAGE / linked).exists()
+        assert list((ROOT / "tests" / notebook[3:]).glob("test_*.py"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -262,7 +403,7 @@ NOT_REQUIRED = {
 }
 
 
-@pytest.mark.parametrize("path", [*MODULES, *NOTEBOOKS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*MODULES, *NOTEBOOKS], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_what_is_imported_is_declared(path):
     """Another package may stop bringing it: huggingface_hub 2 came without httpx, and 02 stopped."""
     code = notebook_code(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")

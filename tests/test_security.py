@@ -23,7 +23,7 @@ from ledger import ledger  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SOURCES = [*(ROOT / "llama_sft_helpers").glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *NOTEBOOKS]
+SOURCES = [*(ROOT / "llama_sft_helpers").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *NOTEBOOKS]
 SCRIPT = "<script>alert('planted')</script><img src=x onerror=alert(1)>"
 
 
@@ -119,7 +119,7 @@ def test_an_adapter_in_a_pickle_is_refused(adapter, payload, tiny_model_dir):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from llama_sft_helpers.adapter import AdapterError, check_adapter
+    from llama_sft_helpers.evaluation import AdapterError, check_adapter
 
     (adapter / "adapter_model.safetensors").unlink()
     torch.save({"weight": payload}, adapter / "adapter_model.bin")

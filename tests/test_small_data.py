@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_data import ROOT, write_rows
 
-from llama_sft_helpers import findings
+from llama_sft_helpers import evaluation, training
 from llama_sft_helpers.data import DataError, plan_split
 from llama_sft_helpers.profiles import available_profiles, read_profile
 
@@ -149,7 +149,7 @@ def history(*losses):
 
 
 def test_a_risen_loss_is_a_finding_with_advice():
-    row = findings.summarize_training_result(history(1.4, 1.2, 1.9), before=1.5, eval_rows=2).iloc[0]
+    row = training.summarize_training_result(history(1.4, 1.2, 1.9), before=1.5, eval_rows=2).iloc[0]
     assert row["verdict"] == "not as hoped"
     assert row["hoped_for"] == "below 1.5000"
     assert "lowest after step 8 (1.2000)" in row["advice"]
@@ -157,10 +157,10 @@ def test_a_risen_loss_is_a_finding_with_advice():
 
 
 def test_a_fallen_loss_leaves_nothing_to_do():
-    row = findings.summarize_training_result(history(1.4, 1.2), before=1.5, eval_rows=200).iloc[0]
+    row = training.summarize_training_result(history(1.4, 1.2), before=1.5, eval_rows=200).iloc[0]
     assert (row["verdict"], row["advice"]) == ("as hoped", "nothing to do")
     assert (
-        findings.summarize_training_result(history(float("nan")), 1.5, 200)["verdict"].item()
+        training.summarize_training_result(history(float("nan")), 1.5, 200)["verdict"].item()
         == "not as hoped"
     )
 
@@ -176,7 +176,7 @@ def test_a_fallen_loss_leaves_nothing_to_do():
 )
 def test_the_gain_is_judged_with_its_interval(change, high, rows, verdict, advice):
     line = {"loss_nats": change, "low": change - 0.1, "high": high, "rows": rows}
-    row = findings.summarize_gain(pd.DataFrame({"tuned - base": line}).T).iloc[0]
+    row = evaluation.summarize_gain(pd.DataFrame({"tuned - base": line}).T).iloc[0]
     assert row["verdict"] == verdict
     assert advice in row["advice"]
 
@@ -184,9 +184,9 @@ def test_the_gain_is_judged_with_its_interval(change, high, rows, verdict, advic
 def test_stopping_and_rounding_are_findings_too():
     for tuned, verdict in ((0.9, "as hoped"), (0.5, "not as hoped"), (0.1, "not as hoped")):
         stops = pd.DataFrame({"eos_probability": {"base": 0.5, "tuned": tuned}})
-        assert findings.summarize_stopping(stops)["verdict"].item() == verdict
+        assert evaluation.summarize_stopping(stops)["verdict"].item() == verdict
     for error, verdict in ((0.9, "as hoped"), (0.01, "not as hoped")):
-        assert findings.summarize_rounding(pd.Series({"update_error": error}))["verdict"].item() == verdict
+        assert evaluation.summarize_rounding(pd.Series({"update_error": error}))["verdict"].item() == verdict
 
 
 # --- The notebooks ---
@@ -195,7 +195,7 @@ def test_stopping_and_rounding_are_findings_too():
 def run(tmp_path, profile_name, count, numbers, **changes):
     folder = write_rows(tmp_path / "data" / "rows.jsonl", count)
     out = tmp_path / "out"
-    script = Path(__file__).parent / "small_data.py"
+    script = Path(__file__).parent / "support" / "small_data.py"
     command = [sys.executable, str(script), profile_name, str(folder), str(out), numbers, json.dumps(changes)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT), out
 

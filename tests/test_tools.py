@@ -66,6 +66,10 @@ def package(tmp_path, monkeypatch, record):
         "data/__init__.py": "",
         "data/rows.py": "from .shapes import x\nfrom ..colours import TITLE\n",
         "data/shapes.py": "",
+        "login/__init__.py": "CONTENTS = {'hash_files': 'core.files'}\n",
+        "core/__init__.py": "",
+        "core/files.py": "",
+        "core/modes.py": "",
         "profiles/cpu-demo.toml": "",
     }
     for name, content in files.items():
@@ -88,6 +92,7 @@ def package(tmp_path, monkeypatch, record):
             "from llama_sft_helpers.data import summarize",
             {"data/__init__.py", "data/rows.py", "data/shapes.py", "colours.py"},
         ),
+        ("from llama_sft_helpers.login import hash_files", {"login/__init__.py", "core/files.py"}),
     ],
 )
 def test_the_helpers_that_a_notebook_reaches(record, package, code, reached):
@@ -117,7 +122,8 @@ def test_the_real_notebooks_reach_the_module_of_their_name(record):
     for path in sorted((ROOT / "notebooks").glob("0[1-8]_*.ipynb")):
         cells = nbformat.read(path, as_version=4).cells
         code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-        files = {file.stem for file in record.helper_files(code)}
+        found = [file.relative_to(ROOT / "llama_sft_helpers") for file in record.helper_files(code)]
+        files = {file.parts[0].removesuffix(".py") for file in found}
         assert {path.stem[3:], "profiles"} <= files or path.stem == "02_login", files
         assert "cli" not in files
         assert "record" not in files

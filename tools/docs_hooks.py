@@ -1,7 +1,8 @@
 """MkDocs hook: builds the site's pages from the files that already hold their content.
 
-The README becomes the start page, the notebooks are taken as recorded, one API section is made per module,
-and the benchmark page is drawn from ``benchmarks/results/*.json``. Nothing is copied into ``docs/``.
+The README becomes the start page, the notebooks are taken as recorded, one API section is made per
+module or package, and the benchmark page is drawn from ``benchmarks/results/*.json``. Nothing is
+copied into ``docs/``.
 """
 
 from __future__ import annotations
@@ -80,10 +81,16 @@ def _notebook(path: Path, blob: str) -> None:
 
 
 def _api_page() -> str:
-    modules = sorted(path.stem for path in (ROOT / "llama_sft_helpers").glob("[a-z]*.py"))
+    package = ROOT / "llama_sft_helpers"
+    modules = {path.stem: [path.stem] for path in sorted(package.glob("[a-z]*.py"))}
+    for contents in sorted(package.glob("*/__init__.py")):
+        name = contents.parent.name
+        modules[name] = [f"{name}.{path.stem}" for path in sorted(contents.parent.glob("[a-z]*.py"))]
     ordered = [*STEPS, *(name for name in modules if name not in STEPS)]
-    sections = [f"## {name}\n\n::: llama_sft_helpers.{name}\n" for name in ordered]
-    return "\n".join(["# API reference\n\nOne module per notebook, then those they share.\n", *sections])
+    lines = ["# API reference", "One module or package per notebook, then those they share."]
+    for name in ordered:
+        lines += [f"## {name}", *(f"::: llama_sft_helpers.{module}" for module in modules[name])]
+    return "\n\n".join(lines) + "\n"
 
 
 def _benchmarks_page(blob: str) -> str:

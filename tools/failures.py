@@ -16,14 +16,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llama_sft_helpers.doctor_table import TABLE, Failure
+from llama_sft_helpers.doctor import TABLE, Failure
 
 ROOT = Path(__file__).parent.parent
 COUNTS = ROOT / "docs" / "failures.json"
 ON_GPU = ROOT / "docs" / "failures_gpu.json"
 PAGE = ROOT / "docs" / "failures.md"
-PAGE_TEST = "tests/test_doctor.py::test_the_failure_page_is_that_of_the_table_and_the_counts"
-TESTS = ("tests/test_doctor.py", "tests/test_drills.py", "tests/test_security.py")
+PAGE_TEST = "tests/doctor/test_doctor.py::test_the_failure_page_is_that_of_the_table_and_the_counts"
+TESTS = ("tests/doctor/test_doctor.py", "tests/doctor/test_drills.py", "tests/test_security.py")
 
 _HEAD = """<!-- Written by tools/failures.py from the doctor's table and docs/failures.json; do not edit. -->
 # When it breaks

@@ -65,7 +65,8 @@ def helper_files(code: str) -> list[Path]:
     """The helper modules that code imports, and those that they import in turn, sorted.
 
     Imports inside functions count, those for type checkers alone do not. Of a package inside this one all
-    modules count, as its table of contents may load them by name. The doctor, which ``%load_ext`` attaches,
+    modules count, as its table of contents loads them by name, and so do the modules of ``core`` that it
+    names. The doctor, which ``%load_ext`` attaches,
     does not count: it speaks under errors, and recorded cells have none.
     """
     python = re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.MULTILINE)
@@ -90,6 +91,8 @@ def _imported(tree: ast.AST, package: tuple[str, ...]) -> set[str]:
             start = package[: len(package) + 1 - node.level] if node.level else ()
             module = ".".join([*start, *filter(None, [node.module])])
             names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and str(node.value).startswith("core."):
+            names.add(f"{PACKAGE.name}.{node.value}")  # a table of contents offers a module of core
     return {name for name in names if name.startswith(f"{PACKAGE.name}.")}
 
 

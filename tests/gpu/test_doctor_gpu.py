@@ -87,7 +87,7 @@ def test_fp16_adapters_under_the_fp16_scaler(tmp_path, monkeypatch):
 
 def test_the_fix_for_both_lets_the_training_run(tmp_path, monkeypatch):
     """The line that the doctor gives is run as it stands."""
-    from llama_sft_helpers.doctor_table import TABLE
+    from llama_sft_helpers.doctor import TABLE
 
     fix = next(failure.fix for failure in TABLE if failure.key == "fp16-unscale")
     line = fix.split("`")[1]

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from llama_sft_helpers import speed, varlen
+from llama_sft_helpers import speed
+from llama_sft_helpers.speed import varlen
 
 pytestmark = [
     pytest.mark.gpu,

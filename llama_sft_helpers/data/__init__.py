@@ -1,0 +1,32 @@
+"""Notebook 05: rows, tokens, labels, lengths and packing, seen as the model gets them."""
+
+from llama_sft_helpers.core.contents import load_on_demand
+
+CONTENTS = {
+    "choose_pad_token": "tokens",  # a pad token that is not EOS
+    "summarize_tokenizer": "tokens",  # the special tokens and what they are for
+    "summarize_tokens": "tokens",  # texts and the number of their tokens
+    "render_tokens": "tokens",  # texts with their tokens striped
+    "check_boundary": "tokens",  # prompt and completion split at the same token, together and apart
+    "summarize_loss_mask": "tokens",  # how many tokens of a batch the loss scores
+    "render_loss_mask": "tokens",  # a row with its scored tokens coloured
+    "check_eos_is_trained": "tokens",  # every row is scored on the EOS that ends it
+    "to_prompt_completion": "rows",  # a row of any known layout as prompt and completion
+    "summarize_rows": "rows",  # what is wrong with rows, and how often
+    "check_rows": "rows",  # no row is unusable
+    "check_file": "rows",  # a data file can be read; else its line and the fix
+    "count_tokens": "rows",  # tokens of each row, EOS counted
+    "DataError": "rows",  # rows or a file cannot be trained on
+    "summarize_lengths": "packing",  # what each max_length cuts off
+    "plot_lengths": "packing",  # histogram of row lengths
+    "plan_packing": "packing",  # tokens and padding of three ways to fill a batch, from lengths
+    "summarize_packing": "packing",  # the same, counted in real batches
+    "plot_packing": "packing",  # packed blocks and the rows in them
+    "summarize_isolation": "packing",  # packed losses beside those of each row alone
+    "check_isolation": "packing",  # no packed row sees its neighbours
+    "TokenError": "packing",  # tokens, labels or losses are not what training needs
+    "plan_split": "splits",  # how many rows train and how many are held out
+    "SplitPlan": "splits",  # the answer, with its reason
+}
+__all__ = list(CONTENTS)
+__getattr__, __dir__ = load_on_demand(__name__, CONTENTS)

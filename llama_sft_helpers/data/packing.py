@@ -1,0 +1,276 @@
+"""Row lengths, padding and packed blocks: planned from token counts, counted in real batches.
+
+Packing as trl does it: https://huggingface.co/papers/2404.10830
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from llama_sft_helpers.core.batches import IGNORED, document_bounds
+from llama_sft_helpers.core.modes import evaluation_mode
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.axes import Axes
+
+Batch = Mapping[str, Any]
+
+
+class TokenError(AssertionError):
+    """Tokens, labels or losses are not what training needs."""
+
+
+def summarize_lengths(
+    lengths: Iterable[int],
+    max_lengths: Sequence[int] = (128, 256, 512, 1024, 2048, 4096),
+    whole_share: float = 0.995,
+) -> pd.DataFrame:
+    """What each max_length would cut off.
+
+    Args:
+        lengths: Tokens of each row, EOS counted.
+        max_lengths: Candidates; the longest row, rounded up to a multiple of 64, is added.
+        whole_share: Share of rows that the recommended length leaves whole.
+
+    Returns:
+        max_length (index), rows_cut (each loses its EOS), rows_whole_share, tokens_kept_share, recommended
+        (the smallest candidate that leaves ``whole_share`` of the rows whole).
+    """
+    tokens = _lengths_array(lengths)
+    candidates = sorted({*max_lengths, -(-int(tokens.max()) // 64) * 64})
+    rows = []
+    for candidate in candidates:
+        cut = int((tokens > candidate).sum())
+        kept = np.minimum(tokens, candidate).sum() / tokens.sum()
+        rows.append((candidate, cut, 1 - cut / len(tokens), float(kept)))
+    table = pd.DataFrame(rows, columns=["max_length", "rows_cut", "rows_whole_share", "tokens_kept_share"])
+    best = table.loc[table["rows_whole_share"] >= whole_share, "max_length"].min()
+    return table.assign(recommended=table["max_length"] == best).set_index("max_length")
+
+
+def plot_lengths(lengths: Iterable[int], max_length: int | None = None, ax: Axes | None = None) -> Axes:
+    """Histogram of row lengths with the 50th, 90th and 99th percentile, and max_length if given."""
+    tokens = _lengths_array(lengths)
+    ax = ax or _axes()
+    ax.hist(tokens, bins=40, color="#56B4E9", edgecolor="white", linewidth=0.4)
+    for percent, color, dash in ((50, "#009E73", "-"), (90, "#0072B2", "-."), (99, "#D55E00", ":")):
+        value = float(np.percentile(tokens, percent))
+        label = f"p{percent}: {value:.0f} tokens"
+        ax.axvline(value, color=color, linestyle=dash, linewidth=1.8, label=label)
+    if max_length is not None:
+        label = f"max_length: {max_length} tokens"
+        ax.axvline(max_length, color="black", linestyle="--", linewidth=1.6, label=label)
+    ax.set(title=f"Length of {len(tokens):,} rows", xlabel="tokens in a row (EOS counted)", ylabel="rows")
+    ax.legend(framealpha=1)
+    return ax
+
+
+def _lengths_array(lengths: Iterable[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    tokens = np.asarray(list(lengths), dtype=np.int64)
+    if tokens.size == 0 or tokens.min() < 1:
+        raise ValueError(
+            f"Lengths must be positive token counts of at least one row; got {tokens[:5].tolist()}."
+        )
+    return tokens
+
+
+def plan_packing(lengths: Iterable[int], batch_size: int, max_length: int) -> pd.DataFrame:
+    """Predict the padding of three ways to batch rows.
+
+    ``padded``: the expected longest of ``batch_size`` rows drawn at random, by order statistics: at most the
+    k-th shortest length with probability C(k, B) / C(n, B). ``sorted``: up to 50 batches of rows are drawn at
+    random and sorted (``train_sampling_strategy="group_by_length"``); the mean of up to 20 such draws.
+    ``packed``: documents stand end to end in blocks; none, but at least ceil(tokens / max_length) blocks.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Rows in a batch.
+        max_length: Longest row, and the block size, in tokens; longer rows are cut.
+
+    Returns:
+        strategy (index), batches (packed: blocks), tokens, padding_share (of all slots).
+
+    Raises:
+        ValueError: Lengths that are no positive token counts, or a batch_size or max_length below 1.
+    """
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if value < 1:
+            raise ValueError(f"{name}={value} is too small, expected at least 1; pass what SFTConfig gets.")
+    tokens = np.sort(np.minimum(_lengths_array(lengths), max_length))
+    total, count = int(tokens.sum()), len(tokens)
+    full, rest = divmod(count, batch_size)
+    padded = full * batch_size * _expected_longest(tokens, batch_size) if full else 0.0
+    padded += rest * _expected_longest(tokens, rest) if rest else 0.0
+    batches = full + (rest > 0)
+    draws = min(20, 1 + 20_000 // count)
+    in_order = float(np.mean([_grouped_slots(tokens, batch_size, seed) for seed in range(draws)]))
+    rows = [
+        ("padded", batches, total, 1 - total / padded),
+        ("sorted", batches, total, 1 - total / in_order),
+        ("packed", -(-total // max_length), total, 0.0),
+    ]
+    return pd.DataFrame(rows, columns=["strategy", "batches", "tokens", "padding_share"]).set_index(
+        "strategy"
+    )
+
+
+def summarize_packing(loaders: Mapping[str, Iterable[Batch]], plan: pd.DataFrame) -> pd.DataFrame:
+    """Count the padding in real batches and set it beside the plan.
+
+    Args:
+        loaders: Strategy -> collated batches, ``trainer.get_train_dataloader()`` for instance.
+        plan: From ``plan_packing``.
+
+    Returns:
+        strategy (index), batches, tokens, padding_tokens, predicted_padding_share, padding_share.
+    """
+    rows = []
+    for strategy, loader in loaders.items():
+        batches = tokens = slots = 0
+        for batch in loader:
+            mask = batch.get("attention_mask")
+            batches += 1
+            slots += batch["input_ids"].numel()
+            tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+        predicted = float(plan.loc[strategy, "padding_share"])  # type: ignore[arg-type]
+        rows.append((strategy, batches, tokens, slots - tokens, predicted, (slots - tokens) / slots))
+    columns = ["strategy", "batches", "tokens", "padding_tokens", "predicted_padding_share", "padding_share"]
+    return pd.DataFrame(rows, columns=columns).set_index("strategy")
+
+
+def plot_packing(
+    seq_lengths: Sequence[Sequence[int]], max_length: int, max_blocks: int = 20, ax: Axes | None = None
+) -> Axes:
+    """Draw how documents fill blocks, one bar a block.
+
+    Args:
+        seq_lengths: Document lengths of each block: the column of that name in a packed data set.
+        max_length: Block size in tokens.
+        max_blocks: How many blocks to draw at most.
+        ax: Where to draw.
+    """
+    filled = sum(map(sum, seq_lengths)) / (len(seq_lengths) * max_length)
+    drawn = seq_lengths[:max_blocks]
+    ax = ax or _axes(height=1.4 + 0.22 * len(drawn))
+    for block, documents in enumerate(drawn):
+        left = np.cumsum([0, *documents])[:-1]
+        colors = [("#0072B2", "#E69F00")[n % 2] for n in range(len(documents))]
+        ax.barh(block, documents, left=left, color=colors, edgecolor="white", linewidth=0.3, height=0.8)
+        free = max_length - sum(documents)
+        ax.barh(
+            block, free, left=sum(documents), color="white", edgecolor="#999999", hatch="////", height=0.8
+        )
+    ax.set_yticks(range(len(drawn)))
+    ax.invert_yaxis()
+    count = sum(map(len, seq_lengths))
+    ax.set(
+        title=f"{count:,} documents in {len(seq_lengths):,} blocks, {filled:.1%} filled (hatched: free)",
+        xlabel=f"tokens (a block holds {max_length:,})",
+        ylabel="block" if len(drawn) == len(seq_lengths) else f"block (first {len(drawn)})",
+        xlim=(0, max_length),
+    )
+    return ax
+
+
+def summarize_isolation(model: Any, batch: Batch) -> pd.DataFrame:
+    """Compare each packed document's loss with its loss alone.
+
+    The third loss is the failing case: the same tokens without ``position_ids``, so that every document sees
+    those before it.
+
+    Args:
+        model: A causal language model; evaluated without dropout and without gradients.
+        batch: A packed batch: ``input_ids``, ``labels``, ``position_ids`` of shape (1, tokens), no mask.
+
+    Returns:
+        document (index), tokens, alone, packed, without_position_ids (mean losses in nats a scored token),
+        difference (packed - alone).
+    """
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    ids, labels, positions = (batch[key].to(device) for key in ("input_ids", "labels", "position_ids"))
+    bounds = document_bounds(positions)
+    rows = []
+    with evaluation_mode(model), torch.no_grad():
+        packed = _hidden_states(model, ids, positions)
+        leaking = _hidden_states(model, ids, None)
+        for document, (start, end) in enumerate(itertools.pairwise(bounds)):
+            part = slice(start, end)
+            alone = _hidden_states(model, ids[:, part], positions[:, part])
+            losses = [
+                _loss(model, states, labels[0, part]) for states in (alone, packed[:, part], leaking[:, part])
+            ]
+            rows.append((document, end - start, *losses, losses[1] - losses[0]))
+    columns = ["document", "tokens", "alone", "packed", "without_position_ids", "difference"]
+    return pd.DataFrame(rows, columns=columns).set_index("document")
+
+
+def check_isolation(table: pd.DataFrame, column: str = "packed", tolerance: float = 1e-4) -> None:
+    """Raise if a packed document's loss is not its own alone.
+
+    Args:
+        table: From ``summarize_isolation``.
+        column: Which loss to compare with ``alone``.
+        tolerance: Largest allowed difference, in nats.
+
+    Raises:
+        TokenError: With the document that differs most.
+    """
+    difference = (table[column] - table["alone"]).abs()
+    if not (difference <= tolerance).all():
+        worst = difference.fillna(np.inf).idxmax()
+        raise TokenError(
+            f"Document {worst}: loss {table.loc[worst, column]:.6f} in the block, "
+            f"{table.loc[worst, 'alone']:.6f} alone, expected equal within {tolerance:g}: it sees its "
+            "neighbours. Pass position_ids that start at 0 in each document, no attention_mask, and "
+            "use_cache=False."
+        )
+
+
+def _hidden_states(model: Any, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """States before the output layer; of shape (1, tokens, hidden)."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    states: torch.Tensor = causal.base_model(input_ids=ids, position_ids=positions, use_cache=False)[0]
+    return states
+
+
+def _loss(model: Any, states: torch.Tensor, labels: torch.Tensor) -> float:
+    """Mean cross-entropy of one document: the state at t predicts the label at t + 1."""
+    import torch
+
+    logits = model.get_output_embeddings()(states[0, :-1]).float()
+    return float(torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=IGNORED))
+
+
+def _expected_longest(ordered: np.ndarray[Any, np.dtype[np.int64]], size: int) -> float:
+    """Mean of the longest of ``size`` lengths drawn without replacement; ``ordered`` is ascending."""
+    count = len(ordered)
+    k = np.arange(count + 1)
+    at_most = np.ones(count + 1)
+    for drawn in range(size):
+        at_most *= np.clip(k - drawn, 0, None) / (count - drawn)
+    return float((ordered * np.diff(at_most)).sum())
+
+
+def _grouped_slots(tokens: np.ndarray[Any, np.dtype[np.int64]], batch_size: int, seed: int) -> int:
+    """Slots of one epoch in the order of transformers' LengthGroupedSampler."""
+    import torch
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    generator = torch.Generator().manual_seed(seed)
+    ordered = tokens[get_length_grouped_indices(tokens.tolist(), batch_size, generator=generator)]
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    return sum(int(batch.max()) * len(batch) for batch in batches)
+
+
+def _axes(height: float = 3.6) -> Axes:
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(7, height), layout="constrained")[1]

@@ -1,0 +1,203 @@
+"""The adapter folder, checked before and after it is loaded.
+
+Nothing here loads an adapter into a model: the notebook does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_sft_helpers.core.files import hash_files
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+class AdapterError(ValueError):
+    """The adapter folder is missing, damaged, belongs to another base model, or is not what was loaded."""
+
+
+def find_base_model(folder: str | Path) -> str:
+    """The base model that an adapter folder names.
+
+    Args:
+        folder: The adapter folder that notebook 06 wrote.
+
+    Raises:
+        AdapterError: Folder or file missing or damaged.
+    """
+    return str(_read_adapter_config(Path(folder)).get("base_model_name_or_path"))
+
+
+def check_adapter(
+    folder: str | Path, model: torch.nn.Module, base_model_id: str, sha256: str | None = None
+) -> None:
+    """Check an adapter folder against the base model it is about to be loaded on.
+
+    ``PeftModel.from_pretrained`` only warns about missing tensors, and takes an adapter of any base whose
+    shapes happen to fit.
+
+    Args:
+        folder: The adapter folder that notebook 06 wrote.
+        model: The base model, without an adapter.
+        base_model_id: The id or folder the base model was loaded from.
+        sha256: ``training.hash_files`` of the folder when it was written; a changed byte is noticed by this
+            alone.
+
+    Raises:
+        AdapterError: Folder or file missing or damaged, another base model, or shapes that do not fit.
+    """
+    folder = Path(folder)
+    trained_on = find_base_model(folder)
+    if not _same_model(trained_on, base_model_id):
+        raise AdapterError(
+            f"The adapter in {folder} was trained on {trained_on!r}, the model here is {base_model_id!r}. "
+            "Load the same base model, or run notebook 06 with this profile."
+        )
+    with _open_weights(folder) as tensors:
+        names = list(tensors.keys())
+        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+        odd = [name for name in names if not torch.isfinite(tensors.get_tensor(name)).all()]
+    if odd:
+        raise AdapterError(f"{odd[0]} in {folder} is not finite. Train again with a lower learning rate.")
+    _check_shapes(folder, shapes, model)
+    if sha256 is not None and (found := hash_files(folder)) != sha256:
+        raise AdapterError(
+            f"The weights in {folder} have the hash {found[:16]}..., expected {sha256[:16]}...: they changed "
+            "since notebook 06 wrote them. Copy the folder again, or run notebook 06 again."
+        )
+
+
+def check_adapter_loaded(model: torch.nn.Module, folder: str | Path) -> None:
+    """Check that the model holds every tensor of the adapter file, bit for bit, and no other LoRA weight.
+
+    With equal base weights, equal adapter weights make equal logits.
+
+    Args:
+        model: The ``PeftModel`` that was just loaded.
+        folder: Its adapter folder.
+
+    Raises:
+        AdapterError: A tensor is missing, differs, or was left at its initial value.
+    """
+    from peft import get_peft_model_state_dict
+
+    loaded = get_peft_model_state_dict(model)
+    with _open_weights(Path(folder)) as tensors:
+        saved = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    if odd := sorted(set(loaded) ^ set(saved)):
+        raise AdapterError(
+            f"{len(odd)} LoRA tensors are in the file or in the model only, the first: {odd[0]}."
+        )
+    for name, tensor in saved.items():
+        here = loaded[name].detach().cpu()
+        if not torch.equal(here, tensor.to(here.dtype)):
+            raise AdapterError(f"{name} differs from the file; load the adapter anew.")
+
+
+def read_lora(folder: str | Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
+    """Read the A and B of every adapted layer, and the scale of their product.
+
+    Args:
+        folder: The adapter folder that notebook 06 wrote.
+
+    Returns:
+        The path of a layer in the base model (``model.layers.0.self_attn.q_proj``) -> (A of r x inputs, B of
+        outputs x r), in float32; and alpha / r, or alpha / sqrt(r) with ``use_rslora``
+        (https://arxiv.org/abs/2312.03732).
+
+    Raises:
+        AdapterError: Folder or file missing or damaged, or the adapter is more than A and B (DoRA, trained
+            embeddings, ranks that differ by layer): ``merge_and_unload`` merges those.
+    """
+    folder = Path(folder)
+    config = _read_adapter_config(folder)
+    odd = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if config.get(key)]
+    with _open_weights(folder) as tensors:
+        factors = {name: tensors.get_tensor(name).float() for name in tensors.keys()}  # noqa: SIM118
+    paths = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in factors}
+    names = {path: [f"base_model.model.{path}.lora_{kind}.weight" for kind in "AB"] for path in paths}
+    odd += sorted(set(factors) ^ {name for pair in names.values() for name in pair})
+    if odd:
+        raise AdapterError(
+            f"The adapter in {folder} is more than A and B of one rank ({odd[0]}). Load it with "
+            "PeftModel.from_pretrained and merge it with merge_and_unload()."
+        )
+    scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
+    return {path: (factors[a], factors[b]) for path, (a, b) in sorted(names.items())}, scale
+
+
+def _read_adapter_config(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    if not folder.is_dir():
+        raise AdapterError(_no_adapter(folder))
+    if not path.is_file():
+        raise AdapterError(
+            f"{folder} is no adapter folder: it has no {path.name}. Give the folder that notebook 06 wrote."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(
+            f"{path} is damaged ({error}). Run notebook 06 again, or copy it again."
+        ) from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise AdapterError(f"{path} describes no LoRA adapter. Give the folder that notebook 06 wrote.")
+    return config
+
+
+def _no_adapter(folder: Path) -> str:
+    """The ways to an adapter; one of another profile is named, as 06 may have run on another GPU."""
+    others = [path.parent for path in folder.parent.parent.glob("*/adapter/adapter_config.json")]
+    found = "".join(f"\n- {path} is there: load_profile({path.parent.name!r}) finds it." for path in others)
+    return (
+        f"There is no adapter folder {folder}. Ways to one:\n"
+        "- Run notebook 06 first: it writes it.\n"
+        "- On Colab each notebook has a machine of its own: mount Google Drive in 06 and in 07 "
+        "(`connect_drive()`), so that 07 finds what 06 wrote.\n"
+        '- Take a published one by its name on the hub: adapter = "owner/name" in notebook 07.' + found
+    )
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Equal ids, or folders of the same name (the same model in another place)."""
+    return one == other or Path(one).name == Path(other).name
+
+
+@contextlib.contextmanager
+def _open_weights(folder: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / _WEIGHTS
+    if not path.is_file():
+        raise AdapterError(f"{folder} has no {_WEIGHTS}. Run notebook 06 again, or copy the whole folder.")
+    try:
+        with safe_open(str(path), framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise AdapterError(
+            f"{path} is damaged ({error}). Copy it again, or run notebook 06 again."
+        ) from error
+
+
+def _check_shapes(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: torch.nn.Module) -> None:
+    modules = dict(model.named_modules())
+    for name, shape in shapes.items():
+        path, _, kind = name.removeprefix("base_model.model.").rpartition(".lora_")
+        layer = modules.get(path)
+        if not path:
+            continue  # a tensor that is no LoRA factor (modules_to_save): PEFT checks it
+        if layer is None:
+            raise AdapterError(f"The adapter in {folder} has weights for {path}, which this model has not.")
+        expected = layer.in_features if kind.startswith("A") else layer.out_features
+        found = shape[1] if kind.startswith("A") else shape[0]
+        if found != expected:
+            raise AdapterError(
+                f"{name} in {folder} is made for a width of {found}, this model's {path} has {expected}: "
+                "it belongs to another base model. Load that one, or run notebook 06 with this profile."
+            )

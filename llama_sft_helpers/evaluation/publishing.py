@@ -1,0 +1,267 @@
+"""Notebook 07: the model card, and the hub's refusals explained."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_sft_helpers.core.files import full_disk_explained, write_text
+from llama_sft_helpers.core.llama import is_llama3
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from huggingface_hub import ModelCardData
+
+    from llama_sft_helpers.profiles import Profile
+
+_CARD_MARK = "<!-- written by llama_sft_helpers, sha256 of the text below: {} -->"
+_TEMPLATE = Path(__file__).parent.parent / "templates" / "model_card.md"
+
+
+class PublishError(RuntimeError):
+    """Something cannot be published as it is, or the hub refused it; nothing was changed."""
+
+
+def hash_rows(rows: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 of rows as JSON lines with sorted keys, so that a card names its data exactly."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
+# --- The model card ---
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    profile: Profile,
+    training_summary: Mapping[str, Any],
+    data_sha256: str,
+    losses: pd.DataFrame,
+    generations: pd.DataFrame,
+    device: str,
+) -> Path:
+    """Write ``README.md``: what the adapter is, what it was trained on, and what was measured.
+
+    Args:
+        folder: Where the card goes; made if missing.
+        profile: The run's profile.
+        training_summary: ``read_training_summary`` of the run.
+        data_sha256: ``hash_rows`` of the training rows.
+        losses: ``evaluation.summarize_perplexity``.
+        generations: ``evaluation.summarize_generations``.
+        device: Name of the GPU, or ``CPU``, that evaluated; the summary's own ``device`` names the trainer.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        PublishError: A card is there that this function did not write, or that was edited since.
+    """
+    path = Path(folder) / "README.md"
+    if path.is_file() and not _is_own_card(path.read_text(encoding="utf-8")):
+        raise PublishError(
+            f"{path} was not written by this function, or was edited since; it is left as it is. Move it "
+            "away, or choose another folder."
+        )
+    facts = _facts(profile, training_summary, data_sha256, device)
+    text = _render(profile, facts, losses, generations)
+    header, end, body = text.partition("\n---\n")
+    mark = _CARD_MARK.format(hashlib.sha256(text.encode()).hexdigest())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with full_disk_explained(path):
+        write_text(path, f"{header}{end}{mark}\n{body}")
+    return path
+
+
+def _is_own_card(text: str) -> bool:
+    """Whether the mark is there and its hash is that of the text around it."""
+    pattern = re.escape(_CARD_MARK).replace(re.escape("{}"), "([0-9a-f]{64})") + "\n"
+    found = re.search(pattern, text)
+    if not found:
+        return False
+    rest = text[: found.start()] + text[found.end() :]
+    return hashlib.sha256(rest.encode()).hexdigest() == found.group(1)
+
+
+def _licence(model_id: str) -> str:
+    if is_llama3(model_id):
+        return "llama3"
+    return "apache-2.0" if Path(model_id).name in ("smollm2-135m-instruct", "tiny-llama") else "other"
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
+
+
+def _shown(name: str) -> str:
+    """A hub id, or a folder's own name: a card does not tell where its writer's files lie."""
+    if _is_hub_id(name):
+        return name
+    files = sorted(Path(name).glob("*.jsonl"))
+    return files[0].stem if len(files) == 1 else Path(name).name
+
+
+def _render(
+    profile: Profile, facts: Mapping[str, Any], losses: pd.DataFrame, generations: pd.DataFrame
+) -> str:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.from_template(
+        _metadata(profile),
+        template_str=_TEMPLATE.read_text(encoding="utf-8"),
+        model=_shown(profile.model_id),
+        dataset=_shown(profile.dataset_id),
+        llama3=is_llama3(profile.model_id),
+        facts=facts,
+        settings=_settings(profile),
+        losses=losses.to_dict("index"),
+        generations=_answers(generations),
+        cell=_cell,
+        fenced=_fenced,
+    )
+    return str(card).rstrip("\n") + "\n"
+
+
+def _metadata(profile: Profile) -> ModelCardData:
+    from huggingface_hub import ModelCardData
+
+    # The hub refuses a card whose base_model or datasets is no hub id: local demo names stay in the text.
+    return ModelCardData(
+        base_model=profile.model_id if _is_hub_id(profile.model_id) else None,
+        datasets=[profile.dataset_id] if _is_hub_id(profile.dataset_id) else None,
+        license=_licence(profile.model_id),
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "sft"],
+    )
+
+
+def _facts(profile: Profile, summary: Mapping[str, Any], data_sha256: str, device: str) -> dict[str, Any]:
+    """The run in a table's lines."""
+    return {
+        "base model": _shown(profile.model_id),
+        "data": _shown(profile.dataset_id),
+        "SHA-256 of the training rows": data_sha256,
+        "profile": summary["profile"],
+        "trained on": summary.get("device", device),
+        "evaluated on": device,
+        "training time, seconds": f"{summary['train_seconds']:.0f}",
+        "training tokens": f"{int(summary['train_tokens']):,}",
+        "peak memory, GiB": f"{summary['peak_gib']:.2f}",
+        "held-out loss before and after (trainer)": (
+            f"{summary['eval_loss_before']:.4f}, {summary['eval_loss_after']:.4f}"
+        ),
+        "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
+    }
+
+
+def _settings(profile: Profile) -> dict[str, Any]:
+    values = profile.to_frame()["value"].items()
+    return {str(key): _shown(str(value)) if str(key).endswith("_id") else value for key, value in values}
+
+
+def _answers(generations: pd.DataFrame) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Each prompt with its answers: the model's name, how the answer ended, its text."""
+    names = [name for name in map(str, generations) if f"{name}_stopped" in generations]
+    return [
+        (
+            row["prompt"],
+            [
+                (
+                    name,
+                    f"{'stopped' if row[f'{name}_stopped'] else 'cut'} after {row[f'{name}_tokens']}",
+                    row[name],
+                )
+                for name in names
+            ],
+        )
+        for row in generations.to_dict("records")
+    ]
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def _fenced(text: Any) -> str:
+    """Text as a code block whose fence is longer than any run of backticks in it."""
+    text = str(text).strip()
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+# --- The hub ---
+
+
+def check_repo_id(repo_id: str, base_model_id: str) -> None:
+    """Check a name before a repository is made of it.
+
+    Args:
+        repo_id: ``your-name/model-name``.
+        base_model_id: The base model; Llama 3's license wants derived names to begin with "Llama 3".
+
+    Raises:
+        PublishError: The name is not valid, or not as the license asks.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PublishError(f"{repo_id!r} is no repository name; expected your-name/model-name.") from error
+    if not _is_hub_id(repo_id):
+        raise PublishError(f"{repo_id!r} is no repository name; expected your-name/model-name.")
+    name = repo_id.rpartition("/")[2]
+    if is_llama3(base_model_id) and not re.match(r"llama[-_. ]?3", name, flags=re.IGNORECASE):
+        raise PublishError(
+            f"{name!r} must begin with 'Llama-3': the Meta Llama 3 license asks for it in derived names."
+        )
+
+
+@contextlib.contextmanager
+def hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn the hub's refusals into one sentence with a remedy.
+
+    Args:
+        repo_id: The repository that is created or written to.
+
+    Raises:
+        PublishError: 401, 403, 409, another refusal, no token, or no connection.
+    """
+    # HTTPError is the client's own (httpx with huggingface_hub 1.x, httpx2 with 2.x): also a lost connection
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HfHubHTTPError,
+        HTTPError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise PublishError(_refusal(repo_id, error.response.status_code, str(error))) from error
+    except LocalTokenNotFoundError as error:
+        raise PublishError("There is no token. Log in first: notebook 02.") from error
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise PublishError(
+            f"The hub cannot be reached ({error}). Try again; nothing is lost here."
+        ) from error
+
+
+def _refusal(repo_id: str, status: int, detail: str) -> str:
+    remedies = {
+        401: "The hub does not accept the token. Make one with write access, and log in again: notebook 02.",
+        403: f"The token may not write to {repo_id}. Use your own name, and a token with write access.",
+        404: f"{repo_id} is not there, or the token may not see it. Create it first.",
+        409: f"{repo_id} exists already; nothing was uploaded. Choose another name, or delete it on the hub.",
+    }
+    return f"{remedies.get(status, f'The hub refused: {detail.strip().splitlines()[0]}')} (HTTP {status})"

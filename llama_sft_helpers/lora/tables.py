@@ -1,0 +1,350 @@
+"""Notebook 04: what LoRA adds to a model, what it leaves alone, and what its settings cost and bring.
+
+LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) leaves a weight W of shape (d_out, d_in) frozen and
+learns an update (alpha / r) * B @ A, with A of shape (r, d_in) and B of shape (d_out, r). B starts at 0.
+The functions take the model that PEFT's ``get_peft_model`` returned and look at it; none of them changes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+
+from llama_sft_helpers.core.batches import checked_inputs
+from llama_sft_helpers.core.bnb import checksum, row_absmax
+from llama_sft_helpers.core.llama import Shape
+from llama_sft_helpers.core.modes import evaluation_mode
+from llama_sft_helpers.lora.sweep import COLOURS, MARKERS
+from llama_sft_helpers.memory.plan import TARGET_MODULES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+class AdapterNotNoopError(AssertionError):
+    """An adapter that has to change nothing changes the logits; the message says where and by how much."""
+
+
+# --- before the call: a prediction ---
+
+
+def plan_adapters(config: Any, r: int = 16, target_modules: Collection[str] = TARGET_MODULES) -> pd.DataFrame:
+    """Predict A, B and the trainable parameters from a configuration alone: r * (d_in + d_out) a linear.
+
+    Args:
+        config: A ``LlamaConfig``; no weights are needed.
+        r: LoRA's rank.
+        target_modules: Names of the linears that get an adapter.
+
+    Returns:
+        One row a projection (index): ``layers``, shape of ``A`` and ``B``, ``parameters_per_layer`` and
+        ``parameters`` (all layers).
+
+    Raises:
+        ValueError: A rank below 1, or a target that a Llama decoder layer does not have.
+    """
+    if not isinstance(r, int) or r < 1:
+        raise ValueError(f"r is {r!r}; expected a whole number of at least 1, such as 16.")
+    shape = Shape.of(config)
+    unknown = sorted(set(target_modules) - set(shape.linears))
+    if unknown or not target_modules:
+        raise ValueError(
+            f"target_modules holds {unknown or 'nothing'}; expected some of {', '.join(shape.linears)}."
+        )
+    rows = [
+        (name, shape.layers, (r, d_in), (d_out, r), r * (d_in + d_out), shape.layers * r * (d_in + d_out))
+        for name, (d_in, d_out) in shape.linears.items()
+        if name in target_modules
+    ]
+    columns = ["projection", "layers", "A", "B", "parameters_per_layer", "parameters"]
+    return pd.DataFrame(rows, columns=columns).set_index("projection")
+
+
+# --- after the call: what is there ---
+
+
+def summarize_adapters(model: Any) -> pd.DataFrame:
+    """The active adapter, one row a projection: shapes, scaling, size, and whether B has moved yet.
+
+    Args:
+        model: What ``get_peft_model`` returned (https://huggingface.co/docs/peft/package_reference/lora).
+
+    Returns:
+        Index ``projection``; shape of ``A`` and ``B``, ``r``, ``alpha``, ``scaling`` (alpha / r), ``dtype``,
+        ``layers``, ``parameters`` (all layers) and ``largest_b`` (largest absolute entry; 0 before training).
+
+    Raises:
+        ValueError: The model has no LoRA adapter.
+    """
+    table = pd.DataFrame([_adapter_row(*found) for found in _lora_layers(model)])
+    groups = table.groupby(["projection", "A", "B", "r", "alpha", "scaling", "dtype"], sort=False)
+    summary = groups.agg(layers=("size", "count"), parameters=("size", "sum"), largest_b=("largest_b", "max"))
+    return summary.reset_index().set_index("projection")
+
+
+def summarize_gradients(model: Any) -> pd.DataFrame:
+    """Which A and B the last backward pass reached; call it after ``backward`` and before ``zero_grad``.
+
+    In the very first step B is 0, and the gradient of A, which passes through B, is 0 as well.
+
+    Returns:
+        Two rows (index ``matrix``: A, B): ``matrices``, ``with_gradient``, ``nonzero`` (number whose gradient
+        has an entry other than 0) and ``largest_gradient`` (absolute).
+
+    Raises:
+        ValueError: The model has no LoRA adapter.
+    """
+    layers = [(layer, adapter) for _, layer, adapter in _lora_layers(model)]
+    groups = {
+        "A": [layer.lora_A[adapter].weight.grad for layer, adapter in layers],
+        "B": [layer.lora_B[adapter].weight.grad for layer, adapter in layers],
+    }
+    rows = [(matrix, len(grads), *_gradient_counts(grads)) for matrix, grads in groups.items()]
+    columns = ["matrix", "matrices", "with_gradient", "nonzero", "largest_gradient"]
+    return pd.DataFrame(rows, columns=columns).set_index("matrix")
+
+
+def summarize_frozen(model: Any) -> pd.DataFrame:
+    """A checksum of every tensor that is not trained, int8 scales included: equal tables, equal base model.
+
+    Each checksum is computed where its tensor lies, so nothing is copied from a GPU.
+
+    Returns:
+        Index ``tensor``; ``dtype``, ``bytes`` and ``checksum`` of its bytes.
+
+    Raises:
+        ValueError: The model holds no values (meta device), or nothing is frozen.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
+    if not frozen:
+        raise ValueError("Every parameter of this model is trained; pass what get_peft_model returned.")
+    _refuse_meta(model)
+    rows = [(name, str(t.dtype).removeprefix("torch."), t.nbytes, checksum(t)) for name, t in frozen.items()]
+    return pd.DataFrame(rows, columns=["tensor", "dtype", "bytes", "checksum"]).set_index("tensor")
+
+
+def summarize_training_state(model: Any, optimizer: torch.optim.Optimizer) -> pd.DataFrame:
+    """What training keeps for the trainable parameters: their values, gradients and Adam's two averages.
+
+    Call it after ``optimizer.step`` and before ``zero_grad``. In float32 it is 4 + 4 + 8 = 16 bytes each
+    (https://huggingface.co/docs/transformers/model_memory_anatomy).
+
+    Returns:
+        Index ``part``; ``bytes`` and ``bytes_per_parameter``.
+
+    Raises:
+        ValueError: Nothing is trainable, or the optimizer has not taken a step on this model.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    states = [optimizer.state[parameter] for parameter in trained if parameter in optimizer.state]
+    if not trained or len(states) < len(trained):
+        raise ValueError(
+            f"The optimizer holds a state for {len(states)} of {len(trained)} trainable tensors, expected "
+            "all; pass the optimizer that trains this model, after its first step."
+        )
+    parts = {
+        "weights": sum(p.nbytes for p in trained),
+        "gradients": sum(p.grad.nbytes for p in trained if p.grad is not None),
+        "Adam: mean of gradients": sum(state["exp_avg"].nbytes for state in states),
+        "Adam: mean of squares": sum(state["exp_avg_sq"].nbytes for state in states),
+    }
+    count = sum(p.numel() for p in trained)
+    rows = [(part, size, size / count) for part, size in parts.items()]
+    return pd.DataFrame(rows, columns=["part", "bytes", "bytes_per_parameter"]).set_index("part")
+
+
+def check_adapter_is_noop(model: Any, batch: Mapping[str, Any]) -> None:
+    """Check that the adapter changes no logit: with it and without it, bit for bit, in the same mode.
+
+    True right after ``get_peft_model``, as B is 0. Both passes run in evaluation mode, since int8 on a CPU
+    computes differently in training mode; the model's modes are put back afterwards.
+
+    Args:
+        model: What ``get_peft_model`` returned.
+        batch: ``input_ids`` of shape (rows, tokens), integers, on the model's device; ``attention_mask`` is
+            used if present.
+
+    Raises:
+        AdapterNotNoopError: A logit differs; the message gives how many, by how much and which B is not 0.
+        ValueError: No adapter, a merged or switched-off adapter, or a batch that the model cannot take.
+    """
+    layers = list(_lora_layers(model))
+    _refuse_meta(model)
+    inputs = checked_inputs(model, batch)
+    if not hasattr(model, "disable_adapter"):
+        raise ValueError(f"{type(model).__name__} cannot switch its adapter off; pass a PeftModel.")
+    if any(layer.merged or layer.disable_adapters for _, layer, _ in layers):
+        raise ValueError(
+            "The adapter is merged or switched off; pass the model as get_peft_model returned it."
+        )
+    with evaluation_mode(model), torch.no_grad():
+        adapted = model(**inputs, use_cache=False).logits
+        with model.disable_adapter():
+            base = model(**inputs, use_cache=False).logits
+    if torch.equal(adapted, base):
+        return
+    moved = [_short(name) for name, layer, adapter in layers if layer.lora_B[adapter].weight.any()]
+    raise AdapterNotNoopError(
+        f"{int((adapted != base).sum())} of {base.numel()} logits differ from the base model's, by up to "
+        f"{(adapted.float() - base.float()).abs().max().item():.3g}; expected 0. B is not 0 in "
+        f"{len(moved)} of {len(layers)} modules ({', '.join(moved[:3]) or 'none'}). An untrained adapter "
+        "made with init_lora_weights=True is a no-op: check before the first optimizer step."
+    )
+
+
+# --- after training: the update ---
+
+
+def summarize_update(model: Any) -> pd.DataFrame:
+    """The learned update (alpha / r) * B @ A of every adapted module, and its size beside W.
+
+    The singular values are exact and cheap: two QR decompositions bring them down to an r x r matrix. All in
+    float64; W is dequantized where it is quantized.
+
+    Returns:
+        Index ``module``; ``layer``, ``projection``, ``r``, ``rank`` (singular values above rounding),
+        ``stable_rank`` (sum of squared singular values over the largest squared: in how many directions the
+        update really points), ``largest_singular_value``, ``update_norm`` and ``weight_norm`` (Frobenius) and
+        ``relative_size`` (their quotient).
+
+    Raises:
+        ValueError: No LoRA adapter, or a model without values (meta device).
+    """
+    _refuse_meta(model)
+    return pd.DataFrame([_update_row(*found) for found in _lora_layers(model)]).set_index("module")
+
+
+def plot_update_spectrum(model: Any) -> Axes:
+    """Singular values of the update, for each projection the median over the layers, and 0 beyond r.
+
+    Args:
+        model: What ``get_peft_model`` returned, after training.
+
+    Raises:
+        ValueError: No LoRA adapter, or a model without values (meta device).
+    """
+    import matplotlib.pyplot as plt
+
+    _refuse_meta(model)
+    spectra: dict[str, list[torch.Tensor]] = {}
+    for name, layer, adapter in _lora_layers(model):
+        spectra.setdefault(name.rpartition(".")[2], []).append(_singular_values(layer, adapter).cpu())
+    r = max(values.numel() for group in spectra.values() for values in group)
+    shown = range(1, r + max(2, r // 4) + 1)
+    _, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    for i, (projection, group) in enumerate(spectra.items()):
+        padded = torch.stack([torch.nn.functional.pad(v, (0, len(shown) - v.numel())) for v in group])
+        style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markersize": 4, "linewidth": 1.2}
+        axes.plot(shown, padded.quantile(0.5, dim=0), label=projection, **style)
+    axes.axvline(r + 0.5, color="0.4", linestyle="--", linewidth=1, label=f"r = {r}: 0 beyond")
+    axes.set_title("Singular values of the update B·A·α/r, median over the layers")
+    axes.set(xlabel="index of the singular value", ylabel="singular value (units of W)")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(ncols=2, title="projection")
+    return axes
+
+
+# --- shared ---
+
+
+def _lora_layers(model: Any) -> Iterator[tuple[str, Any, str]]:
+    """Name, PEFT layer and active adapter of every adapted module."""
+    from peft.tuners.lora import LoraLayer
+
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer) and len(m.lora_A)]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no LoRA adapter; pass what get_peft_model(model, config) returned."
+        )
+    for name, layer in found:
+        active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+        if len(active) != 1:
+            raise ValueError(
+                f"{_short(name)} has {len(active)} active adapters {active}; expected one. "
+                "Choose with model.set_adapter(name)."
+            )
+        yield name, layer, active[0]
+
+
+def _short(name: str) -> str:
+    """``layers.0.mlp.up_proj`` instead of ``base_model.model.model.layers.0.mlp.up_proj``."""
+    return re.sub(r"^.*?(?=layers\.\d)", "", name)
+
+
+def _adapter_row(name: str, layer: Any, adapter: str) -> dict[str, Any]:
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return {
+        "projection": name.rpartition(".")[2],
+        "A": tuple(a.shape),
+        "B": tuple(b.shape),
+        "r": layer.r[adapter],
+        "alpha": layer.lora_alpha[adapter],
+        "scaling": layer.scaling[adapter],
+        "dtype": str(a.dtype).removeprefix("torch."),
+        "size": a.numel() + b.numel(),
+        "largest_b": float("nan") if b.is_meta else b.detach().abs().max().item(),
+    }
+
+
+def _gradient_counts(grads: list[torch.Tensor | None]) -> tuple[int, int, float]:
+    largest = [grad.abs().max().item() for grad in grads if grad is not None]
+    top = torch.tensor(largest).max().item() if largest else 0.0  # a NaN among them shows, unlike in max()
+    return len(largest), sum(value > 0 for value in largest), top
+
+
+def _singular_values(layer: Any, adapter: str) -> torch.Tensor:
+    """Of the update, float64, descending, as many as A has rows (fewer if W is smaller than that)."""
+    a = layer.lora_A[adapter].weight.detach().double()
+    b = layer.lora_B[adapter].weight.detach().double()
+    _, right = torch.linalg.qr(a.T)
+    _, left = torch.linalg.qr(b)
+    return torch.linalg.svdvals(left @ right.T) * abs(layer.scaling[adapter])
+
+
+def _update_row(name: str, layer: Any, adapter: str) -> dict[str, Any]:
+    values = _singular_values(layer, adapter)
+    largest, norm = values[0].item(), torch.linalg.vector_norm(values).item()
+    rounding = max(layer.in_features, layer.out_features) * torch.finfo(values.dtype).eps
+    weight_norm = _weight_norm(_short(name), layer.get_base_layer())
+    number = re.search(r"layers\.(\d+)\.", name)
+    return {
+        "module": _short(name),
+        "layer": int(number[1]) if number else -1,
+        "projection": name.rpartition(".")[2],
+        "r": layer.r[adapter],
+        "rank": int((values > largest * rounding).sum()),
+        "stable_rank": (norm / largest) ** 2 if largest else 0.0,
+        "largest_singular_value": largest,
+        "update_norm": norm,
+        "weight_norm": weight_norm,
+        "relative_size": norm / weight_norm if weight_norm else float("nan"),
+    }
+
+
+def _weight_norm(name: str, linear: Any) -> float:
+    """Frobenius norm of W, dequantized.
+
+    Not by PEFT's ``dequantize_module_weight``: on a CPU, an int8 layer that has run once cannot run after it.
+    """
+    import bitsandbytes.functional as bnb
+
+    weight = linear.weight
+    values = weight.detach()
+    if type(weight).__name__ == "Int8Params":
+        values = bnb.int8_vectorwise_dequant(values, row_absmax(linear).to(values.device))
+    elif type(weight).__name__ == "Params4bit":
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError(f"{name}: a pass on this CPU repacked the 4-bit codes; load the base in 8 bits.")
+        values = bnb.dequantize_4bit(values, weight.quant_state)
+    return torch.linalg.vector_norm(values, dtype=torch.float64).item()
+
+
+def _refuse_meta(model: Any) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("The model is on the meta device and has no values; load it with from_pretrained.")

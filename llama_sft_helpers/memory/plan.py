@@ -1,0 +1,279 @@
+"""Notebooks 01 and 06: what a training step needs of the card's memory, planned before it is spent.
+
+Every component is counted from the model's shape, as the libraries of ``requirements-tested.txt`` allocate
+it; the measurements it is held against are in ``benchmarks/results``. Background: Korthikanti et al. 2022,
+https://arxiv.org/abs/2205.05198, and Hugging Face's model memory anatomy,
+https://huggingface.co/docs/transformers/model_memory_anatomy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from llama_sft_helpers.core.llama import Shape
+from llama_sft_helpers.memory.counts import activation_rows, adapter_rows, weight_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from llama_sft_helpers.profiles import Profile
+
+GIB = 2**30
+# What PyTorch can use of the cards sold as 16, 24, 40 and 80 GB: a T4, an L4, the two A100s or an H100.
+CARDS_GIB = {"16 GB": 14.6, "24 GB": 22.0, "40 GB": 39.4, "80 GB": 79.1}
+QUANTIZATIONS = ("int8", "nf4", "16-bit")
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+_TIGHT = 0.9  # above this share of the card the verdict is "tight"
+_OUTSIDE_ALLOCATED = ("allocator slack", "CUDA context")
+_CONTEXT_GIB = 0.6  # driver, kernels and cuBLAS handles: what nvidia-smi shows before the first tensor
+_SLACK = 0.06  # share of the peak that the caching allocator holds but does not use (measured: 2 to 9 %)
+
+
+def plan_memory(
+    config: Any,
+    profile: Profile,
+    *,
+    quantization: str = "int8",
+    lora_rank: int = 16,
+    target_modules: tuple[str, ...] = TARGET_MODULES,
+) -> pd.DataFrame:
+    """Predict the memory of a LoRA training step, component by component.
+
+    A micro-batch is taken as full: ``per_device_train_batch_size * max_length`` tokens.
+
+    Args:
+        config: A ``LlamaConfig`` (``AutoConfig.from_pretrained`` loads no weights).
+        profile: Gives batch, length, packing, checkpointing, precision, attention and speed switches.
+        quantization: ``int8`` (LLM.int8), ``nf4`` (QLoRA's, not doubly quantized) or ``16-bit`` (none).
+        lora_rank: LoRA's ``r``.
+        target_modules: The linears that get an adapter.
+
+    Returns:
+        Columns ``component``, ``gib`` and ``how`` (what the figure is made of). The sum is what the card has
+        to hold; ``planned_peak_gib`` leaves out what PyTorch does not count as allocated.
+
+    Raises:
+        ValueError: No configuration or profile, an unknown quantization or target module, or a rank below 1.
+    """
+    import pandas as pd
+
+    shape = Shape.of(config)
+    _check_profile(profile)
+    _check_arguments(quantization, lora_rank, target_modules)
+    rows = [
+        *weight_rows(shape, profile, quantization),
+        *adapter_rows(shape, profile, lora_rank, target_modules),
+        *activation_rows(shape, profile, quantization, lora_rank),
+    ]
+    allocated = sum(size for _, size, _ in rows)
+    on_gpu = profile.gpu_gib > 0
+    rows.append(("allocator slack", allocated * _SLACK * on_gpu, "blocks PyTorch holds between two uses"))
+    rows.append(("CUDA context", _CONTEXT_GIB * GIB * on_gpu, "driver, kernels and cuBLAS handles"))
+    table = [(component, size / GIB, how) for component, size, how in rows]
+    return pd.DataFrame(table, columns=["component", "gib", "how"])
+
+
+def planned_peak_gib(plan: pd.DataFrame) -> float:
+    """The plan's counterpart of ``torch.cuda.max_memory_allocated()``, in GiB: no context, no slack."""
+    return float(plan.loc[~plan["component"].isin(_OUTSIDE_ALLOCATED), "gib"].sum())
+
+
+def plan_fit(
+    config: Any,
+    profile: Profile,
+    *,
+    quantization: str = "int8",
+    cards_gib: Mapping[str, float] = CARDS_GIB,
+) -> pd.DataFrame:
+    """Hold the plan against cards: does it fit, and if not, the first change that would make it fit.
+
+    Args:
+        config: As for ``plan_memory``.
+        profile: As for ``plan_memory``.
+        quantization: As for ``plan_memory``.
+        cards_gib: Name -> GiB that PyTorch can use, which is less than the GB a card is sold with.
+
+    Returns:
+        Columns ``card``, ``card_gib``, ``planned_gib``, ``share``, ``verdict`` (fits, tight, does not fit),
+        ``change``.
+    """
+    import pandas as pd
+
+    planned = float(plan_memory(config, profile, quantization=quantization)["gib"].sum())
+    rows = [
+        (
+            name,
+            card,
+            planned,
+            planned / card,
+            _verdict(planned, card),
+            "" if planned <= card * _TIGHT else _change_that_fits(config, profile, quantization, card),
+        )
+        for name, card in cards_gib.items()
+    ]
+    return pd.DataFrame(rows, columns=["card", "card_gib", "planned_gib", "share", "verdict", "change"])
+
+
+def reconcile_memory(plan: pd.DataFrame, measured_gib: float) -> pd.DataFrame:
+    """Set the measured peak beside the predicted one.
+
+    Args:
+        plan: From ``plan_memory``.
+        measured_gib: ``torch.cuda.max_memory_allocated() / 2**30`` after training.
+
+    Returns:
+        One row: ``predicted_gib``, ``measured_gib``, ``difference_gib``, ``difference_percent``.
+
+    Raises:
+        ValueError: The measured peak is not a positive number.
+    """
+    import pandas as pd
+
+    if not measured_gib > 0:
+        raise ValueError(
+            f"The measured peak is {measured_gib!r} GiB, expected a positive number: "
+            "read torch.cuda.max_memory_allocated() / 2**30 after training."
+        )
+    predicted = planned_peak_gib(plan)
+    difference = measured_gib - predicted
+    row = (predicted, measured_gib, difference, 100 * difference / measured_gib)
+    columns = ["predicted_gib", "measured_gib", "difference_gib", "difference_percent"]
+    return pd.DataFrame([row], columns=columns)
+
+
+def plot_memory(plan: pd.DataFrame, card_gib: float | None = None, ax: Axes | None = None) -> Axes:
+    """Draw the plan as horizontal bars, one a component, with the card's size in the title if given."""
+    import matplotlib.pyplot as plt
+
+    ax = ax or plt.subplots(figsize=(7, 3.4), layout="constrained")[1]
+    shown = plan[plan["gib"] > 0].iloc[::-1]
+    bars = ax.barh(shown["component"], shown["gib"], color="#0072B2")
+    unit = 1024 if plan["gib"].sum() < 1 else 1
+    name = "MiB" if unit > 1 else "GiB"
+    ax.bar_label(bars, [f"{size * unit:.2f}" for size in shown["gib"]], padding=3, fontsize=8)
+    total = plan["gib"].sum()
+    of_card = f" of {card_gib:g} GiB" if card_gib else ""
+    ax.set_title(f"Planned memory of a training step: {total * unit:.2f} {name}{of_card}")
+    ax.set_xlabel("GiB (labels in MiB)" if unit > 1 else "GiB")
+    ax.margins(x=0.12)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def smaller_profiles(profile: Profile) -> list[tuple[str, Profile]]:
+    """Changes that need less memory, the mildest first: (what to change, the changed profile).
+
+    Checkpointing comes first, then half the micro-batch with twice the accumulation (the same effective
+    batch), and shorter rows last, as those cut text off.
+    """
+    changes: list[tuple[str, Profile]] = []
+    current = profile
+    for changed in _shrink(profile):
+        current = dataclasses.replace(current, **changed)
+        settings = _differences(profile, current).items()
+        changes.append((", ".join(f"{key}={value}" for key, value in settings), current))
+    return changes
+
+
+def explain_oom(config: Any, profile: Profile, *, quantization: str = "int8") -> str:
+    """Say what filled the card, by the plan's largest item, and what the next try changes or is left."""
+    plan = plan_memory(config, profile, quantization=quantization)
+    largest = plan.loc[plan["gib"].idxmax()]
+    said = (
+        f"Out of GPU memory. Planned peak {planned_peak_gib(plan):.1f} GiB, its largest item: "
+        f"{largest['component']}, {largest['gib']:.1f} GiB ({largest['how']}). "
+    )
+    if profile.per_device_train_batch_size == 1:
+        return f"{said}One row is the smallest micro-batch. What is left to change: {_what_is_left(profile)}."
+    smaller = plan_smaller_batch(profile)
+    planned = planned_peak_gib(plan_memory(config, smaller, quantization=quantization))
+    return (
+        f"{said}Next try, with the same effective batch: "
+        f"per_device_train_batch_size={smaller.per_device_train_batch_size}, "
+        f"gradient_accumulation_steps={smaller.gradient_accumulation_steps}, planned peak {planned:.1f} GiB."
+    )
+
+
+def plan_smaller_batch(profile: Profile) -> Profile:
+    """The profile with the next smaller micro-batch that keeps the effective batch: half, for even ones.
+
+    Raises:
+        ValueError: The micro-batch is one row; the message names what is left to change.
+    """
+    batch = profile.per_device_train_batch_size
+    if batch == 1:
+        raise ValueError(
+            "per_device_train_batch_size=1 is the smallest micro-batch, expected at least 2. What is left to "
+            f"change: {_what_is_left(profile)}."
+        )
+    smaller = next(size for size in range(batch - 1, 0, -1) if batch % size == 0)
+    return dataclasses.replace(
+        profile,
+        per_device_train_batch_size=smaller,
+        gradient_accumulation_steps=profile.gradient_accumulation_steps * (batch // smaller),
+    )
+
+
+def _what_is_left(profile: Profile) -> str:
+    rest = [change for change, _ in smaller_profiles(profile) if "batch_size" not in change]
+    return f"{rest[0] if rest else 'a smaller model'}, or 4-bit weights"
+
+
+def _shrink(profile: Profile) -> Iterator[dict[str, Any]]:
+    if not profile.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}
+    smaller = profile
+    while smaller.per_device_train_batch_size > 1:
+        smaller = plan_smaller_batch(smaller)
+        yield {
+            "per_device_train_batch_size": smaller.per_device_train_batch_size,
+            "gradient_accumulation_steps": smaller.gradient_accumulation_steps,
+        }
+    length = profile.max_length
+    while length > 256:
+        length //= 2
+        yield {"max_length": length}
+
+
+def _differences(before: Profile, after: Profile) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(before) if field.compare]
+    return {name: getattr(after, name) for name in names if getattr(after, name) != getattr(before, name)}
+
+
+def _check_profile(profile: Any) -> None:
+    if not hasattr(profile, "per_device_train_batch_size"):
+        hint = f"load_profile({profile!r})" if isinstance(profile, str) else "load_profile()"
+        raise ValueError(
+            f"profile is {profile!r}, a {type(profile).__name__}; expected a Profile: pass {hint}."
+        )
+
+
+def _check_arguments(quantization: str, lora_rank: int, target_modules: tuple[str, ...]) -> None:
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}.")
+    if lora_rank < 1:
+        raise ValueError(f"lora_rank={lora_rank} is too small, expected at least 1.")
+    if unknown := sorted(set(target_modules) - set(TARGET_MODULES)):
+        raise ValueError(f"Unknown target modules {unknown}; a Llama layer has {', '.join(TARGET_MODULES)}.")
+
+
+def _verdict(planned_gib: float, card_gib: float) -> str:
+    if planned_gib > card_gib:
+        return "does not fit"
+    return "tight" if planned_gib > card_gib * _TIGHT else "fits"
+
+
+def _change_that_fits(config: Any, profile: Profile, quantization: str, card_gib: float) -> str:
+    for change, smaller in smaller_profiles(profile):
+        if plan_memory(config, smaller, quantization=quantization)["gib"].sum() <= card_gib * _TIGHT:
+            return change
+    if quantization != "nf4":
+        for change, smaller in [("", profile), *smaller_profiles(profile)]:
+            if plan_memory(config, smaller, quantization="nf4")["gib"].sum() <= card_gib * _TIGHT:
+                return ", ".join(part for part in ("4-bit weights (nf4)", change) if part)
+    return "a smaller model"

@@ -1,0 +1,226 @@
+"""A layer's quantization: codes and scales, the bytes they take, and the checkpoint to compare them with."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from llama_sft_helpers.core.bnb import is_quantized
+
+_GIB = 2**30
+_NF4_BLOCK = 64  # weights that share one scale
+_NESTED_BLOCK = 256  # scales that share one scale of the second quantization
+LOAD_INT8 = "from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_8bit=True))"
+
+
+def quantize_absmax(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a matrix row by row: a row's largest magnitude becomes level 127 (symmetric, no zero point).
+
+    ``codes = round(weight * (127 / absmax))``: one step of a row is ``absmax / 127``. This is what
+    ``bitsandbytes.functional.int8_vectorwise_quant`` computes on the CPU, bit for bit: weights are cast to
+    float16 first (whatever the checkpoint's type), the scales are float32, a tie goes to the even level, and
+    a row of zeros keeps zeros.
+
+    bitsandbytes' CUDA kernel differs in one place: it takes ``127 / absmax`` from a fast division that may
+    be off by two units in the last place. Scales are equal there too; a weight on a tie (exactly half of its
+    row's absmax is level 63.5) can land one level away.
+
+    Args:
+        weight: Floating-point matrix, shape (d_out, d_in).
+
+    Returns:
+        The codes, int8, shape (d_out, d_in), in [-127, 127]; the absmax of each row, float32, shape (d_out,).
+
+    Raises:
+        ValueError: Not a floating-point matrix, an empty one, or one with values that float16 cannot hold.
+
+    Paper: https://huggingface.co/papers/2208.07339, section 2.1.
+    """
+    if weight.ndim != 2 or not weight.is_floating_point() or not weight.numel():
+        raise ValueError(
+            f"quantize_absmax got a tensor of shape {tuple(weight.shape)} and type {weight.dtype}; "
+            "it takes a floating-point matrix (d_out, d_in), such as a Linear's weight before quantization."
+        )
+    half = weight.detach().to(torch.float16)
+    if not half.isfinite().all():
+        raise ValueError(
+            f"The weight holds NaN, infinity or values beyond float16's 65504 (largest magnitude "
+            f"{weight.detach().abs().max().item():g}): bitsandbytes cannot quantize it. Check the checkpoint."
+        )
+    absmax = half.abs().amax(dim=1).float()
+    scaled = half * (127.0 / absmax)[:, None]  # float16 * float32 is computed in float32
+    codes = torch.where(absmax[:, None] > 0, scaled.round(), 0.0).to(torch.int8)
+    return codes, absmax
+
+
+def summarize_memory(config: Any, dtype: torch.dtype = torch.bfloat16) -> pd.DataFrame:
+    """Predict a Llama model's bytes from its config alone, in five formats.
+
+    bitsandbytes quantizes the seven projections of each decoder layer. Embeddings, the output layer
+    (``lm_head``) and the norms stay in ``dtype``. Beside the codes it keeps:
+
+    - int8: one float32 absmax per row (``SCB``);
+    - nf4: one float32 absmax per block of 64 weights and the table of 16 levels per matrix;
+    - nf4 with double quantization: those absmax values as uint8, in blocks of 256 with a float32 absmax each,
+      and per matrix their float32 offset and a table of 256 levels.
+
+    Args:
+        config: A ``LlamaConfig``.
+        dtype: Type of what is not quantized, in the int8 and nf4 rows.
+
+    Returns:
+        Index format (``fp32``, ``bf16``, ``int8``, ``nf4``, ``nf4 single``); ``bf16`` stands for float16 too,
+        ``nf4`` is with double quantization. Columns in GiB: projections_gib (codes), scales_gib, rest_gib,
+        total_gib; total_bytes; bits_per_weight of a projection, scales included.
+
+    Raises:
+        ValueError: The config is not that of a Llama model.
+    """
+    shapes, rest = _linear_shapes(config), _rest_parameters(config)
+    weights = sum(d_out * d_in for d_out, d_in in shapes)
+    rows = {}
+    for name, bits, size in (
+        ("fp32", 32, 4),
+        ("bf16", 16, 2),
+        ("int8", 8, dtype.itemsize),
+        ("nf4", 4, dtype.itemsize),
+        ("nf4 single", 4, dtype.itemsize),
+    ):
+        codes = sum(math.ceil(d_out * d_in * bits / 8) for d_out, d_in in shapes)
+        scales = sum(_scale_bytes(name, d_out, d_in) for d_out, d_in in shapes)
+        total = codes + scales + rest * size
+        rows[name] = {
+            "projections_gib": codes / _GIB,
+            "scales_gib": scales / _GIB,
+            "rest_gib": rest * size / _GIB,
+            "total_gib": total / _GIB,
+            "total_bytes": total,
+            "bits_per_weight": 8 * (codes + scales) / weights,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("format")
+
+
+def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> quantized layer.
+
+    Raises:
+        ValueError: The model has none.
+    """
+    modules = {name: module for name, module in model.named_modules() if is_quantized(module)}
+    if not modules:
+        raise ValueError(
+            f"{type(model).__name__} has no bitsandbytes layer. Pass a model loaded with {LOAD_INT8}, or "
+            "with load_in_4bit=True."
+        )
+    return modules
+
+
+def checkpoint_name(name: str) -> str:
+    """A module's name in the checkpoint: PEFT puts a prefix before it and wraps the layer."""
+    return name.removeprefix("base_model.model.").removesuffix(".base_layer")
+
+
+def find_place(name: str) -> tuple[int, str]:
+    """A module's decoder layer (-1 outside of one) and its own short name."""
+    name = checkpoint_name(name)
+    match = re.search(r"\.layers\.(\d+)\.", name)
+    return (int(match.group(1)) if match else -1), name.rpartition(".")[2]
+
+
+@contextmanager
+def open_reference(reference: nn.Module | str | Path) -> Iterator[Any]:
+    """A function that gives one reference weight by its name in the checkpoint."""
+    if isinstance(reference, nn.Module):
+        if any(is_quantized(module) for module in reference.modules()):
+            raise ValueError(
+                "reference_model is quantized itself. Pass the model before quantization, or the folder of "
+                "its safetensors checkpoint."
+            )
+        weights = dict(reference.named_parameters(remove_duplicate=False))
+        yield lambda name: _found(name, weights.get(name))
+        return
+    files = _index_checkpoint(Path(reference))
+    from safetensors import safe_open
+
+    def read(name: str) -> torch.Tensor:
+        if name not in files:
+            return _found(name, None)
+        with safe_open(files[name], framework="pt") as shard:
+            return _found(name, shard.get_tensor(name))
+
+    yield read
+
+
+def _index_checkpoint(folder: Path) -> dict[str, Path]:
+    """Weight name -> the safetensors file that holds it."""
+    from safetensors import safe_open
+
+    shards = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not shards:
+        raise ValueError(
+            f"{folder} is not a folder with .safetensors files. Pass the checkpoint's folder, such as "
+            "huggingface_hub.snapshot_download(model_id) returns."
+        )
+    files = {}
+    for shard in shards:
+        with safe_open(shard, framework="pt") as opened:
+            files.update(dict.fromkeys(opened.keys(), shard))
+    return files
+
+
+def _found(name: str, weight: torch.Tensor | None) -> torch.Tensor:
+    if weight is None or weight.is_meta:
+        state = "holds no" if weight is None else "keeps on disk (offloaded), not in memory, its"
+        raise ValueError(
+            f"The reference {state} {name}. Pass the checkpoint that the quantized model was loaded from."
+        )
+    return weight.detach()
+
+
+def _linear_shapes(config: Any) -> list[tuple[int, int]]:
+    """(d_out, d_in) of every projection that bitsandbytes quantizes."""
+    _require_llama(config)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    attention = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+    mlp = [(inner, hidden), (inner, hidden), (hidden, inner)]
+    return (attention + mlp) * config.num_hidden_layers
+
+
+def _rest_parameters(config: Any) -> int:
+    """Parameters that stay in 16 bits: embeddings, output layer unless tied, norms, biases."""
+    shapes = _linear_shapes(config)
+    tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    with_bias = (config.attention_bias,) * 4 + (config.mlp_bias,) * 3
+    biases = sum(
+        shape[0] for shape, bias in zip(shapes, with_bias * config.num_hidden_layers, strict=True) if bias
+    )
+    return int(tables + norms + biases)
+
+
+def _require_llama(config: Any) -> None:
+    if getattr(config, "model_type", None) != "llama":
+        raise ValueError(
+            f"Got a {type(config).__name__} (model_type {getattr(config, 'model_type', None)!r}); expected a "
+            "LlamaConfig, for instance model.config or AutoConfig.from_pretrained(model_id)."
+        )
+
+
+def _scale_bytes(kind: str, d_out: int, d_in: int) -> int:
+    """Bytes that bitsandbytes keeps beside the codes of one matrix; see ``summarize_memory``."""
+    blocks = math.ceil(d_out * d_in / _NF4_BLOCK)
+    if kind == "int8":
+        return 4 * d_out
+    if kind == "nf4":
+        return blocks + 4 * math.ceil(blocks / _NESTED_BLOCK) + 4 + 4 * 256 + 4 * 16
+    return 4 * blocks + 4 * 16 if kind == "nf4 single" else 0

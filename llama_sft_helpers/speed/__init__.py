@@ -1,0 +1,26 @@
+"""Notebook 08: int8 training at 16-bit speed, three switches for a model and what a ladder of runs measured.
+
+The switches are the only functions of the package that change a model. Each keeps the weights, the
+``state_dict`` and what the model computes, up to rounding, and each can be undone.
+"""
+
+from llama_sft_helpers.core.contents import load_on_demand
+
+CONTENTS = {
+    "use_fast_int8": "int8_product",  # switch: int8 weights in a 16-bit product
+    "int8_linear": "int8_product",  # that product
+    "dequantize": "int8_product",  # the 16-bit weight, with LoRA's update
+    "register_varlen_attention": "varlen",  # switch: attention that skips what packing masks
+    "document_bounds": "varlen",  # where the packed rows begin and end
+    "compile_decoder_layers": "compiled_layers",  # switch: each decoder layer compiled
+    "CompiledLayers": "compiled_layers",  # what was compiled, and how to undo it
+    "check_graphs": "compiled_layers",  # few graphs were compiled
+    "QuickSteps": "compiled_layers",  # a trainer's mixin: what each step recomputes, once
+    "row_losses": "losses",  # the loss of each row of a padded or packed batch
+    "rounding_bound": "losses",  # by how much rounding may move it
+    "read_results": "ladder",  # what a benchmark measured and the project keeps
+    "summarize_ladder": "ladder",  # one row for each rung
+    "plot_ladder": "ladder",  # bars of one column
+}
+__all__ = list(CONTENTS)
+__getattr__, __dir__ = load_on_demand(__name__, CONTENTS)

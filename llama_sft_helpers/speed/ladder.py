@@ -1,0 +1,90 @@
+"""What a ladder of runs measured, from the plain recipe to the fast one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+_ACROSS = {
+    "tokens_per_second": "tokens/s",
+    "peak_reserved_gib": "GiB reserved",
+    "share_of_floor": "share of floor",
+}
+
+
+def read_results(name: str) -> dict[str, Any]:
+    """What a benchmark measured and the project keeps, with its card, versions and command.
+
+    Args:
+        name: A file of ``benchmarks/results`` without ``.json``, for example ``speed_h100_40gib``.
+
+    Raises:
+        FileNotFoundError: No such file; the message lists those that are there.
+    """
+    package = Path(__file__).parent.parent
+    folders = (package / "results", package.parent / "benchmarks" / "results")  # of a wheel; of the checkout
+    for folder in folders:
+        if (file := folder / f"{name}.json").is_file():
+            results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return results
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
+    raise FileNotFoundError(f"no results {name!r}; expected one of {', '.join(known) or 'none: reinstall'}.")
+
+
+def summarize_ladder(
+    results: Mapping[str, Any] | str | Path, epoch_tokens: int, price_per_hour: float
+) -> pd.DataFrame:
+    """One row for each rung: speed, memory, distance to the floor, hours and price of an epoch.
+
+    Args:
+        results: What ``benchmarks/speed_ladder.py`` wrote, or the path of that file.
+        epoch_tokens: Real tokens in an epoch.
+        price_per_hour: Price of an hour of the card, in any currency.
+
+    Raises:
+        ValueError: The results have no rungs.
+    """
+    import pandas as pd
+
+    report: Any = results
+    if isinstance(results, (str, Path)):
+        report = json.loads(Path(results).read_text(encoding="utf-8"))
+    rungs = [rung for rung in report.get("rungs", []) if "tokens_per_second" in rung]
+    if not rungs:
+        raise ValueError("the results hold no finished rung; run benchmarks/speed_ladder.py first.")
+    table = pd.DataFrame(rungs).set_index("rung")
+    plain = report["rungs"][0].get("tokens_per_second", float("nan"))  # the first rung, or nothing to compare
+    table["times_plain"] = table["tokens_per_second"] / plain
+    table["epoch_hours"] = epoch_tokens / table["tokens_per_second"] / 3600
+    table["epoch_price"] = table["epoch_hours"] * price_per_hour
+    columns = ["tokens_per_second", "times_plain", "peak_reserved_gib", "share_of_floor", "compile_seconds"]
+    return table[[c for c in columns if c in table] + ["epoch_hours", "epoch_price"]]
+
+
+def plot_ladder(table: pd.DataFrame, column: str, ax: Axes | None = None) -> Axes:
+    """Horizontal bars of one column of ``summarize_ladder``, the first rung on top, each with its value.
+
+    Raises:
+        ValueError: The table has no such column; the message lists those it has.
+    """
+    import matplotlib.pyplot as plt
+
+    if column not in table:
+        raise ValueError(f"there is no column {column!r}; expected one of {', '.join(table.columns)}.")
+    ax = ax or plt.subplots(figsize=(7, 0.45 * len(table) + 1.2))[1]
+    values = table[column]
+    bars = ax.barh(range(len(values)), values, color="#0072B2")
+    pattern = "{:.0%}" if column == "share_of_floor" else "{:,.0f}" if values.max() > 100 else "{:.1f}"
+    ax.bar_label(bars, labels=[pattern.format(v) for v in values], padding=3, fontsize=9)
+    ax.set_yticks(range(len(values)), [str(name) for name in values.index])
+    ax.invert_yaxis()
+    ax.set_xlim(0, float(values.max()) * 1.18)
+    ax.set_xlabel(_ACROSS.get(column, column.replace("_", " ")))
+    ax.set_title(f"{column.replace('_', ' ').replace(' gib', '')} by rung")
+    return ax

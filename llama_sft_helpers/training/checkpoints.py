@@ -1,0 +1,269 @@
+"""Notebook 06, the way back: which checkpoint is whole, whose it is, and what to do when the disk is full.
+
+transformers writes a checkpoint file by file in its final folder, the trainer's state last
+(https://huggingface.co/docs/transformers/main_classes/trainer#checkpoints), so a killed run leaves a
+half-written one behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from llama_sft_helpers.core.files import free_bytes, is_full_disk, write_text
+
+RUN_FILE = "run.json"
+CHECKSUMS_FILE = "checksums.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# In the order in which transformers writes them: the trainer's state comes last.
+_NEEDED = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is incomplete, damaged, or belongs to another run."""
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; the message names the last good one."""
+
+
+def describe_run(trainer: Any) -> dict[str, Any]:
+    """What must not change between a checkpoint and its continuation: model, adapter, data, schedule."""
+    args, dataset = trainer.args, trainer.train_dataset
+    base = trainer.model.get_base_model()
+    lora = trainer.model.peft_config[trainer.model.active_adapter]
+    shape = {key: getattr(base.config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")}
+    return {
+        "model": Path(str(base.config._name_or_path)).name,
+        **shape,
+        "quantization": str(getattr(base, "quantization_method", None) or "none").rpartition(".")[2],
+        "lora": f"r={lora.r}, lora_alpha={lora.lora_alpha}, {_described(lora.target_modules)}",
+        "rows": len(dataset),
+        "data": _data_checksum(dataset),
+        "max_length": args.max_length,
+        "packing": args.packing,
+        "effective_batch": args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        "max_steps": args.max_steps,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+    }
+
+
+def _described(target_modules: Any) -> str:
+    """The names of LoRA's target modules, or the one pattern that a text is to PEFT."""
+    if isinstance(target_modules, str):
+        return f"modules matching {target_modules!r}"
+    return ", ".join(sorted(target_modules))
+
+
+def _data_checksum(dataset: Any) -> str:
+    rows = range(0, len(dataset), max(1, len(dataset) // 64))
+    sample = [list(dataset[row]["input_ids"]) for row in rows]
+    return hashlib.sha256(json.dumps(sample).encode()).hexdigest()[:16]
+
+
+class RunGuardCallback(TrainerCallback):
+    """Writes ``run.json`` beside the checkpoints and ``checksums.json`` into each; saves only with room.
+
+    Args:
+        run: From ``describe_run``.
+    """
+
+    def __init__(self, run: Mapping[str, Any]) -> None:
+        self._run = dict(run)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse a folder of another run, else write ``run.json``."""
+        folder = Path(args.output_dir)
+        if _checkpoints(folder):
+            _check_same_run(folder, self._run)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / RUN_FILE, self._run)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Before a checkpoint is written: make its place free, and is there room for it?"""
+        if not control.should_save or model is None:
+            return
+        # a damaged checkpoint that was skipped may stand there; peft would read the README in it
+        shutil.rmtree(Path(args.output_dir) / f"checkpoint-{state.global_step}", ignore_errors=True)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        needed = 3 * 4 * trainable * 1.1 + 2**24  # adapter and AdamW's two averages, tokenizer, small files
+        if free_bytes(args.output_dir) < needed:
+            raise CheckpointWriteError(
+                _no_room(Path(args.output_dir), f"{needed / 2**20:,.0f} MiB are needed")
+            )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seal the checkpoint: safetensors files hold no checksum, so a flipped bit would go unseen."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        sums = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        _write_json(folder / CHECKSUMS_FILE, sums)
+
+
+@contextlib.contextmanager
+def checkpoint_errors(output_dir: str | Path) -> Iterator[None]:
+    """Turn a failed write inside the block into an error that names the folder and the last good checkpoint.
+
+    Raises:
+        CheckpointWriteError: A file could not be written for want of space.
+    """
+    try:
+        yield
+    except CheckpointWriteError:
+        raise
+    except Exception as error:  # safetensors' own error is of no common kind
+        if not is_full_disk(error) or isinstance(error, CheckpointError):
+            raise
+        raise CheckpointWriteError(_no_room(Path(output_dir), "writing stopped half-way")) from error
+
+
+def latest_checkpoint(
+    output_dir: str | Path, run: Mapping[str, Any] | None = None, before_step: int | None = None
+) -> str | None:
+    """The newest complete checkpoint, for ``train(resume_from_checkpoint=...)``; None to start afresh.
+
+    transformers writes a checkpoint file by file in its final folder, so a killed run leaves a half-written
+    one; such a folder is skipped with a warning that says what is wrong with it.
+
+    Args:
+        output_dir: The trainer's ``output_dir``; it need not exist.
+        run: From ``describe_run``; checkpoints of another run are refused.
+        before_step: Only checkpoints of earlier steps. Give it ``max_steps``: resumed from its last step, a
+            finished run would train one step too many.
+
+    Raises:
+        CheckpointError: The folder's checkpoints belong to another model or other settings.
+    """
+    folder = Path(output_dir)
+    for checkpoint in _checkpoints(folder, before_step):
+        try:
+            check_checkpoint(checkpoint)
+        except CheckpointError as error:
+            warnings.warn(f"Skipped: {error}", stacklevel=2)
+            continue
+        if run is not None:
+            _check_same_run(folder, run)
+        return str(checkpoint)
+    return None
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """Check that a checkpoint has every file that resuming reads, each complete.
+
+    Raises:
+        CheckpointError: A file is missing, cut short or unreadable; the message names it.
+    """
+    folder = Path(folder)
+    for name in _NEEDED:
+        path = folder / name
+        problem = "is missing" if not path.is_file() else _damage(path)
+        if problem:
+            raise CheckpointError(
+                f"{path} {problem}. The checkpoint is incomplete: delete {folder.name}, or resume from an "
+                "older one (latest_checkpoint finds it)."
+            )
+    _check_seal(folder)
+    step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")).get("global_step")
+    if not folder.name.endswith(f"-{step}"):
+        raise CheckpointError(
+            f"{folder} holds step {step}: it was renamed or overwritten. Resume from another."
+        )
+
+
+def _checkpoints(folder: Path, before_step: int | None = None) -> list[Path]:
+    """Checkpoint folders, newest step first."""
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _match(path))]
+    return [path for step, path in sorted(found, reverse=True) if before_step is None or step < before_step]
+
+
+def _match(path: Path) -> re.Match[str] | None:
+    return _CHECKPOINT.fullmatch(path.name) if path.is_dir() else None
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a file, or nothing: safetensors header, zip directory and JSON must be whole."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(str(path), framework="pt") as tensors:
+                return "" if tensors.keys() else "holds no tensors"
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+            return ""
+        with zipfile.ZipFile(path) as archive:
+            return f"is damaged in {broken}" if (broken := archive.testzip()) else ""
+    except (SafetensorError, ValueError, OSError, zipfile.BadZipFile) as error:
+        return f"is cut short or damaged ({error})"
+
+
+def _check_seal(folder: Path) -> None:
+    """Compare with ``checksums.json``, where there is one."""
+    path = folder / CHECKSUMS_FILE
+    if not path.is_file():
+        return
+    problem = _damage(path)
+    sums = {} if problem else json.loads(path.read_text(encoding="utf-8"))
+    for name, expected in sums.items():
+        if not (folder / name).is_file() or _sha256(folder / name) != expected:
+            path, problem = folder / name, "is not as it was written: its checksum differs"
+            break
+    if problem:
+        raise CheckpointError(
+            f"{path} {problem}. The checkpoint is cut short or damaged: delete {folder.name}, or resume from "
+            "an older one (latest_checkpoint finds it)."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
+    path = folder / RUN_FILE
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    differing = [key for key in before.keys() | run.keys() if before.get(key) != run.get(key)]
+    if differing:
+        said = "; ".join(
+            f"{key}: {before.get(key)!r} there, {run.get(key)!r} here" for key in sorted(differing)
+        )
+        raise CheckpointError(
+            f"The checkpoints in {folder} belong to another run ({said}). Set these back to continue it, or "
+            "choose another output folder (SFT_OUTPUT_DIR) to start a new one."
+        )
+
+
+def _no_room(folder: Path, what: str) -> str:
+    free = free_bytes(folder) / 2**20
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        last = latest_checkpoint(folder)
+    kept = f"the last good checkpoint is {Path(last).name}, intact" if last else "there is no checkpoint yet"
+    return (
+        f"The disk of {folder} is full: {what}, {free:,.0f} MiB are free; {kept}. Free some space (old "
+        "checkpoints, Google Drive's bin) and run this cell again to go on from there."
+    )
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1, default=str))

@@ -1,0 +1,41 @@
+"""What a training may give: findings with advice, shown once the results are saved, never raised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from llama_sft_helpers.core.findings import FEW_ROWS, finding
+
+
+def summarize_training_result(
+    log_history: Sequence[Mapping[str, Any]], before: float, eval_rows: int
+) -> pd.DataFrame:
+    """Whether training lowered the held-out loss, and where in the run it was lowest.
+
+    Args:
+        log_history: ``trainer.state.log_history`` with at least one ``eval_loss``.
+        before: Held-out loss before training, in nats a token.
+        eval_rows: Rows held out.
+
+    Returns:
+        Index ``finding``; ``hoped_for``, ``measured``, ``verdict``, ``advice``.
+    """
+    losses = [(row["eval_loss"], row["step"]) for row in log_history if "eval_loss" in row]
+    after, last = losses[-1]
+    lowest, step = min(losses)
+    advice = []
+    if not after < before:
+        advice.append(
+            "The adapter learned its training rows, and nothing that helps with others. Lower the learning "
+            "rate, take fewer steps, or add rows."
+        )
+    if lowest < after and step < last:
+        advice.append(
+            f"The loss was lowest after step {step} ({lowest:.4f}) and rose again: max_steps={step} would do."
+        )
+    if eval_rows < FEW_ROWS:
+        advice.append(f"Rows held out: {eval_rows}. With so few, either direction may be luck.")
+    return finding("held-out loss", f"below {before:.4f}", f"{after:.4f}", after < before, advice)

@@ -1,0 +1,171 @@
+"""Watch a run: tokens per second, memory and losses as they come.
+
+Nothing here trains. The callbacks plug into ``SFTTrainer``
+(https://huggingface.co/docs/transformers/main_classes/callback).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+
+_THROUGHPUT = ["step", "seconds", "tokens", "tokens_per_second", "peak_gib", "seconds_left"]
+_ORANGE, _BLUE = "#D55E00", "#0072B2"
+
+
+def peak_memory_gib() -> float:
+    """The peak so far, in GiB: PyTorch's allocations on the GPU, or this process's memory without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class ThroughputCallback(TrainerCallback):
+    """Measures each optimizer step: tokens per second, peak memory, time left.
+
+    Real tokens are counted (trl's ``num_tokens``; padding is left out), and the time that evaluation and
+    saving take does not count as training time. The figures also go into the trainer's log, so they are in
+    its checkpoints, and a resumed run goes on with those of the steps before.
+
+    Attributes:
+        rows: One dict a step: ``step``, ``seconds``, ``tokens``, ``tokens_per_second``, ``peak_gib``,
+            ``seconds_left``.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._started = 0.0
+        self._seconds = 0.0  # since the last log
+        self._tokens_before = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over the steps that a resumed run's log already holds; trl counts its tokens from 0 again."""
+        self.rows = [{key: row[key] for key in _THROUGHPUT} for row in state.log_history if "seconds" in row]
+        self._tokens_before = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the step's clock."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the step's clock."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds += time.perf_counter() - self._started
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add the row of the step that was just logged."""
+        if not logs or "loss" not in logs:
+            return
+        total = float(logs.get("num_tokens", 0.0))
+        tokens, self._tokens_before = total - self._tokens_before, total
+        seconds, self._seconds = self._seconds, 0.0
+        pace = (sum(row["seconds"] for row in self.rows) + seconds) / state.global_step
+        row = {
+            "step": state.global_step,
+            "seconds": seconds,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds if seconds else 0.0,
+            "peak_gib": peak_memory_gib(),
+            "seconds_left": pace * (state.max_steps - state.global_step),
+        }
+        self.rows.append(row)
+        if state.log_history:
+            state.log_history[-1].update(row)
+
+    def to_frame(self) -> pd.DataFrame:
+        """``rows`` as a table, indexed by step."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows, columns=_THROUGHPUT).set_index("step")
+
+
+class LiveLossCallback(TrainerCallback):
+    """Draws the training and held-out loss while the run goes on, in one figure that updates in place.
+
+    Args:
+        throughput: Its figures go into the title; put it before this callback in the trainer's list.
+        every_seconds: Least time between two drawings.
+    """
+
+    def __init__(self, throughput: ThroughputCallback | None = None, every_seconds: float = 2.0) -> None:
+        self._throughput = throughput
+        self._every_seconds = every_seconds
+        self._drawn = 0.0
+        self._handle: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin a new figure."""
+        self._handle, self._drawn = None, 0.0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Draw again, unless the last drawing is too recent."""
+        if time.perf_counter() - self._drawn >= self._every_seconds:
+            self._draw(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the finished curve."""
+        self._draw(state)
+
+    def _draw(self, state: Any) -> None:
+        import matplotlib.pyplot as plt
+        from IPython.display import display
+
+        if not any("loss" in row for row in state.log_history):
+            return
+        figure, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+        plot_loss(state.log_history, ax=ax)
+        ax.set_title(self._title(state))
+        if self._handle is None:
+            self._handle = display(figure, display_id=True)
+        else:
+            self._handle.update(figure)
+        plt.close(figure)
+        self._drawn = time.perf_counter()
+
+    def _title(self, state: Any) -> str:
+        parts = [f"step {state.global_step} of {state.max_steps}"]
+        if self._throughput and self._throughput.rows:
+            row = self._throughput.rows[-1]
+            minutes, seconds = divmod(round(row["seconds_left"]), 60)
+            parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+            parts.append(f"peak {row['peak_gib']:.1f} GiB")
+            parts.append(f"{minutes}:{seconds:02d} left")
+        return " · ".join(parts)
+
+
+def plot_loss(log_history: Sequence[Mapping[str, Any]], label: str = "", ax: Axes | None = None) -> Axes:
+    """Draw the training loss (line) and the held-out loss (points) over optimizer steps.
+
+    Args:
+        log_history: ``trainer.state.log_history``, or the same list from a ``trainer_state.json``.
+        label: Put before the legend's names, to tell two runs apart.
+        ax: Axes to draw on; None makes a figure.
+    """
+    import matplotlib.pyplot as plt
+
+    ax = ax or plt.subplots(figsize=(7, 3.4), layout="constrained")[1]
+    train = [(row["step"], row["loss"]) for row in log_history if "loss" in row]
+    held_out = [(row["step"], row["eval_loss"]) for row in log_history if "eval_loss" in row]
+    if train:
+        ax.plot(*zip(*train, strict=True), color=_BLUE, label=f"{label} training".strip())
+    if held_out:
+        ax.plot(*zip(*held_out, strict=True), "o--", color=_ORANGE, label=f"{label} held out".strip())
+    ax.set(title="Loss during training", xlabel="optimizer step", ylabel="cross-entropy (nats per token)")
+    if train or held_out:
+        ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax

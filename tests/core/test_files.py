@@ -1,0 +1,178 @@
+"""Folders arrive whole or not at all, also when the disk is full."""
+
+import errno
+import hashlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from llama_sft_helpers.core.files import FilesError, free_bytes, is_full_disk, write_text
+from llama_sft_helpers.evaluation import new_folder
+from llama_sft_helpers.training import hash_files
+
+
+def test_a_folder_appears_when_complete_and_is_replaced_by_the_next_run(tmp_path):
+    target = tmp_path / "deep" / "merged"
+    with new_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    with new_folder(target) as folder:
+        (folder / "b").write_text("2")
+        assert (target / "a").exists()
+    assert not (target / "a").exists()
+    assert (target / "b").read_text() == "2"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def _write_and_fail(folder):
+    (folder / "a").write_text("2")
+    raise KeyError
+
+
+def test_an_error_leaves_the_earlier_folder_as_it_was(tmp_path):
+    target = tmp_path / "merged"
+    with new_folder(target) as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(KeyError), new_folder(target) as folder:
+        _write_and_fail(folder)
+    assert (target / "a").read_text() == "1"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_somebody_else_wrote_is_left_alone(tmp_path, kind):
+    target = tmp_path / "mine"
+    kept = target / "thesis.txt" if kind == "folder" else target
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("precious")
+    with (
+        pytest.raises(FilesError, match="not written by this notebook; nothing was changed"),
+        new_folder(target),
+    ):
+        raise AssertionError("the body must not run")
+    assert kept.read_text() == "precious"
+
+
+def test_too_little_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 99, 2**29))
+    with (
+        pytest.raises(FilesError, match=r"1.00 GiB needed, 0.50 GiB free"),
+        new_folder(tmp_path / "m", 2**30),
+    ):
+        raise AssertionError("the body must not run")
+    assert not list(tmp_path.iterdir())
+
+
+FULL_DISK = """
+import sys
+from pathlib import Path
+import torch
+from llama_sft_helpers.evaluation import new_folder
+from transformers import LlamaConfig, LlamaForCausalLM
+shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=4000, **shape))
+with new_folder(sys.argv[1]) as folder:
+    model.save_pretrained(folder)
+"""
+
+
+def test_a_disk_that_fills_up_while_a_model_is_saved(tmp_path):
+    """Files may not grow beyond 100 kB: what a full disk does to safetensors, without filling one."""
+    target = tmp_path / "merged"
+    with new_folder(target) as folder:
+        (folder / "model.safetensors").write_text("the earlier merge")
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(target)],
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "FilesError: The disk is too full to write" in last, done.stderr
+    assert "Nothing was overwritten" in last
+    assert (target / "model.safetensors").read_text() == "the earlier merge"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (OSError(errno.EFBIG, "File too large"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:672] PytorchStreamWriter failed writing"), True),
+        (RuntimeError(f"I/O error: quota (os error {errno.EDQUOT})"), True),
+        (RuntimeError("I/O error: Permission denied (os error 13)"), False),
+        (PermissionError(errno.EACCES, "No space left, says a file's name"), False),
+        (OSError(errno.EROFS, "Read-only file system"), False),
+        (ValueError("shapes differ"), False),
+    ],
+)
+def test_a_full_disk_is_told_from_other_errors(error, full):
+    assert is_full_disk(error) is full
+
+
+def test_free_space_of_a_folder_that_is_not_there_yet(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    assert free_bytes(tmp_path / "a" / "b") == pytest.approx(free, rel=0.05)
+
+
+def test_the_hash_covers_names_and_bytes(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"x")
+    (tmp_path / "notes.txt").write_bytes(b"not counted")
+    by_hand = hashlib.sha256(b"a.safetensors" + hashlib.sha256(b"x").digest()).hexdigest()
+    assert hash_files(tmp_path) == by_hand
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+    assert hash_files(tmp_path) != by_hand
+    with pytest.raises(FilesError, match=r"has no \*.gguf"):
+        hash_files(tmp_path, "*.gguf")
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+    target = tmp_path / "merged"
+    with new_folder(target) as folder:
+        (folder / "weights").write_text("old")
+    rename = Path.rename
+
+    def failing(self, to):
+        if self.name == "new":
+            raise OSError(5, "Input/output error")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"), new_folder(target) as folder:
+        (folder / "weights").write_text("new")
+    assert (target / "weights").read_text() == "old"
+
+
+def test_two_writers_of_one_file_never_show_half_of_it(tmp_path):
+    path, texts = tmp_path / "file.txt", ["a" * 200_000, "b" * 200_000]
+    seen = set()
+
+    def write(text):
+        for _ in range(30):
+            write_text(path, text)
+            seen.add(path.read_text(encoding="utf-8"))
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen <= set(texts)
+    assert [item.name for item in tmp_path.iterdir()] == ["file.txt"]

@@ -1,0 +1,630 @@
+"""Notebook 03's helpers, against bitsandbytes' own numbers, hand counts and float64."""
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import bitsandbytes as bnb
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig
+
+from llama_sft_helpers import quantization
+from llama_sft_helpers.core.bnb import dequantize
+
+mpl.use("Agg")
+
+TEXTS = ["Name three colours.\nRed, green and blue.", "What is water made of?\nHydrogen and oxygen."]
+
+
+def nf4_config(*, double: bool = True) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+
+
+def load(folder, quantization_config=None, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantization_config, dtype=dtype, device_map={"": "cpu"}
+    )
+
+
+@pytest.fixture
+def tiny_model_nf4(tiny_model_dir):
+    return load(tiny_model_dir, nf4_config())
+
+
+@pytest.fixture
+def batch(tiny_tokenizer):
+    tiny_tokenizer.pad_token = tiny_tokenizer.eos_token
+    return tiny_tokenizer(TEXTS, return_tensors="pt", padding=True)
+
+
+def llama3_config() -> LlamaConfig:
+    path = resources.files("llama_sft_helpers") / "configs" / "llama3_8b.json"
+    return LlamaConfig(**json.loads(path.read_text(encoding="utf-8")))
+
+
+# --- quantize_absmax ---
+
+
+def test_codes_of_a_matrix_worked_by_hand():
+    weight = torch.tensor([[0.10, -0.50, 0.25, 0.02], [1.27, -0.64, 0.004, 0.32]])
+    codes, absmax = quantization.quantize_absmax(weight)
+    assert codes.tolist() == [[25, -127, 64, 5], [127, -64, 0, 32]]
+    assert absmax.tolist() == [0.5, 1.26953125]  # 1.27 as float16
+    assert (codes.dtype, absmax.dtype) == (torch.int8, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-6, 0.02, 30.0])
+def test_codes_and_scales_equal_bitsandbytes_bit_for_bit(dtype, scale):
+    torch.manual_seed(0)
+    weight = (torch.randn(96, 320) * scale).to(dtype)
+    weight[5, 7] = weight[5].abs().max() * 2  # then half of the absmax is a tie at level 63.5
+    weight[5, 8] = weight[5, 7] / 2
+    weight[6] = 0
+    codes, absmax = quantization.quantize_absmax(weight)
+    expected_codes, expected_absmax, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
+    assert torch.equal(absmax, expected_absmax)
+    assert torch.equal(codes, expected_codes)
+    assert not codes[6].any()
+
+
+def test_many_ties_are_rounded_as_bitsandbytes_rounds_them():
+    levels = torch.arange(-254, 255).float() / 2  # every level and every tie of a row whose absmax is 127
+    codes, _ = quantization.quantize_absmax(levels[None])
+    expected, _, _ = bnb.functional.int8_vectorwise_quant(levels[None].half())
+    assert torch.equal(codes, expected)
+    assert codes[0].tolist() == np.rint(levels.numpy()).astype(int).tolist()  # half to even
+
+
+def test_codes_equal_those_of_a_loaded_model(tiny_model, tiny_model_int8):
+    for layer in (0, 1):
+        weight = tiny_model.model.layers[layer].mlp.down_proj.weight
+        loaded = tiny_model_int8.model.layers[layer].mlp.down_proj.weight
+        codes, absmax = quantization.quantize_absmax(weight)
+        assert torch.equal(codes, loaded.data)
+        assert torch.equal(absmax, loaded.SCB)
+
+
+def test_rounding_is_at_most_half_a_step():
+    torch.manual_seed(1)
+    weight = torch.randn(64, 256).half()
+    codes, absmax = quantization.quantize_absmax(weight)
+    step = absmax.double()[:, None] / 127
+    assert ((codes.double() * step - weight.double()).abs() / step).max() <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.ones(3), torch.ones(2, 2, dtype=torch.int8), torch.empty(0, 4), torch.ones(2, 3, 4)],
+    ids=["vector", "codes", "empty", "3-D"],
+)
+def test_what_is_no_weight_matrix_is_refused(weight):
+    with pytest.raises(ValueError, match=r"got a tensor of shape .* it takes a floating-point matrix"):
+        quantization.quantize_absmax(weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_values_beyond_float16_are_refused(value):
+    weight = torch.ones(2, 2)
+    weight[0, 1] = value
+    with pytest.raises(ValueError, match="65504"):
+        quantization.quantize_absmax(weight)
+
+
+# --- summarize_layers ---
+
+
+def test_layers_of_the_int8_model(tiny_model_int8):
+    table = quantization.summarize_layers(tiny_model_int8).set_index(["class", "dtype"])
+    int8 = table.loc[("Linear8bitLt", "int8")]
+    attention = 64 * 64 + 32 * 64 + 32 * 64 + 64 * 64
+    weights = 2 * (attention + 3 * 64 * 128)
+    rows = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
+    assert (int8["modules"], int8["parameters"], int8["bytes"]) == (14, weights, weights + 4 * rows)
+    assert table.loc[("Embedding", "float32"), "bytes"] == 4 * 1024 * 64
+    assert table.loc[("Linear", "float32"), "example"] == "lm_head"
+    assert "logits" in table.loc[("Linear", "float32"), "why"]
+    assert table.loc[("LlamaRMSNorm", "float32"), "modules"] == 5
+    assert table["gib"].sum() == pytest.approx(table["bytes"].sum() / 2**30)
+
+
+def test_layers_of_an_unquantized_model_count_every_parameter_once(tiny_model):
+    table = quantization.summarize_layers(tiny_model)
+    assert table["parameters"].sum() == sum(p.numel() for p in tiny_model.parameters())
+    assert set(table["why"]) == {"no quantization_config was given"}
+
+
+def test_a_tied_output_layer_is_counted_once():
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    table = quantization.summarize_layers(model)
+    assert table["parameters"].sum() == sum(p.numel() for p in model.parameters())
+    assert quantization.summarize_memory(config).loc["fp32", "total_bytes"] == table["bytes"].sum()
+
+
+def test_nf4_counts_weights_not_bytes(tiny_model, tiny_model_nf4):
+    table = quantization.summarize_layers(tiny_model_nf4)
+    assert table["parameters"].sum() == sum(p.numel() for p in tiny_model.parameters())
+    assert "nf4" in set(table["dtype"])
+
+
+def test_scales_are_still_counted_after_a_forward_pass(tiny_model_int8, batch):
+    before = quantization.summarize_layers(tiny_model_int8)
+    quantization.summarize_predictions(tiny_model_int8, batch)
+    pd.testing.assert_frame_equal(quantization.summarize_layers(tiny_model_int8), before)
+
+
+def test_lora_factors_are_named(tiny_model_int8):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model_int8, LoraConfig(r=4, target_modules=["q_proj"]))
+    table = quantization.summarize_layers(model)
+    lora = table[table["example"].str.contains("lora_")].iloc[0]
+    assert lora["parameters"] == 2 * 4 * (64 + 64)
+    assert "LoRA" in lora["why"]
+
+
+def test_a_module_without_parameters_is_refused():
+    with pytest.raises(ValueError, match="holds no parameters"):
+        quantization.summarize_layers(torch.nn.ReLU())
+
+
+# --- summarize_memory ---
+
+
+def test_llama3_8b_in_int8_is_8_46_gib():
+    table = quantization.summarize_memory(llama3_config())
+    assert table.loc["int8", "total_gib"] == pytest.approx(8.46, rel=0.01)
+    assert table.loc["int8", "projections_gib"] * 2**30 == 6_979_321_856
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        llama3_config(),
+        LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+                    num_key_value_heads=2, vocab_size=512, tie_word_embeddings=True),
+        LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=4, vocab_size=512, head_dim=32, attention_bias=True, mlp_bias=True),
+    ],
+    ids=["llama3-8b", "tied", "biases-and-head-dim"],
+)  # fmt: skip
+def test_parameters_equal_those_of_a_meta_model(config):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    table = quantization.summarize_memory(config)
+    assert table.loc["fp32", "total_bytes"] == 4 * parameters
+    assert table.loc["bf16", "total_bytes"] == 2 * parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("row", "quantization_config"),
+    [
+        ("int8", BitsAndBytesConfig(load_in_8bit=True)),
+        ("nf4", nf4_config()),
+        ("nf4 single", nf4_config(double=False)),
+    ],
+)
+def test_bytes_equal_those_that_bitsandbytes_holds(tiny_model_dir, row, quantization_config, dtype):
+    model = load(tiny_model_dir, quantization_config, dtype)
+    expected = quantization.summarize_memory(model.config, dtype=dtype).loc[row, "total_bytes"]
+    tensors = {id(t): t for t in [*model.parameters(), *stored_beside(model)]}
+    assert sum(t.nbytes for t in tensors.values()) == expected
+    assert quantization.summarize_layers(model)["bytes"].sum() == expected
+
+
+def stored_beside(model):
+    """The scales as bitsandbytes itself saves them, in its state dict, less the weights."""
+    for name, tensor in model.state_dict().items():
+        if name.endswith((".SCB", ".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map")):
+            yield tensor
+        elif "bitsandbytes__" in name and any(".nested_absmax" in key for key in model.state_dict()):
+            yield torch.zeros(1)  # the offset, which the state dict keeps inside its packed metadata
+
+
+def test_double_quantization_takes_less_than_single():
+    table = quantization.summarize_memory(llama3_config())
+    assert table.loc["nf4", "bits_per_weight"] == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-2)
+    assert table.loc["nf4 single", "bits_per_weight"] == pytest.approx(4 + 32 / 64, abs=1e-3)
+
+
+@pytest.mark.parametrize("config", [GPT2Config(), None, {"hidden_size": 64}])
+def test_memory_of_no_llama_config_is_refused(config):
+    with pytest.raises(ValueError, match="expected a LlamaConfig"):
+        quantization.summarize_memory(config)
+
+
+# --- summarize_quantization_error ---
+
+
+def test_error_equals_a_float64_calculation(tiny_model, tiny_model_int8):
+    table = quantization.summarize_quantization_error(tiny_model, tiny_model_int8)
+    assert len(table) == 14
+    row = table[(table["layer"] == 1) & (table["module"] == "down_proj")].iloc[0]
+    weight = tiny_model.model.layers[1].mlp.down_proj.weight.detach().double()
+    linear = tiny_model_int8.model.layers[1].mlp.down_proj
+    difference = weight - linear.weight.data.double() * linear.weight.SCB.double()[:, None] / 127
+    by_row = difference.norm(dim=1) / weight.norm(dim=1)
+    assert row["format"] == "int8"
+    assert row["relative_error"] == pytest.approx((difference.norm() / weight.norm()).item(), rel=1e-4)
+    assert row["worst_row"] == int(by_row.argmax())
+    assert row["worst_row_error"] == pytest.approx(by_row.max().item(), rel=1e-4)
+
+
+def test_nf4_error_equals_that_of_its_16_levels(tiny_model, tiny_model_dir):
+    model = load(tiny_model_dir, nf4_config(double=False))
+    table = quantization.summarize_quantization_error(tiny_model, model)
+    weight = tiny_model.model.layers[0].self_attn.q_proj.weight.detach()
+    blocks = weight.double().reshape(-1, 64)
+    absmax = blocks.abs().amax(1, keepdim=True)
+    levels = bnb.functional.get_4bit_type("nf4", device="cpu").double()
+    nearest = levels[(blocks / absmax)[..., None].sub(levels).abs().argmin(-1)] * absmax
+    expected = (nearest - blocks).norm() / blocks.norm()
+    assert table.iloc[0]["relative_error"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_nf4_loses_more_than_int8(tiny_model_dir, tiny_model_int8, tiny_model_nf4):
+    int8 = quantization.summarize_quantization_error(tiny_model_dir, tiny_model_int8)
+    nf4 = quantization.summarize_quantization_error(tiny_model_dir, tiny_model_nf4)
+    assert (nf4["relative_error"] > 5 * int8["relative_error"]).all()
+    assert set(nf4["format"]) == {"nf4"}
+
+
+def test_checkpoint_and_model_give_the_same_errors(tiny_model_dir, tiny_model, tiny_model_int8):
+    from_folder = quantization.summarize_quantization_error(str(tiny_model_dir), tiny_model_int8)
+    from_model = quantization.summarize_quantization_error(tiny_model, tiny_model_int8)
+    pd.testing.assert_frame_equal(from_folder, from_model)
+
+
+def test_a_sharded_checkpoint_is_read(tiny_model, tiny_model_int8, tmp_path):
+    tiny_model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    table = quantization.summarize_quantization_error(tmp_path, tiny_model_int8)
+    assert len(table) == 14
+
+
+def test_errors_are_the_same_through_a_peft_wrapper(tiny_model_dir, tiny_model_int8):
+    from peft import LoraConfig, get_peft_model
+
+    before = quantization.summarize_quantization_error(tiny_model_dir, tiny_model_int8)
+    model = get_peft_model(tiny_model_int8, LoraConfig(r=4, target_modules=["q_proj"]))
+    after = quantization.summarize_quantization_error(tiny_model_dir, model)
+    pd.testing.assert_frame_equal(before.drop(columns="name"), after.drop(columns="name"))
+
+
+def test_error_of_an_unquantized_model_is_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"no bitsandbytes layer\. Pass a model loaded with .*load_in_8bit"):
+        quantization.summarize_quantization_error(tiny_model, tiny_model)
+
+
+def test_a_quantized_reference_is_refused(tiny_model_int8):
+    with pytest.raises(ValueError, match="reference_model is quantized itself"):
+        quantization.summarize_quantization_error(tiny_model_int8, tiny_model_int8)
+
+
+def test_a_folder_without_weights_is_refused(tiny_model_int8, tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ValueError, match=r"not a folder with \.safetensors files"):
+            quantization.summarize_quantization_error(folder, tiny_model_int8)
+
+
+def test_a_reference_of_another_model_is_refused(tiny_model_int8):
+    def other(**changes):
+        values = tiny_model_int8.config.to_dict() | changes
+        values.pop("quantization_config", None)
+        return AutoModelForCausalLM.from_config(LlamaConfig(**values))
+
+    with pytest.raises(ValueError, match="the reference has shape"):
+        quantization.summarize_quantization_error(other(intermediate_size=64), tiny_model_int8)
+    with pytest.raises(ValueError, match=r"holds no model\.layers\.1"):
+        quantization.summarize_quantization_error(other(num_hidden_layers=1), tiny_model_int8)
+
+
+def test_repacked_4_bit_codes_are_refused(tiny_model_nf4):
+    linear = tiny_model_nf4.model.layers[0].self_attn.q_proj
+    linear.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match="before the first forward pass"):
+        dequantize("q_proj", linear)
+
+
+# --- summarize_outliers ---
+
+
+@pytest.mark.parametrize("threshold", [1.5, 2.5])
+def test_outlier_channels_equal_those_of_bitsandbytes(tiny_model_int8, batch, threshold):
+    for module in tiny_model_int8.modules():
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            module.state.threshold = threshold
+    table = quantization.summarize_outliers(tiny_model_int8, batch, threshold=threshold)
+    assert table["outlier_channels"].sum() > 0
+    for row in table.itertuples():
+        block = tiny_model_int8.model.layers[row.layer]
+        part = block.self_attn if row.module in ("q_proj", "k_proj", "v_proj", "o_proj") else block.mlp
+        linear = getattr(part, row.module)
+        assert row.channels == tuple(linear.state.idx.tolist())
+        assert row.channels_share == pytest.approx(row.outlier_channels / linear.in_features)
+
+
+def test_outlier_values_are_counted(tiny_model_int8, batch):
+    seen = {}
+    linear = tiny_model_int8.model.layers[0].mlp.down_proj
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].detach().numpy()))
+    table = quantization.summarize_outliers(tiny_model_int8, batch, threshold=0.5)
+    handle.remove()
+    row = table[(table["layer"] == 0) & (table["module"] == "down_proj")].iloc[0]
+    beyond = np.abs(seen["x"].astype(np.float16)) >= 0.5
+    assert row["outlier_values"] == beyond.sum() > 0
+    assert row["values_share"] == pytest.approx(beyond.mean())
+    assert row["largest_activation"] == pytest.approx(np.abs(seen["x"]).max(), rel=1e-3)
+
+
+def test_q_k_and_v_read_the_same_input(tiny_model_int8, batch):
+    table = quantization.summarize_outliers(tiny_model_int8, batch, threshold=1.5)
+    sets = table.pivot_table(index="layer", columns="module", values="channels", aggfunc="first")
+    assert (sets["q_proj"] == sets["k_proj"]).all()
+    assert (sets["gate_proj"] == sets["up_proj"]).all()
+
+
+def test_outliers_leave_hooks_and_mode_as_they_were(tiny_model_int8, batch):
+    tiny_model_int8.train()
+    tiny_model_int8.lm_head.eval()
+    quantization.summarize_outliers(tiny_model_int8, batch)
+    assert tiny_model_int8.model.training
+    assert not tiny_model_int8.lm_head.training
+    assert not any(module._forward_pre_hooks for module in tiny_model_int8.modules())
+
+
+def test_hooks_are_removed_when_the_forward_pass_fails(tiny_model_int8, batch, monkeypatch):
+    def fail(*_, **__):
+        raise IndexError("a layer fails")
+
+    monkeypatch.setattr(tiny_model_int8.model.layers[1], "forward", fail)
+    with pytest.raises(IndexError, match="a layer fails"):
+        quantization.summarize_outliers(tiny_model_int8, batch)
+    assert not any(module._forward_pre_hooks for module in tiny_model_int8.modules())
+
+
+def test_outliers_of_an_unquantized_model_are_refused(tiny_model, batch):
+    with pytest.raises(ValueError, match=r"no Linear8bitLt layer.*load_in_8bit"):
+        quantization.summarize_outliers(tiny_model, batch)
+
+
+@pytest.mark.parametrize("threshold", [0, -1.0])
+def test_a_threshold_that_is_not_positive_is_refused(tiny_model_int8, batch, threshold):
+    with pytest.raises(ValueError, match="must be positive"):
+        quantization.summarize_outliers(tiny_model_int8, batch, threshold)
+
+
+FORWARD_FUNCTIONS = ["summarize_outliers", "summarize_predictions", "summarize_forward_memory"]
+BAD_BATCHES = {
+    "nothing": ({}, r"is dict; expected a mapping"),
+    "no rows": ({"input_ids": torch.empty(0, 4, dtype=torch.long)}, r"is empty: input_ids of shape \(0, 4\)"),
+    "no tokens": (
+        {"input_ids": torch.empty(2, 0, dtype=torch.long)},
+        r"is empty: input_ids of shape \(2, 0\)",
+    ),
+    "one token": (
+        {"input_ids": torch.ones(1, 1, dtype=torch.long)},
+        r"is empty: input_ids of shape \(1, 1\)",
+    ),
+    "a vector": ({"input_ids": torch.ones(4, dtype=torch.long)}, r"is input_ids of shape \(4,\)"),
+    "lists": ({"input_ids": [[1, 2, 3]]}, "is input_ids of type list"),
+    "padding": (
+        {
+            "input_ids": torch.ones(1, 3, dtype=torch.long),
+            "attention_mask": torch.zeros(1, 3, dtype=torch.long),
+        },
+        "holds only padding",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_BATCHES.values(), ids=BAD_BATCHES)
+@pytest.mark.parametrize("function", FORWARD_FUNCTIONS)
+def test_an_empty_batch_is_refused(tiny_model_int8, function, bad):
+    batch, told = bad
+    with pytest.raises(ValueError, match=rf"The batch {told}.*Pass "):
+        getattr(quantization, function)(tiny_model_int8, batch)
+
+
+@pytest.mark.parametrize("function", FORWARD_FUNCTIONS)
+def test_a_batch_on_another_device_is_refused(tiny_model_int8, batch, function):
+    with pytest.raises(ValueError, match=r"is on meta, the model on cpu\. Pass batch\.to\(model\.device\)"):
+        getattr(quantization, function)(tiny_model_int8, {"input_ids": batch["input_ids"].to("meta")})
+    mixed = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"].to("meta")}
+    with pytest.raises(ValueError, match="attention_mask is on meta"):
+        quantization.summarize_predictions(tiny_model_int8, mixed)
+
+
+# --- summarize_predictions and summarize_forward_memory ---
+
+
+def test_mean_nll_equals_the_loss_of_the_model(tiny_model, batch):
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        output = tiny_model(**batch, labels=labels)
+    table = quantization.summarize_predictions(tiny_model, batch)
+    assert len(table) == int(batch["attention_mask"][:, 1:].sum())
+    assert table["nll"].mean() == pytest.approx(output.loss.item(), rel=1e-5)
+    first = table.iloc[0]
+    assert first["label"] == batch["input_ids"][0, 1]
+    assert first["top1"] == output.logits[0, 0].argmax()
+
+
+def test_predictions_do_not_depend_on_the_mode(tiny_model_int8, batch):
+    tiny_model_int8.train()
+    in_training = quantization.summarize_predictions(tiny_model_int8, batch)
+    assert tiny_model_int8.training
+    tiny_model_int8.eval()
+    pd.testing.assert_frame_equal(quantization.summarize_predictions(tiny_model_int8, batch), in_training)
+
+
+def test_forward_memory_holds_weights_and_logits(tiny_model, batch):
+    row = quantization.summarize_forward_memory(tiny_model, batch).iloc[0]
+    logits = batch["input_ids"].numel() * 1024 * 4
+    assert row["weights_gib"] * 2**30 == sum(p.nbytes for p in tiny_model.parameters())
+    assert logits <= row["working_gib"] * 2**30 < 3 * logits
+    assert 0 < row["layers_gib"] <= row["working_gib"]
+    assert row["total_gib"] == pytest.approx(row["weights_gib"] + row["working_gib"])
+
+
+def test_int8_takes_more_working_memory_in_the_layers(tiny_model, tiny_model_int8, batch):
+    plain = quantization.summarize_forward_memory(tiny_model, batch).iloc[0]
+    int8 = quantization.summarize_forward_memory(tiny_model_int8, batch).iloc[0]
+    assert int8["weights_gib"] < plain["weights_gib"]
+    assert int8["layers_gib"] > plain["layers_gib"]
+
+
+def test_forward_memory_prints_nothing(tiny_model_int8, batch, capfd):
+    quantization.summarize_outliers(tiny_model_int8, batch, threshold=1.0)
+    capfd.readouterr()
+    quantization.summarize_forward_memory(tiny_model_int8, batch)
+    assert capfd.readouterr().err == ""
+
+
+# --- figures and pages ---
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    import matplotlib.pyplot as plt
+
+    yield
+    plt.close("all")
+
+
+def test_weight_grid_draws_each_level():
+    torch.manual_seed(0)
+    weight = torch.randn(4, 300)
+    ax = quantization.plot_weight_grid(weight, row=2)
+    codes, absmax = quantization.quantize_absmax(weight)
+    heights = [bar.get_height() for bar in ax.patches]
+    assert len(heights) == 255
+    assert sum(heights) == 300
+    assert heights[127] == int((codes[2] == 0).sum())
+    assert f"{absmax[2].item() / 127:.3g}" in ax.get_title()
+    assert ax.get_xlabel()
+    assert ax.get_ylabel()
+
+
+@pytest.mark.parametrize("row", [-1, 4])
+def test_a_row_that_is_not_there_is_refused(row):
+    with pytest.raises(ValueError, match="rows 0 to 3"):
+        quantization.plot_weight_grid(torch.ones(4, 8), row=row)
+
+
+def test_a_row_of_zeros_is_refused():
+    with pytest.raises(ValueError, match="only zeros"):
+        quantization.plot_weight_grid(torch.zeros(4, 8))
+
+
+def test_error_figure_has_a_line_per_module_and_format(tiny_model_dir, tiny_model_int8, tiny_model_nf4):
+    int8 = quantization.summarize_quantization_error(tiny_model_dir, tiny_model_int8)
+    nf4 = quantization.summarize_quantization_error(tiny_model_dir, tiny_model_nf4)
+    ax = quantization.plot_quantization_error(pd.concat([int8, nf4]))
+    assert len(ax.get_lines()) == 14
+    expected = 100 * int8.loc[int8["module"] == "q_proj", "relative_error"]
+    assert ax.get_lines()[0].get_ydata().tolist() == pytest.approx(expected.tolist())
+    assert "%" in ax.get_ylabel()
+    assert [text.get_text() for text in ax.get_legend().get_texts()][-2:] == ["int8", "nf4"]
+
+
+def test_outlier_figure_shows_every_count(tiny_model_int8, batch):
+    table = quantization.summarize_outliers(tiny_model_int8, batch, threshold=1.5)
+    ax = quantization.plot_outliers(table)
+    numbers = [int(text.get_text()) for text in ax.texts]
+    assert sum(numbers) == table["outlier_channels"].sum()
+    assert [label.get_text() for label in ax.get_xticklabels()][:2] == ["q_proj", "k_proj"]
+    assert ax.get_title()
+
+
+def test_outlier_figure_of_a_model_without_outliers(tiny_model_int8, batch):
+    ax = quantization.plot_outliers(quantization.summarize_outliers(tiny_model_int8, batch, threshold=1e4))
+    assert {text.get_text() for text in ax.texts} == {"0"}
+    ax.figure.canvas.draw()
+
+
+def test_side_by_side_escapes_what_modules_print(tiny_model, tiny_model_int8):
+    class Odd(torch.nn.Module):
+        def extra_repr(self):
+            return "<script>"
+
+    page = quantization.render_side_by_side(
+        Odd(), tiny_model_int8.model.layers[0], ("<a>", "int8")
+    )._repr_html_()
+    assert "<script>" not in page
+    assert "&lt;a&gt;" in page
+    assert page.count("Linear8bitLt") == 7
+
+
+# --- the shipped config and the GPU ---
+
+
+def test_the_shipped_config_names_its_source():
+    path = Path(str(resources.files("llama_sft_helpers") / "configs" / "llama3_8b.json"))
+    assert "meta-llama/Meta-Llama-3-8B" in json.loads(path.read_text(encoding="utf-8"))["_source"]
+    config = llama3_config()
+    assert config.rope_parameters["rope_theta"] == 500_000
+    assert (config.bos_token_id, config.eos_token_id) == (128_000, 128_001)
+
+
+@pytest.mark.gpu
+def test_cuda_scales_are_equal_and_codes_differ_by_a_level_at_most():
+    torch.manual_seed(0)
+    weight = (torch.randn(512, 4096) * 0.02).to(torch.bfloat16)
+    codes, absmax = quantization.quantize_absmax(weight)
+    cuda_codes, cuda_absmax, _ = bnb.functional.int8_vectorwise_quant(weight.cuda().half())
+    assert torch.equal(cuda_absmax.cpu(), absmax)
+    off = (cuda_codes.cpu().int() - codes.int()).abs()
+    assert off.max() <= 1
+    assert off.float().mean() < 0.01
+
+
+@pytest.mark.gpu
+def test_forward_memory_on_a_gpu_holds_the_logits(tiny_model, batch):
+    model = tiny_model.cuda()
+    on_gpu = batch.to("cuda")
+    row = quantization.summarize_forward_memory(model, on_gpu).iloc[0]
+    assert row["working_gib"] * 2**30 >= on_gpu["input_ids"].numel() * 1024 * 4
+
+
+@pytest.mark.gpu
+def test_outlier_channels_on_a_gpu_equal_those_of_bitsandbytes(tiny_model_dir, batch):
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model_dir, quantization_config=BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=1.5),
+        dtype=torch.float16, device_map={"": 0},
+    )  # fmt: skip
+    table = quantization.summarize_outliers(model, batch.to("cuda"), threshold=1.5)
+    linear = model.model.layers[0].self_attn.q_proj
+    assert table.iloc[0]["channels"] == tuple(linear.state.idx.tolist())
+
+
+def test_left_padding_scores_the_same_tokens_as_none(tiny_model):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    alone = quantization.summarize_predictions(
+        tiny_model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    )
+    padded = {
+        "input_ids": torch.cat([torch.full((1, 3), 4), ids], dim=1),
+        "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1]]),
+    }
+    assert (
+        quantization.summarize_predictions(tiny_model, padded)["label"].tolist()
+        == alone["label"].tolist()
+        == [6, 7, 8]
+    )

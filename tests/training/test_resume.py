@@ -1,0 +1,28 @@
+"""The kill drill: a run that dies three times, once while saving, ends bit for bit as one that never did."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[1] / "support" / "tiny_training.py"
+
+
+def test_a_run_killed_three_times_equals_the_uninterrupted_one(tmp_path, tiny_model_dir):
+    seed = int(os.environ.get("KILL_DRILL_SEED", random.randrange(10**6)))
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path, str(seed)], capture_output=True, text=True)
+    where = f"KILL_DRILL_SEED={seed}: {done.stderr[-2000:]}"
+    assert done.returncode == 0, where
+    drill = json.loads(done.stdout.splitlines()[-1])
+    where = f"KILL_DRILL_SEED={seed}, kills (step, while saving) {drill['kills']}"
+
+    assert drill["ends"] == [0, -signal.SIGKILL, -signal.SIGKILL, -signal.SIGKILL, 0], where
+    assert sum(saving for _, saving in drill["kills"]) == 1, where
+    losses = [row for row in drill["whole"]["history"] if "loss" in row]
+    assert [row["step"] for row in losses] == list(range(1, 13)), where
+    assert len({row["loss"] for row in losses}) == 12, where
+    assert drill["killed"]["history"] == drill["whole"]["history"], where
+    assert drill["killed"]["adapter"] == drill["whole"]["adapter"], where
