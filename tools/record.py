@@ -54,11 +54,12 @@ def code_sha256(notebook: Any) -> str:
 
     It is the same whatever repository the install line names.
     """
-    cells = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    files = [*helper_files(cells), PACKAGE / "profiles" / f"{PROFILE}.toml"]
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    cells = "\0".join(sources)
+    files = [*helper_files("\n".join(sources)), PACKAGE / "profiles" / f"{PROFILE}.toml"]
     helpers = "\0".join(f"{file.relative_to(PACKAGE)}\0{file.read_text(encoding='utf-8')}" for file in files)
-    sources = re.sub(r"github\.com/[\w.-]+/[\w.-]+", "REPOSITORY", cells) + "\0" + helpers
-    return hashlib.sha256(sources.encode()).hexdigest()
+    text = re.sub(r"github\.com/[\w.-]+/[\w.-]+", "REPOSITORY", cells) + "\0" + helpers
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def helper_files(code: str) -> list[Path]:
@@ -66,8 +67,8 @@ def helper_files(code: str) -> list[Path]:
 
     Imports inside functions count, those for type checkers alone do not. Of a package inside this one all
     modules count, as its table of contents loads them by name, and so do the modules of ``core`` that it
-    names. The doctor, which ``%load_ext`` attaches,
-    does not count: it speaks under errors, and recorded cells have none.
+    names. The doctor, which ``%load_ext`` attaches, does not count: it speaks under errors, and recorded
+    cells have none.
     """
     python = re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.MULTILINE)
     found: set[Path] = set()
