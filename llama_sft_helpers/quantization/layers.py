@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from llama_sft_helpers.core.bnb import is_quantized
+from llama_sft_helpers.core.llama import Shape
 
 _GIB = 2**30
 _NF4_BLOCK = 64  # weights that share one scale
@@ -188,12 +189,8 @@ def _found(name: str, weight: torch.Tensor | None) -> torch.Tensor:
 def _linear_shapes(config: Any) -> list[tuple[int, int]]:
     """(d_out, d_in) of every projection that bitsandbytes quantizes."""
     _require_llama(config)
-    hidden, inner = config.hidden_size, config.intermediate_size
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    attention = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
-    mlp = [(inner, hidden), (inner, hidden), (hidden, inner)]
-    return (attention + mlp) * config.num_hidden_layers
+    shape = Shape.of(config)
+    return [(d_out, d_in) for d_in, d_out in shape.linears.values()] * shape.layers
 
 
 def _rest_parameters(config: Any) -> int:
