@@ -22,7 +22,7 @@ demo: $(VENV)/.installed  ## the whole series in 8-bit on SmolLM2-135M-Instruct,
 
 test: $(VENV)/.installed  ## lint, types, unit tests and every notebook on the tiny model
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The tests on other CPUs than this one: sums are taken in another order there, so last digits differ. Each run
 # begins with an empty folder of models, so that nothing built under other limits is used.
