@@ -455,7 +455,7 @@ def _no_gpu(machine: Machine, wanted: str, *, needed: bool) -> _Row:
         elif machine.visible_devices is not None:
             if not needed:  # hidden on purpose
                 return _row("GPU", "hidden by CUDA_VISIBLE_DEVICES", wanted, False)
-            fix = f"CUDA_VISIBLE_DEVICES={machine.visible_devices!r} hides it: unset that and restart the session"
+            fix = f"CUDA_VISIBLE_DEVICES={machine.visible_devices!r} hides it: unset that and start anew"
         return _row("GPU", f"torch {build} does not see it", wanted, False, ("GPU hidden", fix))
     other = f"use a machine with a GPU, or: {_use_profile('cpu-demo')}"
     fix = _CHANGE_RUNTIME if machine.colab else other

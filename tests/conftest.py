@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 # Set at import, so that notebook kernels and subprocesses inherit it too. Models are kept between runs.
 os.environ["SFT_PROFILE"] = "ci-tiny"
 os.environ.setdefault("SFT_MODELS_DIR", str(ROOT / ".cache" / "models"))
-# huggingface_hub reads its variables once, when it is imported: what the developer's shell says of offline mode,
-# token, endpoint or caches must not reach the tests.
+# huggingface_hub reads its variables once, when it is imported: what the developer's shell says of offline
+# mode, token, endpoint or caches must not reach the tests.
 for _name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
     del os.environ[_name]
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
