@@ -87,6 +87,7 @@ class Machine:
     ram_gib: float
     colab: bool
     torch_error: str = ""  # why torch, though installed, cannot be imported
+    visible_devices: str | None = None  # $CUDA_VISIBLE_DEVICES; None where it is not set
     demo_model_fix: str = ""  # why the demo model cannot be built, with the command that fixes it
 
 
@@ -189,6 +190,7 @@ def _measure() -> Machine:
         ram_gib=_ram_gib(),
         colab=_on_colab(),
         torch_error=_torch_error() if "torch" in on_disk else "",
+        visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
         demo_model_fix=demo_model_fix(),
     )
 
@@ -450,6 +452,10 @@ def _no_gpu(machine: Machine, wanted: str, *, needed: bool) -> _Row:
         fix = f"update the NVIDIA driver: it runs CUDA up to {machine.driver_cuda}"
         if build.endswith("+cpu"):
             fix = f'{_pip()} install --force-reinstall "torch=={build.removesuffix("+cpu")}"'
+        elif machine.visible_devices is not None:
+            if not needed:  # hidden on purpose
+                return _row("GPU", "hidden by CUDA_VISIBLE_DEVICES", wanted, False)
+            fix = f"CUDA_VISIBLE_DEVICES={machine.visible_devices!r} hides it: unset that and start anew"
         return _row("GPU", f"torch {build} does not see it", wanted, False, ("GPU hidden", fix))
     other = f"use a machine with a GPU, or: {_use_profile('cpu-demo')}"
     fix = _CHANGE_RUNTIME if machine.colab else other

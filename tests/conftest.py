@@ -9,9 +9,12 @@ ROOT = Path(__file__).parent.parent
 # Set at import, so that notebook kernels and subprocesses inherit it too. Models are kept between runs.
 os.environ["SFT_PROFILE"] = "ci-tiny"
 os.environ.setdefault("SFT_MODELS_DIR", str(ROOT / ".cache" / "models"))
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# huggingface_hub reads its variables once, when it is imported: what the developer's shell says of offline
+# mode, token, endpoint or caches must not reach the tests.
+for _name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+    del os.environ[_name]
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.pop("HF_TOKEN", None)
 # torch.compile's cache of C++ code does not ask which instruction set it was made for, and code for AVX2 does
 # not compile where ATEN_CPU_CAPABILITY says `default`: each limit gets a cache of its own.
 if _limit := os.environ.get("ATEN_CPU_CAPABILITY"):

@@ -16,6 +16,11 @@ CONTENTS = {
     "summarize_gain": "findings",  # whether the tuned model's loss is lower, by more than luck
     "summarize_stopping": "findings",  # whether it learned to stop
     "summarize_rounding": "findings",  # whether a merge into int8 would lose the update
+    "summarize_verdict": "findings",  # what was measured, in words, with its uncertainty
+    "read_tasks": "tasks",  # small tasks whose answers a program can check
+    "score_tasks": "tasks",  # a model's answers to them, checked
+    "summarize_tasks": "tasks",  # right before and after, with intervals
+    "measure_forgetting": "forgetting",  # loss on plain text and KL to the base model
     "find_base_model": "adapter",  # the base model that an adapter names
     "check_adapter": "adapter",  # an adapter folder belongs to this base model
     "check_adapter_loaded": "adapter",  # the model holds what the file holds

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pandas as pd
 
 from llama_sft_helpers.core.findings import FEW_ROWS, finding
@@ -58,4 +61,57 @@ def summarize_rounding(total: pd.Series[float]) -> pd.DataFrame:
         f"{error:.3f}",
         error > 0.05,
         [advice] * (error <= 0.05),
+    )
+
+
+def summarize_verdict(
+    losses: pd.DataFrame, tasks: pd.DataFrame | None = None, forgetting: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """What the measurements say in plain words, each with how sure they are of it.
+
+    Args:
+        losses: ``summarize_perplexity`` of ``base`` and ``tuned`` on held-out rows.
+        tasks: ``summarize_tasks``, if they were scored.
+        forgetting: ``measure_forgetting``, if it was measured.
+
+    Returns:
+        Index ``question``; ``verdict``, a sentence or two.
+    """
+    verdicts = {"Did it learn what the data teach?": _verdict_of_losses(losses)}
+    if tasks is not None:
+        verdicts["Is it better at small tasks?"] = _verdict_of_tasks(tasks.loc["all"])
+    if forgetting is not None:
+        verdicts["Did it forget?"] = _verdict_of_forgetting(forgetting.loc["tuned - base"])
+    return pd.Series(verdicts, name="verdict", dtype=object).rename_axis("question").to_frame()
+
+
+def _interval(line: Any) -> str:
+    return f"{line['loss_nats']:+.3f} nats a token (95 %: {line['low']:+.3f} to {line['high']:+.3f})"
+
+
+def _verdict_of_losses(losses: pd.DataFrame) -> str:
+    line = losses.loc["tuned - base"]
+    answer = "Yes" if line["high"] < 0 else "No" if line["low"] > 0 else "It cannot be told"
+    few = " So few rows make the interval itself uncertain." if line["rows"] < FEW_ROWS else ""
+    return f"{answer}: the loss on {line['rows']:.0f} held-out rows changed by {_interval(line)}.{few}"
+
+
+def _verdict_of_tasks(line: Any) -> str:
+    """By the sign test: without a difference each changed task is gained or lost with equal chance."""
+    gained, lost = int(line["gained"]), int(line["lost"])
+    changed, fewer = gained + lost, min(gained, lost)
+    luck = min(1.0, 2 * sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed)
+    answer = "It cannot be told" if luck > 0.05 else "Yes" if gained > lost else "No, it is worse"
+    return (
+        f"{answer}: {line['before']:.0f} of {line['tasks']:.0f} were right before, {line['after']:.0f} after "
+        f"(95 %: {line['low']:.0%} to {line['high']:.0%}); {gained} gained, {lost} lost, which luck alone "
+        f"does in {luck:.0%} of cases."
+    )
+
+
+def _verdict_of_forgetting(line: Any) -> str:
+    answer = "Yes" if line["low"] > 0 else "No" if line["high"] <= 0 else "It cannot be told"
+    return (
+        f"{answer}: the loss on plain text changed by {_interval(line)}, and its predictions moved by "
+        f"{line['kl_nats']:.3f} nats a token (KL)."
     )

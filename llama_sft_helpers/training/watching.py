@@ -6,6 +6,7 @@ Nothing here trains. The callbacks plug into ``SFTTrainer``
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -167,5 +168,41 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], label: str = "", ax: Axe
     ax.set(title="Loss during training", xlabel="optimizer step", ylabel="cross-entropy (nats per token)")
     if train or held_out:
         ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def plot_overfitting(log_history: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Axes:
+    """Draw training and held-out loss by epoch, and mark the step where the held-out loss was lowest.
+
+    The training loss is averaged over the steps since the held-out loss before, so that noise of single
+    batches does not hide its course.
+
+    Args:
+        log_history: ``trainer.state.log_history`` with at least one ``eval_loss``.
+        ax: Axes to draw on; None makes a figure.
+
+    Raises:
+        ValueError: No held-out loss was logged.
+    """
+    import matplotlib.pyplot as plt
+
+    held_out = {row["step"]: (row["epoch"], row["eval_loss"]) for row in log_history if "eval_loss" in row}
+    if not held_out:
+        raise ValueError("The history has no eval_loss; train with eval_strategy='steps'.")
+    ax = ax or plt.subplots(figsize=(7, 3.4), layout="constrained")[1]
+    train = []
+    for since, until in itertools.pairwise([0, *held_out]):
+        losses = [row["loss"] for row in log_history if "loss" in row and since < row["step"] <= until]
+        train += [(held_out[until][0], sum(losses) / len(losses))] if losses else []
+    if train:
+        ax.plot(*zip(*train, strict=True), "s-", color=_BLUE, label="training, mean since the last point")
+    ax.plot(*zip(*held_out.values(), strict=True), "o--", color=_ORANGE, label="held out")
+    step = min(held_out, key=lambda step: held_out[step][1])
+    ax.axvline(held_out[step][0], color="black", linewidth=1, label=f"lowest: step {step}")
+    ending = "then rose: overfitting" if step < max(held_out) else "the last: no overfitting"
+    ax.set(title=f"Held-out loss was lowest at step {step}, {ending}")
+    ax.set(xlabel="epoch", ylabel="cross-entropy (nats per token)")
+    ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -353,6 +353,24 @@ class TestGpu:
         assert "driver" in row["fix"]
         assert "11.4" in row["fix"]
 
+    @pytest.mark.parametrize("devices", ["", "-1", "7"])
+    def test_a_variable_hides_the_gpu(self, monkeypatch, devices):
+        changes = {**NO_GPU, "driver_cuda": "13.0", "on_disk": with_package(torch="2.13.0+cu130")}
+        row = problem(table(monkeypatch, visible_devices=devices, **changes))
+        assert row["status"] == "GPU hidden"
+        assert f"CUDA_VISIBLE_DEVICES='{devices}' hides it: unset" in row["fix"]
+        on_purpose = table(monkeypatch, "ci-tiny", visible_devices=devices, **changes)
+        assert on_purpose.loc["GPU", ["installed", "status"]].tolist() == [
+            "hidden by CUDA_VISIBLE_DEVICES",
+            "not there",
+        ]
+
+    def test_the_variable_is_measured(self, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert environment._measure().visible_devices == ""
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        assert environment._measure().visible_devices is None
+
     def test_too_little_memory_names_a_profile_that_fits(self, monkeypatch):
         row = problem(table(monkeypatch, gpu="Tesla T4", gpu_gib=14.74))
         assert (row.name, row["status"]) == ("GPU memory", "too little")
@@ -598,8 +616,8 @@ class TestCheck:
 
 class TestCommand:
     def test_json_on_a_machine_without_a_gpu(self):
-        """The installed command itself: only JSON on standard output."""
-        command = [str(Path(sys.executable).parent / "llama-sft"), "check", "--json"]
+        """The command in a process of its own: only JSON on standard output."""
+        command = [sys.executable, "-m", "llama_sft_helpers.cli", "check", "--json"]
         environ = {name: value for name, value in os.environ.items() if name != "SFT_PROFILE"}
         answer = subprocess.run(
             command, capture_output=True, text=True, env=environ | {"CUDA_VISIBLE_DEVICES": ""}

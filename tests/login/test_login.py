@@ -578,3 +578,12 @@ def test_import_is_light():
     code = f"import llama_sft_helpers.login, sys; print([m for m in {heavy} if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_the_shell_s_variables_do_not_reach_the_tests():
+    code = "import conftest; from huggingface_hub import constants as c; print(c.HF_HUB_OFFLINE, c.HF_HOME)"
+    shell = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/elsewhere", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", code]
+    answer = subprocess.run(command, env=os.environ | shell, capture_output=True, text=True, check=True)
+    assert answer.stdout.startswith("False ")
+    assert "elsewhere" not in answer.stdout

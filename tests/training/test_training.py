@@ -32,6 +32,7 @@ from llama_sft_helpers.training import (
     describe_run,
     latest_checkpoint,
     plot_loss,
+    plot_overfitting,
     write_training_summary,
 )
 
@@ -414,6 +415,25 @@ def test_other_errors_pass_through():
 
 
 # --- Figures and files ---
+
+
+@pytest.mark.parametrize(
+    ("eval_losses", "step", "ending"), [([2.0, 1.0, 1.5], 4, "overfitting"), ([2.0, 1.0, 0.5], 6, "no overf")]
+)
+def test_the_overfitting_picture_marks_the_best_step(eval_losses, step, ending):
+    history = [{"step": n, "epoch": n / 4, "loss": float(n)} for n in range(1, 7)]
+    history += [
+        {"step": 2 * n, "epoch": n / 2, "eval_loss": loss} for n, loss in enumerate(eval_losses, start=1)
+    ]
+    ax = plot_overfitting(history)
+    train, held_out, best = ax.get_lines()
+    assert list(train.get_xdata()) == list(held_out.get_xdata()) == [0.5, 1.0, 1.5]
+    assert list(train.get_ydata()) == [1.5, 3.5, 5.5]
+    assert list(best.get_xdata()) == [step / 4] * 2
+    assert f"step {step}, " in ax.get_title()
+    assert ending in ax.get_title()
+    with pytest.raises(ValueError, match="no eval_loss"):
+        plot_overfitting(history[:6])
 
 
 def test_plot_loss_draws_both_curves(finished):
