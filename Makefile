@@ -70,6 +70,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/check_repo.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -8,27 +8,16 @@ import sys
 import zipfile
 from pathlib import Path
 
+import badges
 import nbformat
 import pytest
+import record
 import yaml
 
 ROOT = Path(__file__).parent.parent
 
 
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def record():
-    return load_tool("record")
-
-
 def test_badges_restamps_every_place_and_refuses_a_bad_name(tmp_path, monkeypatch):
-    badges = load_tool("badges")
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
@@ -41,7 +30,7 @@ def test_badges_restamps_every_place_and_refuses_a_bad_name(tmp_path, monkeypatc
         badges.restamp("")
 
 
-def test_the_hash_follows_the_code_and_not_the_prose(record):
+def test_the_hash_follows_the_code_and_not_the_prose():
     code, prose = nbformat.v4.new_code_cell("1 + 1"), nbformat.v4.new_markdown_cell("text")
     before = record.code_sha256(nbformat.v4.new_notebook(cells=[code, prose]))
     prose.source = "other text"
@@ -51,7 +40,7 @@ def test_the_hash_follows_the_code_and_not_the_prose(record):
 
 
 @pytest.fixture
-def package(tmp_path, monkeypatch, record):
+def package(tmp_path, monkeypatch):
     """A small package: ``plots`` is reached through ``step``, ``other`` by nobody."""
     files = {
         "__init__.py": "def load():\n    from llama_sft_helpers.doctor import attach\n",
@@ -95,11 +84,11 @@ def package(tmp_path, monkeypatch, record):
         ("from llama_sft_helpers.login import hash_files", {"login/__init__.py", "core/files.py"}),
     ],
 )
-def test_the_helpers_that_a_notebook_reaches(record, package, code, reached):
+def test_the_helpers_that_a_notebook_reaches(package, code, reached):
     assert {file.relative_to(package).as_posix() for file in record.helper_files(code)} == reached
 
 
-def test_the_hash_follows_the_helpers_that_are_reached_and_no_others(record, package):
+def test_the_hash_follows_the_helpers_that_are_reached_and_no_others(package):
     def current():
         return record._is_current(path)
 
@@ -118,7 +107,7 @@ def test_the_hash_follows_the_helpers_that_are_reached_and_no_others(record, pac
         assert current()
 
 
-def test_the_real_notebooks_reach_the_module_of_their_name(record):
+def test_the_real_notebooks_reach_the_module_of_their_name():
     for path in sorted((ROOT / "notebooks").glob("0[1-8]_*.ipynb")):
         cells = nbformat.read(path, as_version=4).cells
         code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
@@ -129,7 +118,7 @@ def test_the_real_notebooks_reach_the_module_of_their_name(record):
         assert "record" not in files
 
 
-def test_cleaning_drops_what_differs_for_no_reason_and_keeps_results(record):
+def test_cleaning_drops_what_differs_for_no_reason_and_keeps_results():
     cell = nbformat.v4.new_code_cell(
         "f()", execution_count=17, metadata={"execution": {"shell.execute_reply": "12:00"}, "alt": "Two bars"}
     )
@@ -153,7 +142,7 @@ def test_cleaning_drops_what_differs_for_no_reason_and_keeps_results(record):
     assert "widgets" not in notebook.metadata
 
 
-def test_a_changed_cell_makes_recorded_outputs_stale(record, tmp_path):
+def test_a_changed_cell_makes_recorded_outputs_stale(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")])
     notebook.metadata[record.KEY] = record.stamp(notebook)
     path = tmp_path / "01_x.ipynb"

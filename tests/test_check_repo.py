@@ -1,0 +1,218 @@
+"""Each rule of ``tools/check_repo.py`` on a small tree that breaks it, and on this repository."""
+
+import json
+import re
+from pathlib import Path
+
+import check_notebooks
+import check_package
+import check_repo
+import nbformat
+import pytest
+from repository import Repository
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "llama_sft_helpers"
+LORA = f"{PACKAGE}/lora/__init__.py"
+ROWS = f"{PACKAGE}/datasets/alpaca_mini.jsonl"
+RESULT = "benchmarks/results/x.json"
+TABLE = 'CONTENTS = {\n    "f": "tables",  # draws a figure of it\n}'
+FIGURE = nbformat.v4.new_output("display_data", {"image/png": "iVBOR"}, metadata={"image/png": {"alt": "x"}})
+CODE, WORDS = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
+
+
+def write(root, files):
+    """A repository of these files; a list of cells makes a notebook."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        notebook = nbformat.v4.new_notebook(cells=content if isinstance(content, list) else [])
+        path.write_text(content if isinstance(content, str) else nbformat.writes(notebook), encoding="utf-8")
+    return Repository(root)
+
+
+def test_this_repository_keeps_every_rule(capsys):
+    assert check_repo.main() == 0, capsys.readouterr().out
+
+
+BROKEN = {
+    "helpers_look": [
+        ({f"{PACKAGE}/a.py": "model.train()\ntrainer.train()"}, r"^llama_sft_helpers/a.py:2: calls train;"),
+        ({f"{PACKAGE}/a.py": "self.trainer.train(x)\nmodel.train()"}, "a.py:1: calls train;"),
+        ({f"{PACKAGE}/a.py": "SFTTrainer(model).train()"}, "calls SFTTrainer"),
+        ({f"{PACKAGE}/a.py": "\nM.from_pretrained('x')"}, "a.py:2: calls from_pretrained"),
+    ],
+    "dependencies_point_one_way": [
+        (
+            {f"{PACKAGE}/lora/a.py": f"import {PACKAGE}.plots", f"{PACKAGE}/data/b.py": "",
+             f"{PACKAGE}/plots.py": f"import {PACKAGE}.data"},
+            "lora:1: reaches data; move",
+        ),
+        (
+            {f"{PACKAGE}/a.py": f"from {PACKAGE} import b", f"{PACKAGE}/b.py": f"from {PACKAGE}.a import f"},
+            "a:1: reaches a; ",
+        ),
+        ({f"{PACKAGE}/core/a.py": f"import {PACKAGE}.b", f"{PACKAGE}/b.py": ""}, "core:1: reaches b"),
+    ],
+    "contents_are_true": [
+        ({LORA: TABLE, f"{PACKAGE}/lora/tables.py": "from x import f"}, "py:2: tables does not define f"),
+        ({LORA: TABLE.partition("  #")[0] + "\n}", f"{PACKAGE}/lora/tables.py": "f = 1"}, "f has no remark"),
+    ],
+    "names_have_one_path": [
+        ({LORA: TABLE, f"{PACKAGE}/data/__init__.py": TABLE}, "f is offered in 2 places"),
+        ({LORA: TABLE, f"{PACKAGE}/lora/f.py": ""}, "the module f hides the function"),
+    ],
+    "no_detours": [
+        (
+            {LORA: TABLE, "tests/test_a.py": f"from {PACKAGE}.lora.tables import f, _g"},
+            r"tests/test_a.py:1: \S+lora.tables.f: import it from llama_sft_helpers.lora$",
+        ),
+    ],
+    "imports_are_declared": [
+        (
+            {f"{PACKAGE}/a.py": "import re\ndef f():\n    from httpx.x import y", "pyproject.toml": ""},
+            "a.py:3: imports httpx, which nothing declares",
+        ),
+        ({"notebooks/01_a.ipynb": [CODE("%pip install x\nimport yaml")]}, "ipynb:cell 1: imports yaml"),
+    ],
+    "nothing_runs_foreign_code": [
+        ({f"{PACKAGE}/a.py": code}, f"a.py:1: {fault}")
+        for code, fault in {
+            "f(trust_remote_code=True)": "passes trust_remote_code=True",
+            "f(weights_only=x)": "passes weights_only=x",
+            "f(**{'trust_remote_code': True})": "names trust_remote_code",
+            "pickle.loads(x)": "calls pickle.loads",
+            "torch.load(x)": "calls torch.load without",
+            "run('ls', shell=True)": "passes shell=",
+            "from x import *": "imports a star",
+            "if False: f()": "has a block under",
+        }.items()
+    ],
+    "real_calls_are_visible": [
+        (
+            {"notebooks/08_speed.ipynb": [CODE("from trl import SFTTrainer\nmy_SFTTrainer()")]},
+            "08_speed.ipynb:1: does not show SFTTrainer",
+        ),
+        ({"notebooks/01_environment.ipynb": [CODE("!timeout 10 nvidia-smi || echo")]}, "not show nvcc"),
+    ],
+    "imports_come_from_packages": [
+        ({"notebooks/04_lora.ipynb": [CODE(f"from {PACKAGE}.lora.tables import f")]}, "cell 1: imports"),
+        ({"notebooks/04_lora.ipynb": [CODE(f"from {PACKAGE}.core import f")]}, "cell 1: imports"),
+    ],
+    "recipe_is_literal": [
+        ({"notebooks/03_quantization.ipynb": [CODE("BitsAndBytesConfig(x)")]}, "lacks load_in_8bit=True"),
+        ({"notebooks/06_training.ipynb": [CODE("LoraConfig(r = 8)")]}, "lacks r=16"),
+    ],
+    "openings_are_alike": [
+        ({"notebooks/01_a.ipynb": [WORDS("# 02 · x"), CODE("1")]}, r"lacks '# 01 · '"),
+        (
+            {"notebooks/01_a.ipynb": [WORDS(""), CODE("1")], "notebooks/02_b.ipynb": [WORDS(""), CODE("2")]},
+            "02_b.ipynb:cell 2: its install cell differs",
+        ),
+    ],
+    "closings_are_alike": [({"notebooks/01_a.ipynb": [WORDS("## Exercises")]}, "lacks '## References'")],
+    "cells_are_short": [
+        ({"notebooks/01_a.ipynb": [CODE("1\n" * 31)]}, "cell 1: has 31 lines"),
+        ({"notebooks/01_a.ipynb": [CODE("1\n" * 9)]}, "have 9 lines"),
+        ({"notebooks/02_a.ipynb": [*map(CODE, "123"), CODE("if x:\n    import y")]}, "cell 4: imports late"),
+    ],
+    "files_are_clean": [
+        ({"notebooks/01_a.ipynb": [CODE("1", metadata={"execution": {}})]}, "cell 1: holds the time"),
+        ({"notebooks/01_a.ipynb": [WORDS("in /home/me/x")]}, "cell 1: '/home/' belongs to one machine"),
+        ({"notebooks/01_a.ipynb": [CODE("x" * 2**20)]}, "has 1024 KiB"),
+    ],
+    "figures_have_words": [
+        (
+            {"notebooks/01_a.ipynb": [CODE("1", outputs=[FIGURE])]},
+            "cell 1: its figure has no alternative text",
+        ),
+    ],
+    "outputs_are_current": [
+        ({"notebooks/01_a.ipynb": [CODE("1", execution_count=2)]}, "other code or versions"),
+        ({"notebooks/01_a.ipynb": [CODE("1", execution_count=2)]}, "did not run once each"),
+        (
+            {"notebooks/01_a.ipynb": [CODE("1", outputs=[nbformat.v4.new_output("error")])]},
+            "cell 1: its output is an error",
+        ),
+    ],
+    "pictures_are_recorded_figures": [
+        ({"README.md": "\n![x](docs/images/gone.png)"}, "README.md:2: shows gone"),
+        ({"docs/images/old.png": "x"}, "old.png:1: is not the recorded figure"),
+    ],
+    "minutes_are_measured": [
+        ({"notebooks/01_a.ipynb": []}, "was never timed"),
+        (
+            {"README.md": "| [`01_a`](x) | 3 min | 9 min |", "benchmarks/results/cpu_demo.json":
+             '{"seconds": {"01_a": 100}}'},
+            "README.md:1: 01_a took 100 s",
+        ),
+    ],
+    "wheel_has_every_package": [({LORA: ""}, "llama_sft_helpers.lora is not listed")],
+    "steps_are_complete": [
+        ({}, "notebooks/04_lora.ipynb:1: is missing"),
+        ({}, "README.md:1: has no row for 04_lora"),
+        ({}, "tests/lora:1: holds no tests"),
+        (
+            {"README.md": f"| [`04_lora`](notebooks/04_lora.ipynb) | [`lora/`]({PACKAGE}/data/) |"},
+            "README.md:1: the links of 04_lora do not lead",
+        ),
+    ],
+    "one_repository_address": [
+        (
+            {"README.md": "git+https://github.com/other/fork", "pyproject.toml":
+             '[project.urls]\nRepository = "https://github.com/a/b"'},
+            r"README.md:1: names \['other/fork'\] instead of a/b",
+        ),
+        ({}, "mkdocs.yml:1: repo_url is not"),
+    ],
+    "requirements_leave_colab_alone": [
+        ({"requirements-colab.txt": "numpy>=2"}, "txt:1: 'numpy>=2' would move"),
+        ({"requirements-colab.txt": "# x\ntrl==1"}, "txt:2: 'trl==1' does not say why"),
+    ],
+    "bounds_are_met_by_colab": [
+        ({"pyproject.toml": f'[project]\ndependencies = ["{bound}"]', "constraints-colab.txt": "peft==1.0"},
+         "moves Colab's peft 1.0")
+        for bound in ("peft>=2", "peft<3")
+    ],
+    "dependencies_are_audited": [({}, "no workflow runs pip-audit")],
+    "results_name_their_source": [
+        ({RESULT: '{"card": "H100", "command": "make record"}'}, "names no card or no versions"),
+        ({RESULT: '{"card": 1, "versions": 1, "command": "x"}'}, "its command is 'x'"),
+    ],
+    "rows_are_well_formed": [
+        ({ROWS: json.dumps(row)}, f"jsonl:1: {fault}")
+        for row, fault in [
+            ({"prompt": "x"}, "has the columns"),
+            ({"instruction": "x", "input": "", "output": ""}, "output is '', not a text"),
+            ({"instruction": "x ", "input": "", "output": "y"}, "instruction carries white space"),
+        ]
+    ] + [
+        ({ROWS: '{"instruction": "Say hi!"}\n{"instruction": "say hi"}'}, "jsonl:2: asks what line 1 asks"),
+    ],
+    "rows_are_of_many_kinds": [({}, "0 Korean rows; have 10 at least")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rule", "files", "message"),
+    [pytest.param(name, *case, id=f"{name}-{i}") for name in BROKEN for i, case in enumerate(BROKEN[name])],
+)
+def test_a_broken_rule_is_named_with_its_place(rule, files, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_notebooks, "WAITING", ())
+    rules = {function.__name__: function for function in check_repo.RULES}
+    found = list(rules[rule](write(tmp_path, files)))
+    assert any(re.search(message, line) for line in found), found
+
+
+def test_every_rule_is_broken_once():
+    assert {rule.__name__ for rule in check_repo.RULES} == set(BROKEN)
+
+
+def test_switching_a_mode_is_no_training(tmp_path):
+    repo = write(tmp_path, {f"{PACKAGE}/a.py": "model.train()\nmodel.train(False)\nlayer.mlp.train(mode)"})
+    assert list(check_package.helpers_look(repo)) == []
+
+
+def test_a_waiting_notebook_needs_no_current_outputs(tmp_path):
+    repo = write(tmp_path, {"notebooks/04_lora.ipynb": [CODE("1")]})
+    assert list(check_notebooks.outputs_are_current(repo)) == []
