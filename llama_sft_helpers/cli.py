@@ -137,9 +137,9 @@ def plan(
     from llama_sft_helpers.demo_model import ModelBuildError
     from llama_sft_helpers.profiles import load_profile
 
-    asked = {"model_id": model, "max_length": max_length, "per_device_train_batch_size": batch}
+    asked: Any = {"model_id": model, "max_length": max_length, "per_device_train_batch_size": batch}
     try:
-        chosen = load_profile(profile, **{name: value for name, value in asked.items() if value is not None})
+        chosen = load_profile(profile, **{name: value for name, value in asked.items() if value})
         config = _model_config(chosen.model_id)
         fits = _print_plan(config, chosen, quantization, gpu_gib, as_json)
     except (ValueError, OSError, ModelBuildError) as error:
