@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 _PACKAGE = Path(__file__).parent
+_OWN = Path("llama-sft.toml")
 _DRIVE = Path("/content/drive")  # where Colab's own examples and its Files panel mount Google Drive
 _CHOICES = {
     "dtype": ("bfloat16", "float16", "float32"),
@@ -215,7 +216,7 @@ def read_profile(name: str | None = None, *, fast: bool = True, **overrides: Any
         max_steps = 200
         learning_rate = { value = 1e-4, reason = "our rows are long" }
     """
-    name = name or os.environ.get("SFT_PROFILE") or _pick()
+    name = pick_profile(name)
     changed: dict[str, tuple[Any, str]] = {}
     if name.endswith(".toml"):
         name, changed = _read_changes(Path(name))
@@ -310,9 +311,11 @@ def _gpu_gib() -> float:
     return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
 
 
-def _pick() -> str:
-    if (own := Path("llama-sft.toml")).is_file():
-        return str(own.absolute())
+def pick_profile(name: str | None = None) -> str:
+    """The profile to load: the one named, by the environment, by a file that lies here, or by the GPU."""
+    name = name or os.environ.get("SFT_PROFILE") or (str(_OWN) if _OWN.is_file() else "")
+    if name:
+        return str(Path(name).absolute()) if name.endswith(".toml") else name
     gib = _gpu_gib()
     if not gib:
         return "cpu-demo"
