@@ -247,6 +247,7 @@ def _execute_interruptibly(client: Any, kernel_log: IO[bytes]) -> None:
         except BaseException as error:
             failures.append(error)
         finally:
+            _cancel_rest(loop)
             loop.close()
 
     thread = threading.Thread(target=work, name="notebook", daemon=True)
@@ -261,6 +262,15 @@ def _execute_interruptibly(client: Any, kernel_log: IO[bytes]) -> None:
         raise
     if failures:
         raise failures[0]
+
+
+def _cancel_rest(loop: asyncio.AbstractEventLoop) -> None:
+    """End what a cancelled nbclient leaves waiting; asyncio would remark on each such task."""
+    rest = asyncio.all_tasks(loop)
+    for task in rest:
+        task.cancel()
+    if rest:
+        loop.run_until_complete(asyncio.wait(rest))
 
 
 async def _execute_and_stop(client: Any, kernel_log: IO[bytes]) -> None:

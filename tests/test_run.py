@@ -168,9 +168,7 @@ def test_a_runs_page_describes_its_figures(write_notebooks, tmp_path):
 
 def test_settings_reach_every_notebook(write_notebooks, tmp_path, monkeypatch):
     show = "from llama_sft_helpers.profiles import load_profile; p = load_profile()"
-    originals = write_notebooks(
-        n01_a=[show, "print(p.name, p.max_steps, p.epochs, p.dataset_id, p.columns)"]
-    )
+    originals = write_notebooks(n01_a=[show, "print(p.name, p.max_steps, p.epochs, p.dataset_id, p.columns)"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SFT_PROFILE")
     (tmp_path / "my.csv").touch()

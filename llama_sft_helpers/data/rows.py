@@ -168,6 +168,8 @@ def _require_rows(dataset: Any) -> None:
         split = f"dataset[{next(iter(dataset), 'train')!r}]"
         got = f"Got a {type(dataset).__name__} with the keys {list(dataset)}"
         raise DataError("wrong-type", f"{got}; {wanted}. Pass one split, such as {split}.")
+    if isinstance(dataset, pd.DataFrame):
+        raise DataError("wrong-type", f"Got a DataFrame; {wanted}. Pass Dataset.from_pandas(frame).")
     if isinstance(dataset, str) or not hasattr(dataset, "__len__"):
         got = f"Got {dataset!r}, a {type(dataset).__name__}"
         raise DataError("wrong-type", f"{got}; {wanted}. Read a file with load_dataset first.")
