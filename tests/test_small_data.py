@@ -12,7 +12,7 @@ import torch
 from small_data import ROOT, write_rows
 
 from llama_sft_helpers import evaluation, training
-from llama_sft_helpers.data import DataError, plan_split
+from llama_sft_helpers.data import DataError, plan_split, plan_steps
 from llama_sft_helpers.profiles import available_profiles, read_profile
 
 PROFILES = available_profiles()
@@ -57,6 +57,43 @@ def test_what_cannot_be_split_is_refused_by_name(usable, reason):
     with pytest.raises(DataError, match=told) as caught:
         plan_split(read_profile("ci-tiny"), usable, 7)
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "accumulation", "epochs"),
+    [(10, 4, 1, 3), (10, 2, 2, 0.5), (3, 4, 4, 2), (9, 2, 2, 1.3)],
+)
+def test_epochs_give_the_steps_that_the_trainer_takes(  # noqa: PLR0917
+    tmp_path, tiny_model, rows, batch, accumulation, epochs
+):
+    """transformers' own count, by its ``num_train_epochs``, is the independent truth."""
+    import transformers
+
+    settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    args = transformers.TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=epochs,
+        learning_rate=0.0,
+        report_to="none",
+        disable_tqdm=True,
+        **settings,
+    )
+    row = {"input_ids": [1, 2], "labels": [1, 2]}
+    trained = transformers.Trainer(tiny_model, args, train_dataset=[row] * rows).train()
+    plan = plan_steps(read_profile("ci-tiny", epochs=epochs, **settings), rows)
+    assert plan.max_steps == trained.global_step
+
+
+def test_packed_epochs_count_blocks_and_a_small_set_seen_often_is_warned_of():
+    packed = read_profile("colab-a100", epochs=2)  # 8 blocks of 2,048 tokens an update
+    assert plan_steps(packed, 1000, 8 * 2048 + 1).max_steps == 4
+    with pytest.raises(ValueError, match="tokens with packing"):
+        plan_steps(packed, 1000)
+    often = plan_steps(read_profile("cpu-demo"), 9)  # 30 updates of 4
+    assert (often.max_steps, often.epochs) == (30, 10)
+    assert str(often).startswith("30 updates: each row is seen 10 times. That is often")
+    assert "max_steps=15 or fewer" in str(often)
+    assert str(plan_steps(read_profile("cpu-demo", epochs=2), 9)) == "6 updates: each row is seen 2 times"
 
 
 # --- The steps by hand ---

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import html
+import re
 import threading
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+# Escape sequences, then any other control character but line break and tab: a terminal would obey them.
+_CONTROL = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)
 Answer = Callable[[str, bool], Generator[str, None, None]]
 
 
@@ -111,7 +117,7 @@ def run_chat(answer: Answer, *, tuned: bool = True, prompt: str | None = None) -
 def _print_answer(console: Console, pieces: Generator[str, None, None]) -> None:
     try:
         for piece in pieces:
-            console.print(piece, end="", markup=False)
+            console.print(_CONTROL.sub("", piece), end="", markup=False)
     except KeyboardInterrupt:
         console.print(" [stopped]", end="", markup=False)
     finally:

@@ -123,6 +123,17 @@ def test_emoji_codes_in_an_answer_stay_as_they_are(monkeypatch, capsys):
     assert "T:use :warning: and :100:" in talk(monkeypatch, capsys, "use :warning: and :100:")
 
 
+def test_control_characters_of_an_answer_do_not_reach_the_terminal(monkeypatch, capsys):
+    sent = "a\x1b[31mred\x1b[0m\x1b]0;title\x07\x1b]8;;x\x1b\\b\x1bc\x07\b\r\x00\x7f\x9b2J\tc\nd \u00e9"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go"))
+    run_chat(lambda text, tuned: iter_pieces([sent, "split \x1b", "[2Jend"]))
+    assert "aredb2J c\nd \u00e9split [2Jend" in capsys.readouterr().out  # rich makes a tab a space
+
+
+def iter_pieces(pieces):
+    yield from pieces
+
+
 def test_the_end_of_the_input_leaves_and_a_prompt_answers_once(monkeypatch, capsys):
     assert "B:one" in talk(monkeypatch, capsys, "one", tuned=False)
     assert talk(monkeypatch, capsys, "ignored", prompt="just this") == "T:just this [bold]x[/bold]\n"

@@ -143,9 +143,10 @@ def test_models_measured_on_other_rows_or_on_nothing_are_refused():
         summarize_perplexity({"base": frame([0], [0.0])})
 
 
-def test_no_model_at_all_is_refused():
-    with pytest.raises(ValueError, match=r"no model.*summarize_row_losses"):
-        summarize_perplexity({})
+@pytest.mark.parametrize("rows", [{}, None, [], {"base": 3}, pd.DataFrame({"tokens": [1]})])
+def test_what_are_no_tables_of_losses_is_refused(rows):
+    with pytest.raises(ValueError, match=rf"a {type(rows).__name__}; expected .* summarize_row_losses"):
+        summarize_perplexity(rows)
 
 
 def test_rows_of_another_layout_are_named():
