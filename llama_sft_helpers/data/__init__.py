@@ -28,6 +28,8 @@ CONTENTS = {
     "TokenError": "packing",  # tokens, labels or losses are not what training needs
     "plan_split": "splits",  # how many rows train and how many are held out
     "SplitPlan": "splits",  # the answer, with its reason
+    "plan_steps": "splits",  # how many updates, and how often they see each row
+    "StepPlan": "splits",  # the answer, with a warning where that is often
 }
 __all__ = list(CONTENTS)
 __getattr__, __dir__ = load_on_demand(__name__, CONTENTS)
