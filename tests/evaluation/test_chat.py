@@ -1,5 +1,6 @@
 """The streamed answer, the terminal and the box."""
 
+import asyncio
 import io
 import subprocess
 import sys
@@ -206,6 +207,30 @@ def test_the_box_streams_switches_and_escapes():
     before = page.value
     send.click()
     assert page.value == before, "an empty message must do nothing"
+
+
+def test_enter_sends_the_text_that_arrives_just_after_it():
+    """The browser reports the key first and the text second; a field left without Enter sends nothing."""
+    heard = []
+
+    def answer(text, tuned):
+        heard.append(text)
+        yield "ok"
+
+    async def type_and_press_enter():
+        message, _, _, page = parts(chat_box(answer))
+        message.value = "Nam"
+        await asyncio.sleep(0.3)
+        assert heard == []
+        message._handle_msg(
+            {"content": {"data": {"method": "custom", "content": {"event": "submit"}}}, "buffers": []}
+        )
+        message.value = "Name a fruit"
+        await asyncio.sleep(0.4)
+        assert "Name a fruit" in page.value
+
+    asyncio.run(type_and_press_enter())
+    assert heard == ["Name a fruit"]
 
 
 def test_the_box_shows_an_error_and_can_be_used_again():
