@@ -142,10 +142,9 @@ def _ddp(profile: Profile, processes: int) -> dict[str, Any]:
 
 
 def _fsdp(profile: Profile, processes: int) -> dict[str, Any]:
-    settings = {
+    settings = {  # Accelerate reads from the model which of its layers to wrap.
         "fsdp_version": 1,
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
         "fsdp_sharding_strategy": "FULL_SHARD",
         "fsdp_cpu_ram_efficient_loading": True,
         "fsdp_sync_module_states": True,

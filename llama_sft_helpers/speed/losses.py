@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from llama_sft_helpers.core.batches import document_bounds
 from llama_sft_helpers.core.modes import evaluation_mode
-from llama_sft_helpers.speed.varlen import document_bounds
 
 _OF_A_ROUNDING = 0.21  # root mean square error of one rounding in units of eps: 0.17 % in bf16
 _LOGIT_SPREAD = 3.0  # nats by which the logits of one position spread, in language models about 2 to 3
