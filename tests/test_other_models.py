@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin
 from adapter_fixture import load_int8
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import ARCHITECTURES, SEVEN, random_model, tiny_config
@@ -60,14 +59,6 @@ def test_quantize_adapt_plan_train_and_merge(base, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, merged(IDS).logits)
-
-
-def test_accelerate_reads_the_layer_to_wrap_from_the_model(base):
-    """The FSDP configuration of notebook 07 names none."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    plugin = FullyShardedDataParallelPlugin(auto_wrap_policy="transformer_based_wrap")
-    plugin.set_auto_wrap_policy(model)
-    assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == {type(model.model.layers[0])}
 
 
 @pytest.mark.parametrize("config", [GPT2Config(), GPTNeoXConfig(architectures=["GPTNeoXForCausalLM"])])

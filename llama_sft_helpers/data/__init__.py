@@ -14,7 +14,8 @@ CONTENTS = {
     "to_prompt_completion": "rows",  # a row of any known layout as prompt and completion
     "summarize_rows": "rows",  # what is wrong with rows, and how often
     "check_rows": "rows",  # no row is unusable
-    "check_file": "rows",  # a data file can be read; else its line and the fix
+    "load_rows": "sources",  # a file, a folder or a hub name as rows, and which layout they have
+    "check_file": "sources",  # a data file can be read; else its line and the fix
     "count_tokens": "rows",  # tokens of each row, EOS counted
     "DataError": "rows",  # rows or a file cannot be trained on
     "summarize_lengths": "packing",  # what each max_length cuts off
@@ -27,6 +28,8 @@ CONTENTS = {
     "TokenError": "packing",  # tokens, labels or losses are not what training needs
     "plan_split": "splits",  # how many rows train and how many are held out
     "SplitPlan": "splits",  # the answer, with its reason
+    "plan_steps": "splits",  # how many updates, and how often they see each row
+    "StepPlan": "splits",  # the answer, with a warning where that is often
 }
 __all__ = list(CONTENTS)
 __getattr__, __dir__ = load_on_demand(__name__, CONTENTS)

@@ -5,12 +5,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -31,12 +27,12 @@ PROMPT_WITHOUT_INPUT = (
 )
 
 MAX_CELL_CHARACTERS = 100_000  # some 25,000 tokens, three times Llama 3's context of 8192
-_COLUMNS = {
+COLUMNS = {
     "messages": ("messages",),
     "prompt-completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
 }
-_PROBLEMS = {
+PROBLEMS = {
     "missing-column": "rename a column, or leave the row out",
     "null-cell": "fill it, or leave the row out",
     "wrong-type": "convert it to text",
@@ -48,14 +44,6 @@ _PROBLEMS = {
     "too-long": "raise max_length, or leave the row out",
 }
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_SEPARATOR = re.compile(r"[\s,]*")  # between the elements of a JSON array
-# How files begin that are no text, whatever their names end in.
-_BINARY = {
-    b"PAR1": "a Parquet file",
-    b"ARROW1": "an Arrow file",
-    b"PK\x03\x04": "a zip or Excel file",
-    b"\x1f\x8b": "a gzip file",
-}
 _CHUNK_ROWS = 1000
 
 
@@ -93,10 +81,10 @@ def to_prompt_completion(row: Row, index: int | None = None) -> dict[str, str]:
     Raises:
         DataError: A column is missing, or a cell is null, of the wrong type, empty, too long or not text.
     """
-    layout = _layout(row, index)
-    for reason, detail in _row_problems(row, layout):
+    layout = find_layout(row, index)
+    for reason, detail in row_problems(row, layout):
         raise DataError(
-            reason, f"Row {'?' if index is None else index}: {detail}; {_PROBLEMS[reason]}.", index
+            reason, f"Row {'?' if index is None else index}: {detail}; {PROBLEMS[reason]}.", index
         )
     if layout == "prompt-completion":
         return {"prompt": row["prompt"], "completion": row["completion"]}
@@ -124,7 +112,7 @@ def summarize_rows(dataset: Any, tokenizer: Any = None, max_length: int | None =
     _require_rows(dataset)
     indices, details = _find_problems(dataset, tokenizer, max_length)
     lines = [
-        (name, len(found), len(found) / len(dataset), found[:5], _PROBLEMS[name])
+        (name, len(found), len(found) / len(dataset), found[:5], PROBLEMS[name])
         for name, found in indices.items()
     ]
     table = pd.DataFrame(lines, columns=["problem", "rows", "share", "first_indices", "what_to_do"])
@@ -151,32 +139,6 @@ def check_rows(dataset: Any, tokenizer: Any = None, max_length: int | None = Non
         for name, line in found.iterrows()
     ]
     raise DataError(str(found.index[0]), "\n".join(lines), found["first_indices"].iloc[0][0])
-
-
-def check_file(path: str | Path) -> None:
-    """Read a CSV, JSON or JSONL file cell by cell before ``load_dataset`` does.
-
-    Raises:
-        DataError: Names the first row that is broken, and how: ``bad-json``, ``bad-csv``,
-            ``wrong-encoding``, ``missing-column``, ``null-cell``, ``cell-too-long``, ``lone-surrogate``, ...;
-            ``unknown-file`` for a folder or a file of another kind.
-        FileNotFoundError: There is no such file.
-    """
-    path = Path(path)
-    readers = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}
-    _require_kind(path, list(readers))
-    text = _decode(path)
-    index = -1
-    layout = ""
-    for index, (line, row) in enumerate(readers[path.suffix.lower()](path.name, text)):
-        where = f"{path.name}, line {line} (row {index})"
-        if not isinstance(row, dict):
-            raise DataError("wrong-type", f"{where}: {type(row).__name__}, expected an object.", index)
-        layout = layout or _layout(row)
-        for reason, detail in _row_problems(row, layout):
-            raise DataError(reason, f"{where}: {detail}; {_PROBLEMS[reason]}.", index)
-    if index < 0:
-        raise DataError("no-rows", f"{path.name} holds no rows.")
 
 
 def count_tokens(batch: Mapping[str, list[str]], tokenizer: Any) -> dict[str, list[int]]:
@@ -206,6 +168,8 @@ def _require_rows(dataset: Any) -> None:
         split = f"dataset[{next(iter(dataset), 'train')!r}]"
         got = f"Got a {type(dataset).__name__} with the keys {list(dataset)}"
         raise DataError("wrong-type", f"{got}; {wanted}. Pass one split, such as {split}.")
+    if isinstance(dataset, pd.DataFrame):
+        raise DataError("wrong-type", f"Got a DataFrame; {wanted}. Pass Dataset.from_pandas(frame).")
     if isinstance(dataset, str) or not hasattr(dataset, "__len__"):
         got = f"Got {dataset!r}, a {type(dataset).__name__}"
         raise DataError("wrong-type", f"{got}; {wanted}. Read a file with load_dataset first.")
@@ -216,44 +180,29 @@ def _require_rows(dataset: Any) -> None:
         raise DataError("wrong-type", f"{got}; {wanted}.", 0)
 
 
-def _require_kind(path: Path, suffixes: list[str]) -> None:
-    """Raise unless it is a text file of a known ending."""
-    wanted = f"expected one of {', '.join(suffixes)}"
-    if path.is_dir():
-        raise DataError("unknown-file", f"{path.name} is a folder; {wanted}. Pass a file in it.")
-    suffix = path.suffix.lower()
-    with path.open("rb") as file:
-        start = file.read(8)
-    kind = next((kind for magic, kind in _BINARY.items() if start.startswith(magic)), "")
-    if suffix not in suffixes:
-        loader = "parquet" if suffix == ".parquet" else "text"
-        raise DataError(
-            "unknown-file",
-            f"{path.name} is a {suffix!r} file; {wanted}. Save it as one of these, or load it with "
-            f'load_dataset("{loader}", data_files="{path.name}", split="train") and pass that to check_rows.',
-        )
-    if kind:
-        raise DataError(
-            "unknown-file", f"{path.name} is {kind}, not text; {wanted}. Save its rows as one of these."
-        )
+def find_layout(columns: Iterable[str], index: int | None = 0) -> str:
+    """``messages``, ``prompt-completion`` or ``alpaca``, by the columns.
 
-
-def _layout(columns: Iterable[str], index: int | None = 0) -> str:
+    Raises:
+        DataError: The columns are of none of these.
+    """
     names = list(columns)
-    for layout, needed in _COLUMNS.items():
+    for layout, needed in COLUMNS.items():
         if all(name in names for name in needed):
             return layout
-    expected = "; ".join(" + ".join(needed) for needed in _COLUMNS.values())
+    expected = "; ".join(" + ".join(needed) for needed in COLUMNS.values())
     raise DataError(
         "missing-column",
         f"Row {'?' if index is None else index}: the columns are {names}, expected {expected}. "
-        'Rename yours, for instance dataset.rename_column("question", "instruction").',
+        'Rename yours: columns="question=instruction,answer=output" for load_rows or in the profile, or '
+        'dataset.rename_column("question", "instruction").',
         index,
     )
 
 
-def _row_problems(row: Row, layout: str) -> Iterator[tuple[str, str]]:
-    missing = [name for name in _COLUMNS[layout] if name not in row]
+def row_problems(row: Row, layout: str) -> Iterator[tuple[str, str]]:
+    """What is wrong with a row by itself: keys of ``PROBLEMS``, and what the row shows."""
+    missing = [name for name in COLUMNS[layout] if name not in row]
     if missing:
         yield "missing-column", f"has no {', '.join(missing)} (its columns: {', '.join(row)})"
         return
@@ -294,7 +243,7 @@ def _cells(row: Row, layout: str) -> dict[str, Any]:
     if layout == "messages":
         return {f"messages[{n}].content": message["content"] for n, message in enumerate(row["messages"])}
     if layout == "prompt-completion":
-        return {name: row[name] for name in _COLUMNS[layout]}
+        return {name: row[name] for name in COLUMNS[layout]}
     context = row.get("input")
     cells = {"instruction": row["instruction"], "input": "" if context is None else context}
     return {**cells, "output": row["output"]}
@@ -315,13 +264,13 @@ def _find_problems(
     dataset: Any, tokenizer: Any, max_length: int | None
 ) -> tuple[dict[str, list[int]], dict[str, str]]:
     """Row numbers of each problem, and what the first of them shows."""
-    layout = _layout(dataset[0])
-    found: dict[str, list[int]] = {name: [] for name in _PROBLEMS}
+    layout = find_layout(dataset[0])
+    found: dict[str, list[int]] = {name: [] for name in PROBLEMS}
     details: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
     good: list[tuple[int, dict[str, str]]] = []
     for index, row in enumerate(dataset):
-        problems = dict(_row_problems(row, layout))
+        problems = dict(row_problems(row, layout))
         for reason, detail in problems.items():
             found[reason].append(index)
             details.setdefault(reason, f" ({detail})")
@@ -359,88 +308,3 @@ def _find_token_problems(
                 found["special-token"].append(index)
             if max_length is not None and tokens > max_length:
                 found["too-long"].append(index)
-
-
-def _decode(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = raw[: error.start]
-        line = before.count(b"\n") + 1
-        row = max(line - 1 - (path.suffix.lower() == ".csv"), 0)
-        raise DataError(
-            "wrong-encoding",
-            f"{path.name}, line {line}: byte 0x{raw[error.start]:02X} is not UTF-8. "
-            "Save the file as UTF-8, or convert it: "
-            f'Path("{path.name}").read_text(encoding="cp949") for Korean Windows, "cp1252" for Western.',
-            row,
-        ) from error
-
-
-def _json_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
-    """Line number and value of each JSON line, or of each element of one JSON array."""
-    if text.lstrip().startswith("["):
-        yield from _array_rows(name, text)
-        return
-    row = 0
-    for line, content in enumerate(text.split("\n"), start=1):
-        if content.strip():
-            try:
-                value = json.loads(content)
-            except json.JSONDecodeError as fault:
-                fix = "Each line must hold one complete JSON object"
-                raise _bad_json(name, fault, line, row, fix) from fault
-            yield line, value
-            row += 1
-
-
-def _array_rows(name: str, text: str) -> Iterator[tuple[int, Any]]:
-    """The line on which each element of a JSON array begins, and the element."""
-    fault = _syntax_error(text)
-    stop = fault.pos if fault else len(text)
-    end, line, row = text.index("[") + 1, 1 + text.count("\n", 0, text.index("[")), 0
-    while (start := _SEPARATOR.match(text, end).end()) < stop and text[start] != "]":  # type: ignore[union-attr]
-        line += text.count("\n", end, start)
-        try:
-            value, end = json.JSONDecoder().raw_decode(text, start)
-        except json.JSONDecodeError:
-            break  # at the same place as ``fault``, in this row
-        yield line, value
-        line += text.count("\n", start, end)
-        row += 1
-    if fault:
-        raise _bad_json(name, fault, 1, row, "The array must hold complete JSON objects, a comma between two")
-
-
-def _syntax_error(text: str) -> json.JSONDecodeError | None:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        return error
-    return None
-
-
-def _bad_json(name: str, fault: json.JSONDecodeError, line: int, row: int, fix: str) -> DataError:
-    where = f"{name}, line {line + fault.lineno - 1} (row {row}), column {fault.colno}"
-    return DataError("bad-json", f"{where}: {fault.msg}. {fix}.", row)
-
-
-def _csv_rows(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    row = 0
-    try:
-        for cells in reader:
-            if None in cells or None in cells.values():
-                raise csv.Error(f"expected {len(reader.fieldnames or ())} cells as in the header")
-            yield reader.reader.line_num, cells
-            row += 1
-    except csv.Error as error:
-        too_long = "field larger" in str(error)
-        reason = "cell-too-long" if too_long else "bad-csv"
-        fix = (
-            _PROBLEMS["cell-too-long"] if too_long else "Quote cells that hold commas, quotes or line breaks"
-        )
-        raise DataError(
-            reason, f"{name}, line {reader.reader.line_num} (row {row}): {error}. {fix}.", row
-        ) from error

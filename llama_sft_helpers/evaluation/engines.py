@@ -24,7 +24,7 @@ def write_engine_configs(
     folder: str | Path,
     *,
     profile: Profile,
-    peft_config: Any,
+    model: Any,
     train_rows: Iterable[Mapping[str, str]],
     eval_rows: Iterable[Mapping[str, str]],
     processes: int = 2,
@@ -32,12 +32,12 @@ def write_engine_configs(
     """Write the run as files that ``accelerate launch`` and trl read.
 
     Two pairs: DDP with int8 weights, where each GPU holds the whole model and takes a share of the rows; and
-    FSDP with nf4 weights, where each GPU holds a share of the model.
+    FSDP with nf4 weights, where each GPU holds a share of the model. Both keep the profile's effective batch.
 
     Args:
         folder: An empty folder, as ``new_folder`` yields it.
-        profile: The run's profile. Its effective batch is kept if ``processes`` divides the accumulation.
-        peft_config: The adapter's ``LoraConfig``.
+        profile: The run's profile; ``processes`` must divide its effective batch.
+        model: The ``PeftModel``: its adapter's settings, and its decoder layers, which FSDP shares out.
         train_rows: Rows with ``prompt`` and ``completion``.
         eval_rows: Held-out rows with the same.
         processes: GPUs (CPU processes where there is none).
@@ -46,32 +46,38 @@ def write_engine_configs(
         Index name (``ddp-int8``, ``fsdp-nf4``): ``effective_batch_rows``, ``command`` (run it in the folder).
 
     Raises:
-        ValueError: ``processes`` is less than 2, or there are no training rows.
+        ValueError: ``processes`` is less than 2 or does not divide the effective batch, or there are no
+            training rows.
     """
     folder = Path(folder)
     if processes < 2:
         raise ValueError(
             f"processes is {processes}, expected at least 2; one process is what notebook 06 does."
         )
+    shared = _sft_settings(profile, model.active_peft_config, processes)
     if not _write_rows(folder / "data" / "train.jsonl", train_rows):
         raise ValueError("There are no training rows to write; pass the rows that notebook 06 trained on.")
     _write_rows(folder / "data" / "test.jsonl", eval_rows)
-    shared = _sft_settings(profile, peft_config, processes)
+    layer = type(model.get_base_model().get_decoder().layers[0]).__name__
     pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-        "ddp-int8": ({"load_in_8bit": True}, _ddp(profile, processes)),
-        "fsdp-nf4": (_NF4, _fsdp(profile, processes)),
+        "ddp-int8": (_INT8, _ddp(profile, processes)),
+        "fsdp-nf4": (_NF4, _fsdp(profile, processes, layer)),
     }
     table: dict[str, dict[str, Any]] = {}
     for name, (quantization, accelerate) in pairs.items():
         files = {"sft": f"sft_{name}.yaml", "accelerate": f"accelerate_{name}.yaml"}
         _write_yaml(folder / files["sft"], {**shared, **quantization, "output_dir": f"adapter-{name}"})
         _write_yaml(folder / files["accelerate"], accelerate)
-        table[name] = {"effective_batch_rows": _effective_batch(shared, processes)}
-        table[name] |= {"command": _LAUNCH.format(**files)}
+        rows = shared["per_device_train_batch_size"] * shared["gradient_accumulation_steps"] * processes
+        table[name] = {"effective_batch_rows": rows, "command": _LAUNCH.format(**files)}
     return pd.DataFrame(table).T.rename_axis("name")
 
 
-# FSDP cuts one flat tensor into shares, so the 4-bit codes are stored in the type of everything else.
+# Every adapter weight takes part in every step: DDP need not search the graph for those that do not.
+_INT8 = {"load_in_8bit": True, "ddp_find_unused_parameters": False}
+
+# FSDP cuts one flat tensor into shares, so the 4-bit codes are stored in the type of everything else. Layers
+# are computed again as PEFT's own FSDP example has it: the other way keeps shares that are gone by then.
 _NF4 = {
     "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4",
@@ -79,11 +85,13 @@ _NF4 = {
     "bnb_4bit_quant_storage": "bfloat16",
     "dtype": "bfloat16",
     "use_cpu": False,
+    "gradient_checkpointing_kwargs": {"use_reentrant": True},
 }
 
 
 def _sft_settings(profile: Profile, peft_config: Any, processes: int) -> dict[str, Any]:
     on_gpu, targets = profile.gpu_gib > 0, peft_config.target_modules
+    batch, accumulation = _share_batch(profile, processes)
     return {
         "model_name_or_path": profile.model_id,
         # trl's command line keeps LoRA in bfloat16, which float16's loss scaling refuses
@@ -104,9 +112,9 @@ def _sft_settings(profile: Profile, peft_config: Any, processes: int) -> dict[st
         "use_dora": peft_config.use_dora,
         "max_length": profile.max_length,
         "packing": profile.packing,
-        "per_device_train_batch_size": profile.per_device_train_batch_size,
-        "per_device_eval_batch_size": profile.per_device_train_batch_size,
-        "gradient_accumulation_steps": max(1, profile.gradient_accumulation_steps // processes),
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
         "max_steps": profile.max_steps,
         "learning_rate": profile.learning_rate,
         "lr_scheduler_type": "linear",
@@ -122,8 +130,18 @@ def _sft_settings(profile: Profile, peft_config: Any, processes: int) -> dict[st
     }
 
 
-def _effective_batch(settings: Mapping[str, Any], processes: int) -> int:
-    return int(processes * settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"])
+def _share_batch(profile: Profile, processes: int) -> tuple[int, int]:
+    """Rows in a micro-batch and micro-batches of each process: the largest that keep the effective batch."""
+    most, accumulated = profile.per_device_train_batch_size, profile.gradient_accumulation_steps
+    share, rest = divmod(most * accumulated, processes)
+    if rest:
+        raise ValueError(
+            f"The effective batch of {most * accumulated} rows ({most} in a micro-batch x {accumulated} "
+            f"accumulated) cannot be shared by processes={processes}. Pass a number that divides it, or a "
+            f"profile that does: load_profile(gradient_accumulation_steps={processes})."
+        )
+    batch = max(rows for rows in range(1, most + 1) if share % rows == 0)
+    return batch, share // batch
 
 
 def _ddp(profile: Profile, processes: int) -> dict[str, Any]:
@@ -141,10 +159,11 @@ def _ddp(profile: Profile, processes: int) -> dict[str, Any]:
     }
 
 
-def _fsdp(profile: Profile, processes: int) -> dict[str, Any]:
-    settings = {  # Accelerate reads from the model which of its layers to wrap.
+def _fsdp(profile: Profile, processes: int, layer: str) -> dict[str, Any]:
+    settings = {
         "fsdp_version": 1,
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_transformer_layer_cls_to_wrap": layer,
         "fsdp_sharding_strategy": "FULL_SHARD",
         "fsdp_cpu_ram_efficient_loading": True,
         "fsdp_sync_module_states": True,

@@ -153,12 +153,14 @@ def summarize_perplexity(
     Raises:
         ValueError: No model, no scored token, or models measured on different tokens.
     """
-    names = list(rows)
-    if not names:
+    tables = list(rows.values()) if isinstance(rows, Mapping) else []
+    if not tables or not all({"tokens", "loss_nats"} <= set(getattr(t, "columns", ())) for t in tables):
+        got = f"{rows!r:.60}, a {type(rows).__name__}"
         raise ValueError(
-            "rows is empty: no model to compare. Pass a name and the table that summarize_row_losses returns "
-            'for each model, for instance {"base": ..., "tuned": ...}.'
+            f"rows is {got}; expected for each model a name and the table that summarize_row_losses returns, "
+            'for instance {"base": ..., "tuned": ...}.'
         )
+    names = list(rows)
     tokens = rows[names[0]]["tokens"].to_numpy()
     if any(not np.array_equal(rows[name]["tokens"], tokens) for name in names) or not tokens.sum():
         raise ValueError(

@@ -269,11 +269,15 @@ def _verdict(planned_gib: float, card_gib: float) -> str:
 
 
 def _change_that_fits(config: Any, profile: Profile, quantization: str, card_gib: float) -> str:
-    for change, smaller in smaller_profiles(profile):
-        if plan_memory(config, smaller, quantization=quantization)["gib"].sum() <= card_gib * _TIGHT:
-            return change
-    if quantization != "nf4":
-        for change, smaller in [("", profile), *smaller_profiles(profile)]:
-            if plan_memory(config, smaller, quantization="nf4")["gib"].sum() <= card_gib * _TIGHT:
-                return ", ".join(part for part in ("4-bit weights (nf4)", change) if part)
+    """The mildest change with room to spare, else the mildest that just fits, else another model."""
+    changes = [
+        (", ".join(filter(None, (bits, change))), smaller, kind)
+        for kind, bits in {quantization: "", "nf4": "4-bit weights (nf4)" * (quantization != "nf4")}.items()
+        for change, smaller in [("", profile), *smaller_profiles(profile)]
+    ]
+    planned = [plan_memory(config, smaller, quantization=kind)["gib"].sum() for _, smaller, kind in changes]
+    for limit, remark in ((card_gib * _TIGHT, ""), (card_gib, " (tight)")):
+        for (change, _, _), gib in zip(changes, planned, strict=True):
+            if gib <= limit:
+                return change + remark * bool(change)
     return "a smaller model"

@@ -319,6 +319,7 @@ def test_a_plan_for_fewer_rows_than_a_batch_holds():
         ("rows.jsonl", r"'rows\.jsonl', a str"),
         (None, "None, a NoneType"),
         (["a", "b"], r"row 0 is 'a', a str"),
+        (pd.DataFrame([GOOD]), r"a DataFrame.*Dataset\.from_pandas"),
     ],
 )
 def test_what_is_no_data_set_is_named(dataset, message):

@@ -325,6 +325,8 @@ def test_a_run_interrupted_in_every_phase(tmp_path, originals, phase, number):
         kernel.kill()
     assert process.returncode == 128 + number, printed
     assert "Traceback" not in printed
+    assert "Task was destroyed" not in printed
+    assert ("run again to resume" in printed) == (number is signal.SIGINT)
     assert not alive, "an orphaned kernel"
     assert not leftovers(tmp_path), leftovers(tmp_path)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before

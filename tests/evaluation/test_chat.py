@@ -1,5 +1,6 @@
 """The streamed answer, the terminal and the box."""
 
+import asyncio
 import io
 import subprocess
 import sys
@@ -121,6 +122,17 @@ def test_emoji_codes_in_an_answer_stay_as_they_are(monkeypatch, capsys):
     assert "T:use :warning: and :100:" in talk(monkeypatch, capsys, "use :warning: and :100:")
 
 
+def test_control_characters_of_an_answer_do_not_reach_the_terminal(monkeypatch, capsys):
+    sent = "a\x1b[31mred\x1b[0m\x1b]0;title\x07\x1b]8;;x\x1b\\b\x1bc\x07\b\r\x00\x7f\x9b2J\tc\nd \u00e9"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go"))
+    run_chat(lambda text, tuned: iter_pieces([sent, "split \x1b", "[2Jend"]))
+    assert "aredb2J c\nd \u00e9split [2Jend" in capsys.readouterr().out  # rich makes a tab a space
+
+
+def iter_pieces(pieces):
+    yield from pieces
+
+
 def test_the_end_of_the_input_leaves_and_a_prompt_answers_once(monkeypatch, capsys):
     assert "B:one" in talk(monkeypatch, capsys, "one", tuned=False)
     assert talk(monkeypatch, capsys, "ignored", prompt="just this") == "T:just this [bold]x[/bold]\n"
@@ -194,6 +206,30 @@ def test_the_box_streams_switches_and_escapes():
     before = page.value
     send.click()
     assert page.value == before, "an empty message must do nothing"
+
+
+def test_enter_sends_the_text_that_arrives_just_after_it():
+    """The browser reports the key first and the text second; a field left without Enter sends nothing."""
+    heard = []
+
+    def answer(text, tuned):
+        heard.append(text)
+        yield "ok"
+
+    async def type_and_press_enter():
+        message, _, _, page = parts(chat_box(answer))
+        message.value = "Nam"
+        await asyncio.sleep(0.3)
+        assert heard == []
+        message._handle_msg(
+            {"content": {"data": {"method": "custom", "content": {"event": "submit"}}}, "buffers": []}
+        )
+        message.value = "Name a fruit"
+        await asyncio.sleep(0.4)
+        assert "Name a fruit" in page.value
+
+    asyncio.run(type_and_press_enter())
+    assert heard == ["Name a fruit"]
 
 
 def test_the_box_shows_an_error_and_can_be_used_again():

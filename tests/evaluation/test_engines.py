@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 from adapter_fixture import TARGETS, load_int8
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from llama_sft_helpers.evaluation import write_engine_configs
 from llama_sft_helpers.profiles import load_profile
@@ -21,13 +22,26 @@ ROWS = [{"prompt": f"q{i}\n", "completion": f"a “{i}”"} for i in range(8)]
 LORA = LoraConfig(r=16, lora_alpha=16, lora_dropout=0, task_type="CAUSAL_LM", target_modules=TARGETS)
 
 
-def write(folder, profile="ci-tiny", rows=ROWS, processes=2, **overrides):
+SIZES = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 8}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def peft_model(config=LlamaConfig):
+    return get_peft_model(AutoModelForCausalLM.from_config(config(**SIZES)), LORA)
+
+
+def write(folder, profile="ci-tiny", rows=ROWS, processes=2, model=None, **overrides):
     if isinstance(profile, str):
         from llama_sft_helpers.profiles import read_profile
 
         profile = read_profile(profile, **overrides)
     return write_engine_configs(
-        folder, profile=profile, peft_config=LORA, train_rows=rows, eval_rows=ROWS[:2], processes=processes
+        folder,
+        profile=profile,
+        model=model or peft_model(),
+        train_rows=rows,
+        eval_rows=ROWS[:2],
+        processes=processes,
     )
 
 
@@ -62,17 +76,25 @@ def test_trl_and_accelerate_read_every_key(tmp_path, name, profile):
     assert config.distributed_type == ("MULTI_GPU" if name == "ddp-int8" else "FSDP")
 
 
-def test_the_effective_batch_is_kept_where_it_divides(tmp_path):
-    table = write(tmp_path / "a", "colab-a100")  # 2 rows x 4 accumulated on one GPU
-    assert table["effective_batch_rows"].tolist() == [8, 8]
-    assert read(tmp_path / "a" / "sft_ddp-int8.yaml")["gradient_accumulation_steps"] == 2
-    assert (
-        read(tmp_path / "a" / "sft_ddp-int8.yaml")["gradient_checkpointing"] is True
-    )  # trl compiles nothing
-    table = write(tmp_path / "b", "colab-a100", processes=4)
-    assert table["effective_batch_rows"].tolist() == [8, 8]
-    table = write(tmp_path / "c", "colab-a100", processes=16)
-    assert table["effective_batch_rows"].tolist() == [32, 32]
+@pytest.mark.parametrize(
+    ("rows", "accumulated", "processes", "expected"),
+    [(2, 4, 2, (2, 2)), (2, 4, 4, (2, 1)), (4, 1, 2, (2, 1)), (4, 3, 2, (3, 2)), (1, 8, 8, (1, 1))],
+)
+def test_the_effective_batch_is_kept(tmp_path, rows, accumulated, processes, expected):
+    settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
+    table = write(tmp_path, "colab-a100", processes=processes, **settings)
+    assert table["effective_batch_rows"].tolist() == [rows * accumulated] * 2
+    written = read(tmp_path / "sft_ddp-int8.yaml")
+    assert tuple(written[key] for key in settings) == expected
+    assert written["gradient_checkpointing"] is True  # trl compiles nothing
+
+
+def test_the_layers_that_fsdp_shares_out_are_the_models(tmp_path):
+    write(tmp_path, model=peft_model(MistralConfig))
+    config = read(tmp_path / "accelerate_fsdp-nf4.yaml")["fsdp_config"]
+    assert config["fsdp_transformer_layer_cls_to_wrap"] == "MistralDecoderLayer"
+    settings = read(tmp_path / "sft_fsdp-nf4.yaml")
+    assert settings["bnb_4bit_quant_storage"] == settings["dtype"]  # one type in FSDP's flat tensor
 
 
 def test_a_float16_profile_is_written_for_bfloat16(tmp_path):
@@ -95,6 +117,8 @@ def test_what_cannot_be_run_is_refused(tmp_path):
         write(tmp_path, processes=1)
     with pytest.raises(ValueError, match="no training rows"):
         write(tmp_path, rows=[])
+    with pytest.raises(ValueError, match=r"batch of 4 rows .* cannot be shared by processes=3"):
+        write(tmp_path, processes=3)
 
 
 def losses(output):

@@ -118,25 +118,31 @@ def test_forgetting_is_transformers_own_loss_and_torchs_own_divergence(trained):
 
 
 @pytest.mark.parametrize(
-    ("changes", "lost", "expected"),
+    ("changes", "lost", "expected", "advised"),
     [
-        ([-1.0] * 40, 0, ["Yes: the loss on 40", "Yes: 0 of 24 were right before, 24 after", "No: "]),
-        ([1.0] * 40, 24, ["No: the loss on 40", "No, it is worse: 24 of 24", "Yes: "]),
+        (
+            [-1.0] * 40,
+            0,
+            ["Yes: the loss on 40", "Yes: 0 of 24 were right before, 24 after", "No: "],
+            [False] * 3,
+        ),
+        ([1.0] * 40, 24, ["No: the loss on 40", "No, it is worse: 24 of 24", "Yes: "], [True] * 3),
         (
             [-1.0, 1.0] * 10,
             12,
             ["It cannot be told: the loss on 20", "It cannot be told: 12 of 24", "It cannot"],
+            [True, False, False],
         ),
     ],
 )
-def test_the_verdict_says_what_can_be_told(changes, lost, expected):
+def test_the_verdict_says_what_can_be_told(changes, lost, expected, advised):
     base = pd.DataFrame({"tokens": 10, "loss_nats": [20.0] * len(changes)})
     losses = summarize_perplexity({"base": base, "tuned": base.assign(loss_nats=base["loss_nats"] + changes)})
     before = [True] * lost + [False] * (24 - lost)
     tasks = tasks_table(before, [not right for right in before])
-    table = summarize_verdict(losses, tasks, losses.assign(kl_nats=0.125))
+    table = summarize_verdict(losses, tasks=tasks, forgetting=losses.assign(kl_nats=0.125))
     for verdict, start in zip(table["verdict"], expected, strict=True):
         assert verdict.startswith(start), verdict
-    assert ("So few rows" in table["verdict"].iloc[0]) == (len(changes) < 30)
+    assert [bool(advice) for advice in table["advice"]] == advised
     assert "0.125 nats a token (KL)" in table["verdict"].iloc[2]
     assert len(summarize_verdict(losses)) == 1

@@ -1,0 +1,93 @@
+"""The command line's own words: version, plan's options, refusals, and Ctrl-C."""
+
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from typer.testing import CliRunner
+
+from llama_sft_helpers.cli import app
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def test_the_version_is_the_installed_one():
+    assert invoke("--version").stdout == f"llama-sft {importlib.metadata.version('llama-sft-helpers')}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["run", "--cell-timeout", "-5"], "--cell-timeout"),
+        (["plan", "--batch", "0"], "--batch"),
+        (["plan", "--max-length", "0"], "--max-length"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(arguments, named):
+    refused = invoke(*arguments)
+    assert refused.exit_code == 2
+    assert named in refused.stderr
+    assert "greater than or equal to" in refused.stderr or "range" in refused.stderr  # typer's words changed
+
+
+def plan(*arguments):
+    done = invoke("plan", "--json", *arguments)
+    return done.exit_code, json.loads(done.stdout)
+
+
+def test_plan_takes_length_batch_and_model(tiny_model_dir):
+    def gib(*arguments):
+        return sum(row["gib"] for row in plan("--profile", "colab-t4", *arguments)[1]["plan"])
+
+    assert gib() < gib("--max-length", 2048) < gib("--max-length", 2048, "--batch", 4)
+    assert gib("--model", tiny_model_dir) < 1 < gib()
+
+
+@pytest.mark.parametrize(
+    ("gpu_gib", "advice"),
+    [
+        (8, "max_length=1024, per_device_train_batch_size=1, gradient_accumulation_steps=8, "),
+        (9.5, "per_device_train_batch_size=1, gradient_accumulation_steps=8, "),
+        (4, "a smaller model"),
+    ],
+)
+def test_plan_advises_length_and_batch_before_a_smaller_model(gpu_gib, advice):
+    asked = ["--profile", "colab-a100", "--quantization", "nf4"]
+    code, planned = plan(*asked, "--gpu-gib", gpu_gib)
+    change = planned["fit"][0]["change"]
+    assert code == 1
+    assert change.startswith(advice)
+    settings = dict(pair.split("=") for pair in change.removesuffix(" (tight)").split(", ") if "=" in pair)
+    if settings:  # what is advised fits, of the options that there are: checkpointing is in the T4's profile
+        length, batch = settings.get("max_length", 2048), settings["per_device_train_batch_size"]
+        asked = ["--profile", "colab-t4", "--quantization", "nf4", "--max-length", length, "--batch", batch]
+        assert plan(*asked, "--gpu-gib", gpu_gib)[0] == 0
+
+
+def test_ctrl_c_ends_a_run_in_one_line(tmp_path, tiny_model_dir):
+    cell = nbformat.v4.new_code_cell("open('in_cell', 'w').close(); import time; time.sleep(60)")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "01_wait.ipynb")
+    command = [sys.executable, "-m", "llama_sft_helpers.cli", "run", "--profile", "ci-tiny"]
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [*command, "--out", out, "--notebooks", tmp_path],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and not (out / "in_cell").exists():
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    printed = process.communicate(timeout=30)[1]
+    assert process.returncode == 130, printed
+    assert printed.rstrip().endswith("are kept: run again to resume.")
+    for remark in ("Traceback", "Task was destroyed", "exception was never retrieved", "Aborted"):
+        assert remark not in printed
