@@ -162,8 +162,11 @@ def cell_seconds(notebook: Any) -> list[tuple[str, float]]:
     return rows
 
 
-def make_llama3_shape(folder: Path) -> Path:
-    """Save Llama 3 8B's shape with random weights in bfloat16 (16 GB) and Llama 3's tokenizer."""
+def make_llama3_shape(folder: Path, tokenizer: Any = None, **sizes: int) -> Path:
+    """Save Llama 3 8B's shape, or one of other sizes, with random weights in bfloat16 (8B: 16 GB).
+
+    The tokenizer is Llama 3's own, if none is given.
+    """
     import torch
     from llama3_tokenizer import build_llama3_tokenizer
     from speed_ladder import build_config
@@ -172,6 +175,7 @@ def make_llama3_shape(folder: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     config = build_config(tiny=False)
+    config.update(sizes)
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
@@ -179,7 +183,7 @@ def make_llama3_shape(folder: Path) -> Path:
     for layer in model.model.layers:
         layer.mlp.gate_proj.weight.data.mul_(0.5)
         layer.mlp.up_proj.weight.data.mul_(0.5)
-    tokenizer = build_llama3_tokenizer()
+    tokenizer = tokenizer or build_llama3_tokenizer()
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
     )
