@@ -43,7 +43,7 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate
 RANDOM_WEIGHTS_LACK: dict[str, str] = {}
 
 # What one update costs does not depend on how many follow; the real run's length is in the profile.
-SHORT_RUN = {"max_steps": 24, "eval_steps": 12, "save_steps": 12, "sweep_seconds": 90, "max_new_tokens": 64}
+SHORT_RUN = {"max_steps": 16, "eval_steps": 8, "save_steps": 8, "sweep_seconds": 90, "max_new_tokens": 64}
 
 # The cap is set as soon as the notebook itself has woken CUDA, not earlier: notebooks choose how the
 # allocator works before that. What is free is told as on a card of that size, as `device_map="auto"` asks.
@@ -162,8 +162,11 @@ def cell_seconds(notebook: Any) -> list[tuple[str, float]]:
     return rows
 
 
-def make_llama3_shape(folder: Path) -> Path:
-    """Save Llama 3 8B's shape with random weights in bfloat16 (16 GB) and Llama 3's tokenizer."""
+def make_llama3_shape(folder: Path, tokenizer: Any = None, **sizes: int) -> Path:
+    """Save Llama 3 8B's shape, or one of other sizes, with random weights in bfloat16 (8B: 16 GB).
+
+    The tokenizer is Llama 3's own, if none is given.
+    """
     import torch
     from llama3_tokenizer import build_llama3_tokenizer
     from speed_ladder import build_config
@@ -172,6 +175,7 @@ def make_llama3_shape(folder: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     config = build_config(tiny=False)
+    config.update(sizes)
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
@@ -179,7 +183,7 @@ def make_llama3_shape(folder: Path) -> Path:
     for layer in model.model.layers:
         layer.mlp.gate_proj.weight.data.mul_(0.5)
         layer.mlp.up_proj.weight.data.mul_(0.5)
-    tokenizer = build_llama3_tokenizer()
+    tokenizer = tokenizer or build_llama3_tokenizer()
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
     )
@@ -252,7 +256,7 @@ def main() -> int:
     parser.add_argument("--only", help="notebooks, as 03,04")
     parser.add_argument("--jobs", type=int, default=1, help="profiles at a time")
     parser.add_argument("--at-a-time", type=int, help="runs on this machine in all")
-    parser.add_argument("--short", action="store_true", help="24 updates instead of the profile's number")
+    parser.add_argument("--short", action="store_true", help="16 updates instead of the profile's number")
     parser.add_argument("--cell-timeout", type=int, default=400, help="seconds for one cell")
     parser.add_argument("--work", type=Path, default=Path("gpu-runs"), help="folder for executed notebooks")
     parser.add_argument("--out", type=Path, required=True)
