@@ -50,28 +50,68 @@ def demo_model(
         _fail(error)
 
 
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(help="Profile name or TOML file of your own; default: by the GPU that is there."),
+]
+OutOption = Annotated[Path, typer.Option(help="Folder for executed notebooks, pages and the adapter.")]
+TimeoutOption = Annotated[int, typer.Option(min=0, help="Seconds a cell may take; 0 for no limit.")]
+DataOption = Annotated[
+    str | None, typer.Option(help="CSV, JSONL, JSON or Parquet file, folder, or data set of the hub.")
+]
+ColumnsOption = Annotated[
+    str | None, typer.Option(help="Your columns and what they are: question=instruction,answer=output.")
+]
+ModelOption = Annotated[str | None, typer.Option(help="Hub id or folder of the base model.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting of the profile, key=value; repeatable.")
+]
+
+
+@app.command()
+def train(
+    *,
+    data: DataOption = None,
+    columns: ColumnsOption = None,
+    model: ModelOption = None,
+    changes: SetOption = None,
+    profile: ProfileOption = None,
+    out: OutOption = Path("outputs"),
+    cell_timeout: TimeoutOption = 0,
+) -> None:
+    """Train on your own data, from a file to an adapter: executes notebook 09 with these settings."""
+    named = {"dataset_id": data, "columns": columns, "model_id": model}
+    _run(changes or [], named, cell_timeout, profile_name=profile, only="09", out=out)
+
+
 @app.command()
 def run(
-    profile: Annotated[
-        str | None, typer.Option(help="Profile name; default: by the GPU that is there.")
-    ] = None,
+    *,
+    profile: ProfileOption = None,
     only: Annotated[str | None, typer.Option(help="Notebook numbers, comma-separated: 03,04.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for executed notebooks, pages and the adapter.")] = Path(
-        "outputs"
-    ),
+    out: OutOption = Path("outputs"),
     notebooks: Annotated[Path | None, typer.Option(help="Folder of the notebooks.")] = None,
-    cell_timeout: Annotated[int, typer.Option(min=0, help="Seconds a cell may take; 0 for no limit.")] = 0,
+    cell_timeout: TimeoutOption = 0,
+    data: DataOption = None,
+    columns: ColumnsOption = None,
+    model: ModelOption = None,
+    changes: SetOption = None,
 ) -> None:
     """Execute the notebooks in order into a folder (.ipynb and .html); stops at the first failing cell."""
+    named = {"dataset_id": data, "columns": columns, "model_id": model}
+    choices = {"profile_name": profile, "only": only, "out": out, "notebooks": notebooks}
+    _run(changes or [], named, cell_timeout, **choices)
+
+
+def _run(changes: list[str], named: dict[str, str | None], cell_timeout: int, **choices: Any) -> None:
     from llama_sft_helpers.demo_model import ModelBuildError
-    from llama_sft_helpers.profiles import ProfileError
     from llama_sft_helpers.run import RunError, run_notebooks
+    from llama_sft_helpers.settings import SettingsError, parse_settings
 
     try:
-        run_notebooks(
-            profile, only=only, out=out, notebooks=notebooks, cell_timeout_seconds=cell_timeout or None
-        )
-    except (RunError, ProfileError, ModelBuildError) as error:
+        settings = parse_settings(changes, **named)
+        run_notebooks(settings=settings, cell_timeout_seconds=cell_timeout or None, **choices)
+    except (RunError, SettingsError, ModelBuildError) as error:
         _fail(error)
     except KeyboardInterrupt:
         _stop("Interrupted. Finished notebooks and checkpoints are kept: run again to resume.")

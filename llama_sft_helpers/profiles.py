@@ -15,15 +15,19 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama_sft_helpers.settings import SettingsError, absolute_path, environment_settings
+
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
 _PACKAGE = Path(__file__).parent
+_OWN = Path("llama-sft.toml")
 _DRIVE = Path("/content/drive")  # where Colab's own examples and its Files panel mount Google Drive
 _CHOICES = {
     "dtype": ("bfloat16", "float16", "float32"),
     "attn_implementation": ("sdpa", "varlen"),
+    "prompt_format": ("auto", "alpaca", "chat", "plain"),
 }
 # what notebook 08 adds, switched off
 _PLAIN = {
@@ -36,7 +40,7 @@ _PLAIN = {
 _BY_GPU_GIB = ((36.0, "colab-a100"), (20.0, "colab-l4"), (0.0, "colab-t4"))
 
 
-class ProfileError(ValueError):
+class ProfileError(SettingsError):
     """A profile, one of its keys or one of its values is not valid."""
 
 
@@ -48,7 +52,9 @@ class Profile:
         name: The profile's name.
         gpu_gib: GPU memory the profile is planned for, in GiB; 0 for none.
         model_id: Hub id or folder for ``from_pretrained``.
-        dataset_id: Hub id or folder for ``load_dataset``.
+        dataset_id: File, folder or hub id for ``data.load_rows``.
+        columns: What the data's columns are here, ``question=instruction,answer=output``; empty for none.
+        prompt_format: ``alpaca``, ``chat``, ``plain``, or ``auto`` (``data.choose_prompt_format``).
         train_rows: Rows to train on; 0 takes all.
         eval_rows: Rows held out.
         max_length: Longest row, and the block size when packing, in tokens.
@@ -56,6 +62,7 @@ class Profile:
         per_device_train_batch_size: Rows (or blocks) in a micro-batch.
         gradient_accumulation_steps: Micro-batches in an optimizer step.
         max_steps: Optimiser steps.
+        epochs: How often each row is seen; sets ``max_steps`` by ``data.plan_steps``. None: it does not.
         learning_rate: Peak learning rate.
         dtype: Name of the 16- or 32-bit type of everything that is not quantized.
         attn_implementation: ``sdpa``, or ``varlen`` (``speed.register_varlen_attention``).
@@ -74,6 +81,8 @@ class Profile:
     gpu_gib: float
     model_id: str
     dataset_id: str
+    columns: str
+    prompt_format: str
     train_rows: int
     eval_rows: int
     max_length: int
@@ -81,6 +90,7 @@ class Profile:
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     max_steps: int
+    epochs: float | None
     learning_rate: float
     dtype: str
     attn_implementation: str
@@ -197,14 +207,16 @@ def load_profile(name: str | None = None, *, fast: bool = True, **overrides: Any
 def read_profile(name: str | None = None, *, fast: bool = True, **overrides: Any) -> Profile:
     """As ``load_profile``, with ``local:`` ids left as they are and nothing built.
 
-    A file of one's own names the shipped profile it starts from, and what it changes::
+    Settings come from the profile, then from the file, then from ``$SFT_SETTINGS``, then from ``overrides``.
+    Without a name or ``$SFT_PROFILE``, ``llama-sft.toml`` in the current folder is such a file. It names the
+    shipped profile it starts from, and what it changes; a file or folder that it names lies beside it::
 
         profile = "colab-a100"
         [settings]
         max_steps = 200
         learning_rate = { value = 1e-4, reason = "our rows are long" }
     """
-    name = name or os.environ.get("SFT_PROFILE") or _pick_by_gpu()
+    name = pick_profile(name)
     changed: dict[str, tuple[Any, str]] = {}
     if name.endswith(".toml"):
         name, changed = _read_changes(Path(name))
@@ -214,16 +226,17 @@ def read_profile(name: str | None = None, *, fast: bool = True, **overrides: Any
             f"There is no profile {name!r}. Valid profiles: {', '.join(available_profiles())}."
         )
     settings = tomllib.loads(path.read_text(encoding="utf-8"))["settings"]
-    values = {key: entry["value"] for key, entry in settings.items()}
+    values = {key: entry.get("value") for key, entry in settings.items()}  # TOML has no null: left out
     reasons = {key: entry["reason"] for key, entry in settings.items()}
     if not fast:
         checkpointing = values["gradient_checkpointing"] or values["compile_layers"]
         plain = {**_PLAIN, "gradient_checkpointing": checkpointing}
         reasons |= {key: "fast=False: the plain path" for key, value in plain.items() if values[key] != value}
         values |= plain
-    for key, (value, reason) in {**changed, **{k: (v, "set by you") for k, v in overrides.items()}}.items():
-        values[key] = value
-        reasons[key] = reason
+    changed |= {key: (value, "set in SFT_SETTINGS") for key, value in environment_settings().items()}
+    changed |= {key: (value, "set by you") for key, value in overrides.items()}
+    values |= {key: value for key, (value, _) in changed.items()}
+    reasons |= {key: reason for key, (_, reason) in changed.items()}
     return Profile(name=name, reasons=reasons, **_validated(name, values))
 
 
@@ -245,6 +258,8 @@ def _read_changes(path: Path) -> tuple[str, dict[str, tuple[Any, str]]]:
     entries = {key: entry if isinstance(entry, dict) else {"value": entry} for key, entry in settings.items()}
     if lacking := [key for key, entry in entries.items() if "value" not in entry]:
         raise ProfileError(f"{path.absolute()}, setting {lacking[0]!r}: a table must hold value = ...")
+    for key in {"model_id", "dataset_id"} & set(entries):
+        entries[key] = entries[key] | {"value": absolute_path(str(entries[key]["value"]), path.parent)}
     return base, {
         key: (e["value"], str(e.get("reason", f"set in {path.name}"))) for key, e in entries.items()
     }
@@ -269,7 +284,9 @@ def _validated(name: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(name: str, key: str, value: Any, type_name: str) -> Any:
-    expected: Any = {"str": str, "int": int, "float": float, "bool": bool}[type_name]
+    if value is None and type_name.endswith("None"):
+        return None
+    expected: Any = {"str": str, "int": int, "float": float, "bool": bool}[type_name.removesuffix(" | None")]
     if expected is float and type(value) is int:
         value = float(value)
     where = f"Profile {name!r}, setting {key!r}"
@@ -280,6 +297,8 @@ def _checked(name: str, key: str, value: Any, type_name: str) -> Any:
     least = 0 if key in ("gpu_gib", "train_rows") else 1 if expected is int else None
     if least is not None and value < least:
         raise ProfileError(f"{where}: {value!r} is too small, expected at least {least}.")
+    if key == "epochs" and not 0 < value < float("inf"):
+        raise ProfileError(f"{where}: {value!r} is not above 0.")
     if key in ("learning_rate", "activation_memory_budget") and not 0 < value <= 1:
         raise ProfileError(f"{where}: {value!r} is outside (0, 1].")
     return value
@@ -292,7 +311,11 @@ def _gpu_gib() -> float:
     return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
 
 
-def _pick_by_gpu() -> str:
+def pick_profile(name: str | None = None) -> str:
+    """The profile to load: the one named, by the environment, by a file that lies here, or by the GPU."""
+    name = name or os.environ.get("SFT_PROFILE") or (str(_OWN) if _OWN.is_file() else "")
+    if name:
+        return str(Path(name).absolute()) if name.endswith(".toml") else name
     gib = _gpu_gib()
     if not gib:
         return "cpu-demo"

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import html
+import json
 import os
 import re
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from llama_sft_helpers.core.files import FilesError, write_text
+from llama_sft_helpers.settings import environment_settings
 from llama_sft_helpers.training.summary import read_training_summary
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _IN_CHECKOUT = Path(__file__).parent.parent / "notebooks"
+
+# notebooks that train -> where in the output folder they leave their summary
+_RESULTS = {"06_training": ".", "09_your_run": "your_run"}
 
 _NO_DESCRIPTION = "No description has been provided for this image"  # nbconvert's words
 
@@ -44,6 +51,7 @@ def run_notebooks(
     out: Path,
     notebooks: Path | None = None,
     cell_timeout_seconds: int | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Execute notebooks for a profile, and write each as .ipynb and .html, and an index.
 
@@ -55,6 +63,7 @@ def run_notebooks(
         out: Folder for the results; made if missing.
         notebooks: Folder of the originals; default ``./notebooks``, else the checkout's.
         cell_timeout_seconds: Limit for one cell; None for none.
+        settings: What to change of the profile, for every notebook alike.
 
     Returns:
         Seconds that each notebook took, its kernel's start included.
@@ -64,7 +73,7 @@ def run_notebooks(
         ProfileError: The profile is not valid.
         KeyboardInterrupt: Ctrl-C; the kernel is gone by then, and no file half-written.
     """
-    from llama_sft_helpers.profiles import load_profile
+    from llama_sft_helpers.profiles import load_profile, pick_profile
 
     paths = find_notebooks(notebooks, only)
     out = out.expanduser().resolve()
@@ -74,13 +83,17 @@ def run_notebooks(
         )
     with _output_folder(out), _terminable():
         (out / "index.html").unlink(missing_ok=True)  # it would speak of an earlier run
-        profile = load_profile(profile_name)
+        picked = pick_profile(profile_name)
+        changes = {**environment_settings(), **(settings or {})}
+        profile = load_profile(picked, **changes)
         with _environment(
-            SFT_PROFILE=_from_anywhere(profile_name) or profile.name, SFT_OUTPUT_DIR=str(out), MPLBACKEND=None
+            SFT_PROFILE=picked, SFT_SETTINGS=json.dumps(changes), SFT_OUTPUT_DIR=str(out), MPLBACKEND=None
         ):
             pages = _execute_all(paths, out, cell_timeout_seconds)
         _write(out / "index.html", _index_page(profile.name, pages))
-    _report(out, trained=any(path.stem.endswith("training") for path in paths))
+    for folder in [out / _RESULTS[path.stem] for path in paths if path.stem in _RESULTS]:
+        _report(folder)
+    Console(soft_wrap=True, highlight=False).print(f"open:          {out / 'index.html'}")
     return dict(pages)
 
 
@@ -105,12 +118,6 @@ def find_notebooks(folder: Path | None = None, only: str | None = None) -> list[
     if unknown := [number for number in wanted if number not in numbers]:
         raise RunError(f"There is no notebook {', '.join(unknown)}. Valid numbers: {', '.join(numbers)}.")
     return [path for path in paths if path.name[:2] in wanted]
-
-
-def _from_anywhere(profile_name: str | None) -> str | None:
-    """A profile's own TOML file as an absolute path: the kernels run in another folder."""
-    given = profile_name or os.environ.get("SFT_PROFILE") or ""
-    return str(Path(given).absolute()) if given.endswith(".toml") else None
 
 
 @contextmanager
@@ -175,7 +182,6 @@ def _set_environment(values: dict[str, str | None]) -> None:
 
 
 def _execute_all(paths: list[Path], out: Path, timeout: int | None) -> list[tuple[str, float]]:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -312,10 +318,6 @@ def describe_figures(page: str, notebook: Any) -> str:
     """Give a page's figures the text alternatives that their cells carry as ``alt`` in their metadata.
 
     nbconvert's own template says of every figure that it has no description.
-
-    Args:
-        page: HTML that nbconvert made of the notebook.
-        notebook: The executed notebook.
     """
     texts = iter(
         cell.metadata.get("alt", _NO_DESCRIPTION)
@@ -344,17 +346,15 @@ def _index_page(profile_name: str, pages: list[tuple[str, float]]) -> str:
     return _INDEX_PAGE.format(title=title, rows=rows)
 
 
-def _report(out: Path, *, trained: bool) -> None:
-    from rich.console import Console
-
+def _report(folder: Path) -> None:
+    """Print what a training left in its folder."""
+    if not (path := folder / "training_summary.json").is_file():
+        return
+    try:
+        summary = read_training_summary(path)
+    except FilesError as error:
+        raise RunError(str(error)) from error
+    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     console = Console(soft_wrap=True, highlight=False)
-    summary_path = out / "training_summary.json"
-    if trained and summary_path.is_file():
-        try:
-            summary = read_training_summary(summary_path)
-        except FilesError as error:
-            raise RunError(str(error)) from error
-        before, after = summary["eval_loss_before"], summary["eval_loss_after"]
-        console.print(f"held-out loss: {before:.4f} before, {after:.4f} after training")
-        console.print(f"adapter:       {out / 'adapter'}")
-    console.print(f"open:          {out / 'index.html'}")
+    console.print(f"held-out loss: {before:.4f} before, {after:.4f} after training")
+    console.print(f"adapter:       {folder / 'adapter'}")

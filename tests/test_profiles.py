@@ -12,6 +12,7 @@ from llama_sft_helpers import profiles
 from llama_sft_helpers.data import to_prompt_completion
 from llama_sft_helpers.memory import plan_memory
 from llama_sft_helpers.profiles import ProfileError, available_profiles, load_profile, read_profile
+from llama_sft_helpers.settings import SettingsError, parse_settings
 
 SHIPPED = ["ci-tiny", "colab-a100", "colab-l4", "colab-t4", "cpu-demo"]
 
@@ -21,7 +22,7 @@ def test_shipped_profiles_are_complete_and_every_setting_has_a_reason():
     for name in SHIPPED:
         frame = read_profile(name).to_frame()
         assert frame["reason"].str.len().min() > 5, name
-        assert len(frame) == 21
+        assert len(frame) == 24
 
 
 def test_environment_variable_picks_the_profile(monkeypatch):
@@ -58,6 +59,9 @@ def test_overrides_replace_values_and_say_so():
         ("ci-tiny", {"max_steps": True}, "is of type bool, expected int"),
         ("ci-tiny", {"packing": 1}, "is of type int, expected bool"),
         ("ci-tiny", {"max_steps": 0}, "too small"),
+        ("ci-tiny", {"max_steps": None}, "is of type NoneType, expected int"),
+        ("ci-tiny", {"epochs": 0}, "not above 0"),
+        ("ci-tiny", {"prompt_format": "llama"}, "not one of auto, alpaca, chat, plain"),
         ("ci-tiny", {"sweep_seconds": 0}, "'sweep_seconds': 0 is too small, expected at least 1"),
         ("ci-tiny", {"dtype": "float8"}, "not one of bfloat16, float16, float32"),
         ("ci-tiny", {"activation_memory_budget": 1.5}, r"outside \(0, 1\]"),
@@ -173,6 +177,45 @@ def test_a_bad_file_of_ones_own_is_explained(tmp_path, text, expected):
 def test_a_missing_file_of_ones_own_is_named():
     with pytest.raises(ProfileError, match=r"Cannot read the profile .*nowhere.toml.*No such file"):
         read_profile("nowhere.toml")
+
+
+def test_settings_come_from_a_file_beside_then_the_environment_then_the_call(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SFT_PROFILE")
+    (tmp_path / "my.csv").write_text("instruction,output", encoding="utf-8")
+    text = (
+        'profile = "ci-tiny"\nsettings = {dataset_id = "my.csv", max_steps = 7, epochs = 2, eval_steps = 2}'
+    )
+    (tmp_path / "llama-sft.toml").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("SFT_SETTINGS", '{"max_steps": 8, "epochs": null, "save_steps": 9}')
+    profile = read_profile(save_steps=3)
+    assert profile.dataset_id == str(tmp_path / "my.csv")
+    assert (profile.max_steps, profile.epochs, profile.eval_steps, profile.save_steps) == (8, None, 2, 3)
+    reasons = profile.to_frame()["reason"]
+    assert reasons[["max_steps", "save_steps"]].tolist() == ["set in SFT_SETTINGS", "set by you"]
+    monkeypatch.setenv("SFT_SETTINGS", "max_steps=8")
+    with pytest.raises(SettingsError, match="expected a JSON object"):
+        read_profile()
+
+
+def test_settings_of_a_command_line_are_values_and_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.csv").touch()
+    pairs = ["learning_rate=1e-4", "packing=false", "dtype=float16", "columns=q=instruction,a=output"]
+    assert parse_settings([*pairs, "max_steps=5"], dataset_id="my.csv", model_id="me/my.csv", x=None) == {
+        "dataset_id": str(tmp_path / "my.csv"),
+        "model_id": "me/my.csv",
+        "learning_rate": 1e-4,
+        "packing": False,
+        "dtype": "float16",
+        "columns": "q=instruction,a=output",
+        "max_steps": 5,
+        "epochs": None,
+    }
+    assert parse_settings(["epochs=none"]) == {"epochs": None}
+    assert parse_settings(["max_steps=5", "epochs=2"])["epochs"] == 2
+    with pytest.raises(SettingsError, match="'max_steps 5': expected key=value"):
+        parse_settings(["max_steps 5"])
 
 
 # --- The numbers in the reasons ---

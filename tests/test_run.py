@@ -109,6 +109,8 @@ def test_bad_names_are_one_clear_line_each(write_notebooks, tmp_path):
     runner = CliRunner()
     for arguments, expected in [
         (["--profile", "nope"], "There is no profile 'nope'"),
+        (["--profile", "ci-tiny", "--set", "max_stepz=3"], "no setting 'max_stepz'"),
+        (["--profile", "ci-tiny", "--set", "3"], "expected key=value"),
         (["--profile", "ci-tiny", "--only", "07"], "There is no notebook 07. Valid numbers: 01"),
         (["--profile", "ci-tiny", "--notebooks", str(tmp_path / "none")], "No notebooks in"),
     ]:
@@ -162,6 +164,21 @@ def test_a_runs_page_describes_its_figures(write_notebooks, tmp_path):
     nbformat.write(notebook, path)
     run_notebooks("ci-tiny", only=None, out=tmp_path / "out", notebooks=originals)
     assert 'alt="A line that rises"' in (tmp_path / "out" / "01_figure.html").read_text(encoding="utf-8")
+
+
+def test_settings_reach_every_notebook(write_notebooks, tmp_path, monkeypatch):
+    show = "from llama_sft_helpers.profiles import load_profile; p = load_profile()"
+    originals = write_notebooks(n01_a=[show, "print(p.name, p.max_steps, p.epochs, p.dataset_id, p.columns)"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SFT_PROFILE")
+    (tmp_path / "my.csv").touch()
+    own = 'profile = "ci-tiny"\nsettings = { max_steps = 3, columns = "q=prompt" }'
+    (tmp_path / "llama-sft.toml").write_text(own, encoding="utf-8")
+    options = ["--data", "my.csv", "--set", "max_steps=4", "--set", "learning_rate=0.1"]
+    result = CliRunner().invoke(app, ["run", "--out", "out", "--notebooks", str(originals), *options])
+    assert result.exit_code == 0, result.output
+    (output,) = nbformat.read(tmp_path / "out" / "01_a.ipynb", as_version=4).cells[1].outputs
+    assert output.text == f"ci-tiny 4 None {tmp_path / 'my.csv'} q=prompt\n"
 
 
 @pytest.mark.parametrize("command", [["run"], ["plan"]])

@@ -1,8 +1,9 @@
-"""How many rows train and how many are held out: decided once, for every notebook that splits."""
+"""How many rows train, how many are held out, and how often each is seen: decided once."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from llama_sft_helpers.data.rows import DataError
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from llama_sft_helpers.profiles import Profile
 
 HELD_OUT_SHARE = 10  # at most one row in ten is held out
+MANY_EPOCHS = 5  # beyond this a small set is mostly learned by heart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,3 +71,48 @@ def plan_split(profile: Profile, usable: int, total: int | None = None) -> Split
         unusable=0 if total is None else total - usable,
         asked=profile.eval_rows,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """Updates of a run; printed, it says how often each row is seen, and warns where that is often.
+
+    Attributes:
+        max_steps: Updates.
+        epochs: How often each row is seen.
+        steps_per_epoch: Updates in which each row is seen once.
+    """
+
+    max_steps: int
+    epochs: float
+    steps_per_epoch: int
+
+    def __str__(self) -> str:
+        told = f"{self.max_steps:,} updates: each row is seen {self.epochs:.3g} times"
+        if self.epochs <= MANY_EPOCHS:
+            return told
+        fewer = MANY_EPOCHS * self.steps_per_epoch
+        return (
+            f"{told}. That is often: beyond {MANY_EPOCHS} times a model mostly learns its rows by heart. "
+            f"Add rows, or take max_steps={fewer} or fewer, and watch the held-out loss"
+        )
+
+
+def plan_steps(profile: Profile, rows: int, tokens: int | None = None) -> StepPlan:
+    """Plan the updates of a run: the profile's ``epochs`` over its rows, or else its ``max_steps``.
+
+    Args:
+        profile: Batch, accumulation, packing, ``epochs`` and ``max_steps`` are read.
+        rows: Rows to train on.
+        tokens: Tokens of all of them; with packing the blocks are counted by these.
+
+    Raises:
+        ValueError: No row, or packing without tokens.
+    """
+    if rows < 1 or (profile.packing and not tokens):
+        raise ValueError(f"rows={rows}, tokens={tokens}: expected at least one row, and tokens with packing.")
+    items = math.ceil((tokens or 0) / profile.max_length) if profile.packing else rows
+    per_update = profile.per_device_train_batch_size * profile.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(items / per_update)
+    steps = math.ceil(profile.epochs * steps_per_epoch) if profile.epochs else profile.max_steps
+    return StepPlan(steps, steps / steps_per_epoch, steps_per_epoch)

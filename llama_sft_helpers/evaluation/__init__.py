@@ -13,10 +13,7 @@ CONTENTS = {
     "render_generations": "answers",  # the same as a page
     "summarize_stops": "answers",  # whether answers end
     "plot_stops": "answers",  # the probability of EOS where the reference ends
-    "summarize_gain": "findings",  # whether the tuned model's loss is lower, by more than luck
-    "summarize_stopping": "findings",  # whether it learned to stop
-    "summarize_rounding": "findings",  # whether a merge into int8 would lose the update
-    "summarize_verdict": "findings",  # what was measured, in words, with its uncertainty
+    "summarize_verdict": "findings",  # what was measured, in words, with uncertainty and advice
     "read_tasks": "tasks",  # small tasks whose answers a program can check
     "score_tasks": "tasks",  # a model's answers to them, checked
     "summarize_tasks": "tasks",  # right before and after, with intervals

@@ -5,11 +5,11 @@ Alpaca's template has one instruction and one answer, so each message stands alo
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import html
 import re
 import threading
-import warnings
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
@@ -138,19 +138,23 @@ def chat_box(answer: Answer) -> Any:
     """
     import ipywidgets as widgets
 
-    message = widgets.Text(placeholder="An instruction, then Enter", layout=widgets.Layout(width="70%"))
+    # Letter by letter, a text typed while the kernel is busy arrives cut off: the first letter, then Enter.
+    message = widgets.Text(
+        placeholder="An instruction, then Enter", continuous_update=False, layout=widgets.Layout(width="70%")
+    )
     choice = widgets.ToggleButtons(options=["tuned", "base"], layout=widgets.Layout(width="auto"))
     send = widgets.Button(description="Send", button_style="primary")
     page = widgets.HTML()
     past: list[str] = []
 
-    def respond(_: Any) -> None:
+    def respond(*_: Any) -> None:
         text = message.value.strip()
         if not text or send.disabled:
             return
         send.disabled, message.value = True, ""
         said = f"<p><b>you</b>: {html.escape(text)}</p><p><b>{choice.value}</b>: "
         reply = ""
+        page.value = f"{''.join(past)}{said}…</p>"
         try:
             for piece in answer(text, choice.value == "tuned"):
                 reply += piece
@@ -162,11 +166,13 @@ def chat_box(answer: Answer) -> Any:
             page.value = "".join(past)
             send.disabled = False
 
+    def on_enter(_widget: Any, content: Any, _buffers: Any) -> None:
+        # Enter is reported just before the text that it ends, so the answer waits a moment for that.
+        if content.get("event") == "submit":
+            asyncio.get_running_loop().call_later(0.2, respond)
+
     send.on_click(respond)
-    with warnings.catch_warnings():
-        # ipywidgets 8 would rather have us watch the value, but that also sends when the field loses focus
-        warnings.simplefilter("ignore", DeprecationWarning)
-        message.on_submit(respond)
+    message.on_msg(on_enter)
     return widgets.VBox([widgets.HBox([message, send]), choice, page])
 
 

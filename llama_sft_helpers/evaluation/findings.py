@@ -1,4 +1,4 @@
-"""What an evaluation may give: findings with advice, shown once the results are saved, never raised."""
+"""What an evaluation may give, in plain words: verdicts with their uncertainty and advice, never raised."""
 
 from __future__ import annotations
 
@@ -7,111 +7,89 @@ from typing import Any
 
 import pandas as pd
 
-from llama_sft_helpers.core.findings import FEW_ROWS, finding
-
-
-def summarize_gain(losses: pd.DataFrame) -> pd.DataFrame:
-    """Whether the tuned model's held-out loss is lower than the base model's, by more than luck.
-
-    Args:
-        losses: ``summarize_perplexity`` of ``base`` and ``tuned``.
-    """
-    line = losses.loc["tuned - base"]
-    change, low, high = (float(line[column]) for column in ("loss_nats", "low", "high"))
-    advice = []
-    if not change < 0:
-        advice.append("The adapter made it worse on these rows: see the advice in 06, and train again.")
-    if not high < 0:
-        advice.append(
-            f"Its interval (rows held out: {int(line['rows'])}) reaches 0 or above, so a gain cannot be told "
-            "from luck: hold out more rows."
-        )
-    elif line["rows"] < FEW_ROWS:
-        advice.append(
-            f"Rows held out: {int(line['rows'])}. So few make the interval itself uncertain: hold out more."
-        )
-    measured = f"{change:+.4f} ({low:+.4f} to {high:+.4f})"
-    return finding("change of the held-out loss", "below 0", measured, change < 0, advice)
-
-
-def summarize_stopping(stops: pd.DataFrame) -> pd.DataFrame:
-    """Whether the tuned model gives EOS a higher probability at an answer's end than the base model.
-
-    Args:
-        stops: ``summarize_stops`` of ``base`` and ``tuned``.
-    """
-    base, tuned = (float(stops.loc[name, "eos_probability"]) for name in ("base", "tuned"))  # type: ignore[arg-type]
-    advice = (
-        [] if tuned > base else ["Its labels end in EOS, so more steps or more rows are what is missing."]
-    )
-    return finding("probability of EOS", f"above {base:.3f}", f"{tuned:.3f}", tuned > base, advice)
-
-
-def summarize_rounding(total: pd.Series[float]) -> pd.DataFrame:
-    """Whether a merge into int8 would lose part of the update, as it does for a pretrained model.
-
-    Args:
-        total: The line ``all`` of ``summarize_int8_merge``.
-    """
-    error = float(total["update_error"])
-    advice = "The update is large beside the weights, so int8 keeps it: was the learning rate meant?"
-    return finding(
-        "part of the update that int8 loses",
-        "above 0.05",
-        f"{error:.3f}",
-        error > 0.05,
-        [advice] * (error <= 0.05),
-    )
+from llama_sft_helpers.core.findings import FEW_ROWS
+from llama_sft_helpers.evaluation.tasks import share_interval
 
 
 def summarize_verdict(
-    losses: pd.DataFrame, tasks: pd.DataFrame | None = None, forgetting: pd.DataFrame | None = None
+    losses: pd.DataFrame,
+    stops: pd.DataFrame | None = None,
+    tasks: pd.DataFrame | None = None,
+    forgetting: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """What the measurements say in plain words, each with how sure they are of it.
+    """What the measurements say in plain words, each with how sure they are of it; pass those you have.
 
     Args:
         losses: ``summarize_perplexity`` of ``base`` and ``tuned`` on held-out rows.
-        tasks: ``summarize_tasks``, if they were scored.
-        forgetting: ``measure_forgetting``, if it was measured.
+        stops: ``summarize_stops`` of the same models.
+        tasks: ``summarize_tasks``.
+        forgetting: ``measure_forgetting``.
 
     Returns:
-        Index ``question``; ``verdict``, a sentence or two.
+        Index ``question``; ``verdict``, a sentence that begins with the answer; ``advice``.
     """
-    verdicts = {"Did it learn what the data teach?": _verdict_of_losses(losses)}
+    found = {"Did it learn what the data teach?": _of_losses(losses.loc["tuned - base"])}
+    if stops is not None:
+        found["Does it know when to stop?"] = _of_stops(stops.loc["base"], stops.loc["tuned"])
     if tasks is not None:
-        verdicts["Is it better at small tasks?"] = _verdict_of_tasks(tasks.loc["all"])
+        found["Is it better at small tasks?"] = _of_tasks(tasks.loc["all"])
     if forgetting is not None:
-        verdicts["Did it forget?"] = _verdict_of_forgetting(forgetting.loc["tuned - base"])
-    return pd.Series(verdicts, name="verdict", dtype=object).rename_axis("question").to_frame()
+        found["Did it forget?"] = _of_forgetting(forgetting.loc["tuned - base"])
+    table = pd.DataFrame(found, index=["verdict", "advice"]).T
+    return table.rename_axis("question")
 
 
-def _interval(line: Any) -> str:
-    return f"{line['loss_nats']:+.3f} nats a token (95 %: {line['low']:+.3f} to {line['high']:+.3f})"
+def _of_losses(line: Any) -> tuple[str, str]:
+    better, worse = line["high"] < 0, line["low"] > 0
+    advice = ["Lower the learning rate, take fewer steps, or add rows."] if not line["loss_nats"] < 0 else []
+    if not (better or worse):
+        advice.append("The interval reaches 0, so the change cannot be told from luck: hold out more rows.")
+    elif line["rows"] < FEW_ROWS:
+        advice.append("So few rows make the interval itself uncertain: hold out more.")
+    answer = "Yes" if better else "No" if worse else "It cannot be told"
+    verdict = f"{answer}: the loss on {line['rows']:.0f} held-out rows changed by {_change(line)}."
+    return verdict, " ".join(advice)
 
 
-def _verdict_of_losses(losses: pd.DataFrame) -> str:
-    line = losses.loc["tuned - base"]
-    answer = "Yes" if line["high"] < 0 else "No" if line["low"] > 0 else "It cannot be told"
-    few = " So few rows make the interval itself uncertain." if line["rows"] < FEW_ROWS else ""
-    return f"{answer}: the loss on {line['rows']:.0f} held-out rows changed by {_interval(line)}.{few}"
+def _of_stops(base: Any, tuned: Any) -> tuple[str, str]:
+    better = tuned["eos_probability"] > base["eos_probability"]
+    verdict = (
+        f"{'Yes' if better else 'No'}: where a reference answer ends, the probability of EOS went from "
+        f"{base['eos_probability']:.3f} to {tuned['eos_probability']:.3f}; {tuned['stopped']:.0f} of "
+        f"{tuned['prompts']:.0f} answers stop ({_shares(tuned['stopped'], tuned['prompts'])}), "
+        f"{base['stopped']:.0f} did before."
+    )
+    return verdict, "" if better else "If its labels end in EOS, it takes more steps or more rows."
 
 
-def _verdict_of_tasks(line: Any) -> str:
+def _of_tasks(line: Any) -> tuple[str, str]:
     """By the sign test: without a difference each changed task is gained or lost with equal chance."""
     gained, lost = int(line["gained"]), int(line["lost"])
     changed, fewer = gained + lost, min(gained, lost)
     luck = min(1.0, 2 * sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed)
     answer = "It cannot be told" if luck > 0.05 else "Yes" if gained > lost else "No, it is worse"
-    return (
+    verdict = (
         f"{answer}: {line['before']:.0f} of {line['tasks']:.0f} were right before, {line['after']:.0f} after "
-        f"(95 %: {line['low']:.0%} to {line['high']:.0%}); {gained} gained, {lost} lost, which luck alone "
-        f"does in {luck:.0%} of cases."
+        f"({_shares(line['after'], line['tasks'])}); {gained} gained and {lost} lost, or the other way "
+        f"round, is luck in {luck:.0%} of cases."
     )
+    return verdict, "Lower the learning rate, or take fewer steps." if answer.startswith("No") else ""
 
 
-def _verdict_of_forgetting(line: Any) -> str:
-    answer = "Yes" if line["low"] > 0 else "No" if line["high"] <= 0 else "It cannot be told"
-    return (
-        f"{answer}: the loss on plain text changed by {_interval(line)}, and its predictions moved by "
-        f"{line['kl_nats']:.3f} nats a token (KL)."
+def _of_forgetting(line: Any) -> tuple[str, str]:
+    forgot, kept = line["low"] > 0, line["high"] <= 0
+    verdict = (
+        f"{'Yes' if forgot else 'No' if kept else 'It cannot be told'}: the loss on plain text changed by "
+        f"{_change(line)}, and the predictions moved by {line['kl_nats']:.3f} nats a token (KL)."
     )
+    advice = "A lower learning rate, fewer steps or general rows among yours would keep more of the base."
+    return verdict, advice if forgot else ""
+
+
+def _change(line: Any) -> str:
+    return f"{line['loss_nats']:+.3f} nats a token (95 %: {line['low']:+.3f} to {line['high']:+.3f})"
+
+
+def _shares(part: float, total: float) -> str:
+    low, high = share_interval(int(part), int(total))
+    return f"95 %: {low:.0%} to {high:.0%}"

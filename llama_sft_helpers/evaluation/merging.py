@@ -130,35 +130,35 @@ def summarize_merge_fidelity(reference: torch.Tensor, merged: torch.Tensor) -> p
     )
 
 
-def check_merge_fidelity(
-    reference: torch.Tensor,
-    merged: torch.Tensor,
-    without_adapter: torch.Tensor,
-    max_share: float = 0.1,
-) -> None:
-    """Check that merging kept what the adapter does.
+def rounding_kl_nats(layers: int) -> float:
+    """Divergence a token that merging in bfloat16 can cause by rounding alone, estimated from the type.
 
-    Rounding the sum of weight and update to 16 bits moves every prediction a little, so no fixed distance
-    is right for all models. The yardstick is the adapter itself: how far the model is without it.
+    A decoder layer rounds its seven merged weights once, and its hidden state twice. Each rounding leaves a
+    relative error of 0.21 eps, and the errors add up like a random walk: ``0.21 eps sqrt(9 layers)``. Logits
+    spread by about 3 nats, so that is three times as much in a logit, and the divergence of two models whose
+    logits differ by d is about d squared; half of it for each of the two that round.
+
+    Args:
+        layers: Decoder layers.
+    """
+    return (3 * 0.21 * torch.finfo(torch.bfloat16).eps) ** 2 * 9 * layers
+
+
+def check_merge_fidelity(reference: torch.Tensor, merged: torch.Tensor, layers: int) -> None:
+    """Check that merging in bfloat16 moved the predictions by no more than its rounding explains.
 
     Args:
         reference: ``next_token_log_probs`` of base plus adapter [tokens, vocabulary].
         merged: The same of the merged model.
-        without_adapter: The same of the base model alone.
-        max_share: Largest divergence allowed, as a share of that of the base model alone. The share of
-            tokens whose first choice changes must not exceed the base model's either.
+        layers: The model's decoder layers, ``model.config.num_hidden_layers``.
 
     Raises:
-        EvaluationError: The merged model differs more than that, or is not finite.
+        EvaluationError: The divergence is over four times ``rounding_kl_nats``, or not finite.
     """
-    found = summarize_merge_fidelity(reference, merged)
-    yardstick = summarize_merge_fidelity(reference, without_adapter)
-    most_kl = max_share * yardstick["kl_nats"]
-    if not (found["kl_nats"] <= most_kl and found["top1_agreement"] >= yardstick["top1_agreement"]):
+    found, limit = summarize_merge_fidelity(reference, merged)["kl_nats"], 4 * rounding_kl_nats(layers)
+    if not found <= limit:
         raise EvaluationError(
-            f"The merged model differs: KL {found['kl_nats']:.2g} nats a token, expected at most "
-            f"{most_kl:.2g} ({max_share:.0%} of what the adapter itself changes); same first choice in "
-            f"{found['top1_agreement']:.1%} (without the adapter {yardstick['top1_agreement']:.1%}). "
-            "Merge onto a fresh 16-bit or 32-bit base, not onto the quantized one, and check the adapter's "
-            "base model."
+            f"The merged model differs: KL {found:.2g} nats a token, expected at most {limit:.2g}, which is "
+            f"what rounding to bfloat16 in {layers} layers explains. Merge onto a fresh 16-bit or 32-bit "
+            "base, not onto the quantized one, and check the adapter's base model."
         )

@@ -123,14 +123,14 @@ def summarize_tasks(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     ).astype(int)
     table = counted.groupby(after["kind"].to_numpy(), sort=False).sum()
     table.loc["all"] = table.sum()
-    bounds = [_wilson(right, n) for right, n in zip(table["after"], table["tasks"], strict=True)]
+    bounds = [share_interval(right, n) for right, n in zip(table["after"], table["tasks"], strict=True)]
     table[["low", "high"]] = bounds
     return table.rename_axis("kind")
 
 
-def _wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+def share_interval(part: int, total: int, z: float = 1.96) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson, 1927, https://doi.org/10.2307/2276774)."""
-    share, extra = right / total, z * z / total
+    share, extra = part / total, z * z / total
     middle = (share + extra / 2) / (1 + extra)
     half = math.sqrt(extra * (share * (1 - share) + extra / 4)) / (1 + extra)
     return middle - half, middle + half

@@ -1,19 +1,19 @@
 """The streamed answer, the terminal and the box."""
 
+import asyncio
 import io
 import subprocess
 import sys
 
 import pytest
 import torch
-from adapter_fixture import trained  # noqa: F401  (a fixture)
 
 from llama_sft_helpers.evaluation import ChatError, chat_box, run_chat, stream_answer
 
 PROMPT = "### Instruction:\nName a fruit.\n\n### Response:\n"
 
 
-def generated(trained, **options):  # noqa: F811
+def generated(trained, **options):
     """The reference: one plain ``generate``."""
     batch = trained.tokenizer(PROMPT, return_tensors="pt")
     ids = trained.model.generate(**batch, do_sample=False, pad_token_id=0, **options)
@@ -21,7 +21,7 @@ def generated(trained, **options):  # noqa: F811
 
 
 @pytest.mark.parametrize("tuned", [True, False])
-def test_pieces_add_up_to_what_generate_gives(trained, tuned):  # noqa: F811
+def test_pieces_add_up_to_what_generate_gives(trained, tuned):
     pieces = list(stream_answer(trained.model, trained.tokenizer, PROMPT, tuned=tuned, max_new_tokens=20))
     if tuned:
         expected = generated(trained, max_new_tokens=20)
@@ -31,7 +31,7 @@ def test_pieces_add_up_to_what_generate_gives(trained, tuned):  # noqa: F811
     assert "".join(pieces) == expected
 
 
-def test_text_comes_in_pieces_before_the_end(trained):  # noqa: F811
+def test_text_comes_in_pieces_before_the_end(trained):
     """A wordy model: its logits are replaced by a fixed sequence of words."""
     ids = trained.tokenizer("one two three four five six", add_special_tokens=False).input_ids
     words = iter(ids)
@@ -48,7 +48,7 @@ def test_text_comes_in_pieces_before_the_end(trained):  # noqa: F811
     assert len(pieces) > 2
 
 
-def test_base_and_tuned_differ_and_the_adapter_is_on_again(trained):  # noqa: F811
+def test_base_and_tuned_differ_and_the_adapter_is_on_again(trained):
     def said(tuned):
         return "".join(
             stream_answer(trained.model, trained.tokenizer, PROMPT, tuned=tuned, max_new_tokens=20)
@@ -59,7 +59,7 @@ def test_base_and_tuned_differ_and_the_adapter_is_on_again(trained):  # noqa: F8
     assert said(True) == first
 
 
-def test_the_answer_stops_at_eos(trained):  # noqa: F811
+def test_the_answer_stops_at_eos(trained):
     tokenizer, eos = trained.tokenizer, trained.tokenizer.eos_token_id
     head = trained.model.get_output_embeddings()
     hook = head.register_forward_hook(
@@ -71,7 +71,7 @@ def test_the_answer_stops_at_eos(trained):  # noqa: F811
         hook.remove()
 
 
-def test_closing_early_ends_the_generation(trained):  # noqa: F811
+def test_closing_early_ends_the_generation(trained):
     steps = []
     hook = trained.model.register_forward_hook(lambda *_: steps.append(1))
     base_hook = trained.model.get_base_model().register_forward_hook(lambda *_: steps.append(1))
@@ -85,7 +85,7 @@ def test_closing_early_ends_the_generation(trained):  # noqa: F811
     assert 0 < len(steps) < 1000
 
 
-def test_an_error_while_generating_reaches_the_caller(trained):  # noqa: F811
+def test_an_error_while_generating_reaches_the_caller(trained):
     def fail(*_):
         raise RuntimeError("out of luck")
 
@@ -152,7 +152,7 @@ def test_ctrl_c_ends_an_answer_not_the_talk(monkeypatch, capsys):
     assert "begun and done" in out
 
 
-def test_the_command_answers_and_explains(trained):  # noqa: F811
+def test_the_command_answers_and_explains(trained):
     def command(*arguments):
         return subprocess.run(
             [sys.executable, "-m", "llama_sft_helpers.cli", "chat", *map(str, arguments)],
@@ -206,6 +206,30 @@ def test_the_box_streams_switches_and_escapes():
     before = page.value
     send.click()
     assert page.value == before, "an empty message must do nothing"
+
+
+def test_enter_sends_the_text_that_arrives_just_after_it():
+    """The browser reports the key first and the text second; a field left without Enter sends nothing."""
+    heard = []
+
+    def answer(text, tuned):
+        heard.append(text)
+        yield "ok"
+
+    async def type_and_press_enter():
+        message, _, _, page = parts(chat_box(answer))
+        message.value = "Nam"
+        await asyncio.sleep(0.3)
+        assert heard == []
+        message._handle_msg(
+            {"content": {"data": {"method": "custom", "content": {"event": "submit"}}}, "buffers": []}
+        )
+        message.value = "Name a fruit"
+        await asyncio.sleep(0.4)
+        assert "Name a fruit" in page.value
+
+    asyncio.run(type_and_press_enter())
+    assert heard == ["Name a fruit"]
 
 
 def test_the_box_shows_an_error_and_can_be_used_again():

@@ -6,7 +6,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from adapter_fixture import trained  # noqa: F401  (a fixture)
 
 from llama_sft_helpers.evaluation import (
     measure_forgetting,
@@ -70,7 +69,7 @@ def test_a_task_that_is_none_is_refused(tmp_path):
         read_tasks(path)
 
 
-def test_batched_answers_are_those_of_one_prompt_alone(trained, tiny_model):  # noqa: F811
+def test_batched_answers_are_those_of_one_prompt_alone(trained, tiny_model):
     tasks = read_tasks()[:3]
     table = score_tasks(tiny_model, trained.tokenizer, tasks, "{} ->".format, max_new_tokens=8)
     for task, answer in zip(tasks, table["answer"], strict=True):
@@ -95,7 +94,7 @@ def test_tasks_are_counted_by_kind_with_wilsons_interval():
         summarize_tasks(pd.DataFrame({"instruction": ["a"]}), pd.DataFrame({"instruction": ["b"]}))
 
 
-def test_forgetting_is_transformers_own_loss_and_torchs_own_divergence(trained):  # noqa: F811
+def test_forgetting_is_transformers_own_loss_and_torchs_own_divergence(trained):
     texts = ["The river is old.", "Bread rises because yeast eats the sugar."]
     table = measure_forgetting(trained.model, trained.tokenizer, texts)
     nats, divergence, tokens = {"base": 0.0, "tuned": 0.0}, 0.0, 0
@@ -119,25 +118,31 @@ def test_forgetting_is_transformers_own_loss_and_torchs_own_divergence(trained):
 
 
 @pytest.mark.parametrize(
-    ("changes", "lost", "expected"),
+    ("changes", "lost", "expected", "advised"),
     [
-        ([-1.0] * 40, 0, ["Yes: the loss on 40", "Yes: 0 of 24 were right before, 24 after", "No: "]),
-        ([1.0] * 40, 24, ["No: the loss on 40", "No, it is worse: 24 of 24", "Yes: "]),
+        (
+            [-1.0] * 40,
+            0,
+            ["Yes: the loss on 40", "Yes: 0 of 24 were right before, 24 after", "No: "],
+            [False] * 3,
+        ),
+        ([1.0] * 40, 24, ["No: the loss on 40", "No, it is worse: 24 of 24", "Yes: "], [True] * 3),
         (
             [-1.0, 1.0] * 10,
             12,
             ["It cannot be told: the loss on 20", "It cannot be told: 12 of 24", "It cannot"],
+            [True, False, False],
         ),
     ],
 )
-def test_the_verdict_says_what_can_be_told(changes, lost, expected):
+def test_the_verdict_says_what_can_be_told(changes, lost, expected, advised):
     base = pd.DataFrame({"tokens": 10, "loss_nats": [20.0] * len(changes)})
     losses = summarize_perplexity({"base": base, "tuned": base.assign(loss_nats=base["loss_nats"] + changes)})
     before = [True] * lost + [False] * (24 - lost)
     tasks = tasks_table(before, [not right for right in before])
-    table = summarize_verdict(losses, tasks, losses.assign(kl_nats=0.125))
+    table = summarize_verdict(losses, tasks=tasks, forgetting=losses.assign(kl_nats=0.125))
     for verdict, start in zip(table["verdict"], expected, strict=True):
         assert verdict.startswith(start), verdict
-    assert ("So few rows" in table["verdict"].iloc[0]) == (len(changes) < 30)
+    assert [bool(advice) for advice in table["advice"]] == advised
     assert "0.125 nats a token (KL)" in table["verdict"].iloc[2]
     assert len(summarize_verdict(losses)) == 1
