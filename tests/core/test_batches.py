@@ -26,9 +26,9 @@ def test_the_label_that_is_not_scored_is_torchs_and_has_one_home():
 
 
 def test_document_bounds_by_hand():
-    positions = torch.tensor([[0, 1, 2, 0, 0, 1]])
-    bounds, longest = batches.document_bounds(positions)
-    assert (bounds.tolist(), longest) == ([0, 3, 4, 6], 3)
+    with torch.inference_mode():
+        bounds, longest = batches.document_bounds(torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 0]]))
+    assert (bounds.tolist(), bounds.dtype, longest) == ([0, 2, 5, 9, 10], torch.int32, 4)
 
 
 def test_rows_without_a_scored_eos():

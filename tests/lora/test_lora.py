@@ -10,15 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from tiny_models import tiny_config
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from tiny_models import SEVEN, load_nf4, tiny_config
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llama_sft_helpers import lora
 from llama_sft_helpers.lora import tables
 
 mpl.use("Agg")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.arange(24).view(2, 12)
 LLAMA3_8B = {
     "hidden_size": 4096,
@@ -317,21 +316,14 @@ def test_rank_is_bounded_by_the_weight_too(tiny_model):
 
 
 def test_nf4_weight_norm_is_near_the_reference(tiny_model_dir, tiny_model):
-    nf4 = AutoModelForCausalLM.from_pretrained(
-        tiny_model_dir,
-        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-        dtype=torch.float32,
-        device_map="cpu",
-    )
+    nf4 = load_nf4(tiny_model_dir)
     norms = lora.summarize_update(adapt(nf4))["weight_norm"]
     reference = lora.summarize_update(adapt(tiny_model))["weight_norm"]
     assert np.allclose(norms, reference, rtol=0.02)
     weight = tiny_model.model.layers[0].self_attn.q_proj.base_layer.weight.detach().numpy()
     assert reference["layers.0.self_attn.q_proj"] == pytest.approx(np.linalg.norm(weight), rel=1e-5)
     layer = nf4.model.layers[0].self_attn.q_proj.base_layer
-    layer.weight.quant_state.packing_format_for_cpu = (
-        True  # as bitsandbytes sets it after a pass on some CPUs
-    )
+    layer.weight.quant_state.packing_format_for_cpu = True  # as after a pass on some CPUs
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj.*repacked"):
         lora.summarize_update(nf4)
 

@@ -1,5 +1,6 @@
 """Notebook 03's helpers, against bitsandbytes' own numbers, hand counts and float64."""
 
+import functools
 import json
 from importlib import resources
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, random_model, tiny_config
+from tiny_models import ARCHITECTURES, load_int8, load_nf4, tiny_config
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig
 
 from llama_sft_helpers import quantization
@@ -21,24 +22,9 @@ mpl.use("Agg")
 TEXTS = ["Name three colours.\nRed, green and blue.", "What is water made of?\nHydrogen and oxygen."]
 
 
-def nf4_config(*, double: bool = True) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-
-
-def load(folder, quantization_config=None, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantization_config, dtype=dtype, device_map={"": "cpu"}
-    )
-
-
 @pytest.fixture
 def tiny_model_nf4(tiny_model_dir):
-    return load(tiny_model_dir, nf4_config())
+    return load_nf4(tiny_model_dir)
 
 
 @pytest.fixture
@@ -95,14 +81,6 @@ def test_codes_equal_those_of_a_loaded_model(tiny_model, tiny_model_int8):
         assert torch.equal(absmax, loaded.SCB)
 
 
-def test_rounding_is_at_most_half_a_step():
-    torch.manual_seed(1)
-    weight = torch.randn(64, 256).half()
-    codes, absmax = quantization.quantize_absmax(weight)
-    step = absmax.double()[:, None] / 127
-    assert ((codes.double() * step - weight.double()).abs() / step).max() <= 0.5 + 1e-6
-
-
 @pytest.mark.parametrize(
     "weight",
     [torch.ones(3), torch.ones(2, 2, dtype=torch.int8), torch.empty(0, 4), torch.ones(2, 3, 4)],
@@ -142,13 +120,6 @@ def test_layers_of_an_unquantized_model_count_every_parameter_once(tiny_model):
     table = quantization.summarize_layers(tiny_model)
     assert table["parameters"].sum() == sum(p.numel() for p in tiny_model.parameters())
     assert set(table["why"]) == {"no quantization_config was given"}
-
-
-def test_a_tied_output_layer_is_counted_once():
-    model = random_model(tie_word_embeddings=True)
-    table = quantization.summarize_layers(model)
-    assert table["parameters"].sum() == sum(p.numel() for p in model.parameters())
-    assert quantization.summarize_memory(model.config).loc["fp32", "total_bytes"] == table["bytes"].sum()
 
 
 def test_nf4_counts_weights_not_bytes(tiny_model, tiny_model_nf4):
@@ -208,15 +179,11 @@ def test_parameters_equal_those_of_a_meta_model(config):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("row", "quantization_config"),
-    [
-        ("int8", BitsAndBytesConfig(load_in_8bit=True)),
-        ("nf4", nf4_config()),
-        ("nf4 single", nf4_config(double=False)),
-    ],
+    ("row", "load"),
+    [("int8", load_int8), ("nf4", load_nf4), ("nf4 single", functools.partial(load_nf4, double=False))],
 )
-def test_bytes_equal_those_that_bitsandbytes_holds(tiny_model_dir, row, quantization_config, dtype):
-    model = load(tiny_model_dir, quantization_config, dtype)
+def test_bytes_equal_those_that_bitsandbytes_holds(tiny_model_dir, row, load, dtype):
+    model = load(tiny_model_dir, dtype)
     expected = quantization.summarize_memory(model.config, dtype=dtype).loc[row, "total_bytes"]
     tensors = {id(t): t for t in [*model.parameters(), *stored_beside(model)]}
     assert sum(t.nbytes for t in tensors.values()) == expected
@@ -230,12 +197,6 @@ def stored_beside(model):
             yield tensor
         elif "bitsandbytes__" in name and any(".nested_absmax" in key for key in model.state_dict()):
             yield torch.zeros(1)  # the offset, which the state dict keeps inside its packed metadata
-
-
-def test_double_quantization_takes_less_than_single():
-    table = quantization.summarize_memory(llama3_config())
-    assert table.loc["nf4", "bits_per_weight"] == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-2)
-    assert table.loc["nf4 single", "bits_per_weight"] == pytest.approx(4 + 32 / 64, abs=1e-3)
 
 
 @pytest.mark.parametrize("config", [GPT2Config(), None, {"hidden_size": 64}])
@@ -262,7 +223,7 @@ def test_error_equals_a_float64_calculation(tiny_model, tiny_model_int8):
 
 
 def test_nf4_error_equals_that_of_its_16_levels(tiny_model, tiny_model_dir):
-    model = load(tiny_model_dir, nf4_config(double=False))
+    model = load_nf4(tiny_model_dir, double=False)
     table = quantization.summarize_quantization_error(tiny_model, model)
     weight = tiny_model.model.layers[0].self_attn.q_proj.weight.detach()
     blocks = weight.double().reshape(-1, 64)
@@ -271,13 +232,6 @@ def test_nf4_error_equals_that_of_its_16_levels(tiny_model, tiny_model_dir):
     nearest = levels[(blocks / absmax)[..., None].sub(levels).abs().argmin(-1)] * absmax
     expected = (nearest - blocks).norm() / blocks.norm()
     assert table.iloc[0]["relative_error"] == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_nf4_loses_more_than_int8(tiny_model_dir, tiny_model_int8, tiny_model_nf4):
-    int8 = quantization.summarize_quantization_error(tiny_model_dir, tiny_model_int8)
-    nf4 = quantization.summarize_quantization_error(tiny_model_dir, tiny_model_nf4)
-    assert (nf4["relative_error"] > 5 * int8["relative_error"]).all()
-    assert set(nf4["format"]) == {"nf4"}
 
 
 def test_checkpoint_and_model_give_the_same_errors(tiny_model_dir, tiny_model, tiny_model_int8):
