@@ -75,6 +75,7 @@ BROKEN = {
         ),
         ({"notebooks/01_a.ipynb": [CODE("%pip install x\nimport yaml")]}, "ipynb:cell 1: imports yaml"),
     ],
+    "modules_are_short": [({f"{PACKAGE}/a.py": "a = 1\n" * 351}, "a.py:350: has 351 lines; split it")],
     "nothing_runs_foreign_code": [
         ({f"{PACKAGE}/a.py": code}, f"a.py:1: {fault}")
         for code, fault in {
