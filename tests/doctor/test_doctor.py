@@ -25,7 +25,7 @@ from provocations import (
     provokes,
     raised,
 )
-from tiny_models import random_model
+from tiny_models import build_trainer, random_model
 
 from llama_sft_helpers.doctor import TABLE, Explanation, explain, looks, notebook
 from llama_sft_helpers.doctor.table import RENAMED_ARGUMENTS
@@ -50,29 +50,10 @@ def lora():
 @pytest.fixture
 def trainer(tmp_path, tiny_tokenizer):
     """An SFTTrainer over a few rows, two steps long."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
 
     def build(model, rows=None, **arguments):
-        defaults = {
-            "output_dir": str(tmp_path / "out"),
-            "max_steps": 2,
-            "per_device_train_batch_size": 2,
-            "max_length": 64,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-        }
-        return SFTTrainer(
-            model=model,
-            args=SFTConfig(**{**defaults, **arguments}),
-            train_dataset=Dataset.from_list(rows or ROWS),
-            processing_class=tiny_tokenizer,
-        )
+        folder = arguments.pop("output_dir", tmp_path / "out")
+        return build_trainer(model, folder, tiny_tokenizer, rows or ROWS, **arguments)
 
     return build
 
