@@ -79,9 +79,18 @@ def train(
     out: OutOption = Path("outputs"),
     cell_timeout: TimeoutOption = 0,
 ) -> None:
-    """Train on your own data, from a file to an adapter: executes notebook 09 with these settings."""
+    """Train on your own data, from a file to an adapter: executes notebook 09 with these settings.
+
+    Each row is seen three times, unless epochs or max_steps are set, or the profile is a file of your own.
+    """
+    from llama_sft_helpers.profiles import pick_profile
+
     named = {"dataset_id": data, "columns": columns, "model_id": model}
-    _run(changes or [], named, cell_timeout, profile_name=profile, only="09", out=out)
+    settings = list(changes or [])
+    length_is_set = any(setting.startswith(("epochs=", "max_steps=")) for setting in settings)
+    if data and not length_is_set and not pick_profile(profile).endswith(".toml"):
+        settings.append("epochs=3")
+    _run(settings, named, cell_timeout, profile_name=profile, only="09", out=out)
 
 
 @app.command()

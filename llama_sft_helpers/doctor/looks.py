@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib.metadata
 import importlib.util
 import inspect
 import re
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_sft_helpers.doctor.cases import Case
 from llama_sft_helpers.doctor.table import RENAMED_ARGUMENTS
+from llama_sft_helpers.environment.versions import same_version, version_on_disk
 
 if TYPE_CHECKING:
     from llama_sft_helpers.profiles import Profile
@@ -35,7 +35,7 @@ _PATH_ARGUMENTS = ("pretrained_model_name_or_path", "model_id", "path_or_repo_id
 
 def surroundings(case: Case) -> Values:
     """What every entry may name: torch's version, the file, the repository."""
-    values = {"torch": f"torch {_on_disk('torch') or 'not installed'}"}
+    values = {"torch": f"torch {version_on_disk('torch') or 'not installed'}"}
     if name := getattr(case.exception, "filename", None):
         values["place"] = f" at {name}"
     if repo := re.search(r"(?:huggingface\.co/|/models/|model )([\w.-]+/[\w.-]+)", case.message):
@@ -48,17 +48,9 @@ def surroundings(case: Case) -> Values:
 # --- Versions ---
 
 
-def _on_disk(package: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
-
-
 def _stale(package: str) -> Values | None:
     """The package's two versions, if the one in memory is not the one on disk."""
-    from llama_sft_helpers.environment.versions import same_version
-
-    loaded, on_disk = getattr(sys.modules.get(package), "__version__", None), _on_disk(package)
+    loaded, on_disk = getattr(sys.modules.get(package), "__version__", None), version_on_disk(package)
     if not isinstance(loaded, str) or not on_disk or same_version(loaded, on_disk):
         return None
     return {"package": package, "loaded": loaded, "on_disk": on_disk}
@@ -81,7 +73,7 @@ def _unseen_bitsandbytes(case: Case, values: Values, settings: Settings) -> Valu
     """By now bitsandbytes is installed, but transformers looked for it before and remembers the answer."""
     if case.exception is None or not importlib.util.find_spec("bitsandbytes"):
         return None
-    on_disk = _on_disk("bitsandbytes")
+    on_disk = version_on_disk("bitsandbytes")
     return {"package": "bitsandbytes", "loaded": "not installed", "on_disk": on_disk} if on_disk else None
 
 

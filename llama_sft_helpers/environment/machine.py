@@ -22,7 +22,7 @@ NO_ANSWER = "no answer"
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What ``_measure`` saw. Sizes are in GiB; None means that it is not there."""
+    """What ``measure`` saw. Sizes are in GiB; None means that it is not there."""
 
     python: str
     on_disk: dict[str, str]  # package -> version that is installed
@@ -43,6 +43,8 @@ class Machine:
 
 def measure() -> Machine:
     """Look at this machine; a tool or a driver that hangs is given up."""
+    import psutil
+
     driver = _ask("nvidia-smi", r"CUDA (?:UMD )?Version\s*:\s*([\d.]+)")
     gpu = None if driver == NO_ANSWER else _first_gpu()  # a driver that hangs would hang torch as well
     on_disk = {name: version for name in PACKAGES if (version := version_on_disk(name))}
@@ -56,9 +58,9 @@ def measure() -> Machine:
         gpu_gib=gpu.total_memory / 2**30 if gpu else 0.0,
         capability=(gpu.major, gpu.minor) if gpu else None,
         bf16=gpu.major >= 8 if gpu else False,
-        free_disk_gib=_free_disk_gib(),
-        ram_gib=_ram_gib(),
-        colab=_on_colab(),
+        free_disk_gib=free_bytes(hub_cache()) / 2**30,
+        ram_gib=psutil.virtual_memory().total / 2**30,
+        colab="google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ,
         torch_error=_torch_error() if "torch" in on_disk else "",
         visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
         demo_model_fix=demo_model_fix(),
@@ -106,17 +108,3 @@ def hub_cache() -> Path:
     except ImportError:  # the table says so; without a client nothing is downloaded
         return Path.home() / ".cache" / "huggingface" / "hub"
     return Path(constants.HF_HUB_CACHE)
-
-
-def _free_disk_gib() -> float:
-    return free_bytes(hub_cache()) / 2**30
-
-
-def _ram_gib() -> float:
-    import psutil
-
-    return float(psutil.virtual_memory().total / 2**30)
-
-
-def _on_colab() -> bool:
-    return "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ

@@ -323,7 +323,7 @@ NO_GPU = {"gpu": None, "gpu_gib": 0.0, "capability": None, "bf16": False, "drive
 class TestGpu:
     def test_cpu_runtime_chosen_by_mistake(self, monkeypatch):
         monkeypatch.delenv("SFT_PROFILE")
-        monkeypatch.setattr("llama_sft_helpers.profiles._pick_by_gpu", lambda: "cpu-demo")
+        monkeypatch.setattr("llama_sft_helpers.profiles._gpu_gib", lambda: 0.0)
         row = problem(table(monkeypatch, profile=None, **NO_GPU))
         assert row["status"] == "no GPU"
         assert "Change runtime type" in row["fix"]
@@ -335,7 +335,7 @@ class TestGpu:
 
     def test_laptop_without_a_gpu(self, monkeypatch):
         monkeypatch.delenv("SFT_PROFILE")
-        monkeypatch.setattr("llama_sft_helpers.profiles._pick_by_gpu", lambda: "cpu-demo")
+        monkeypatch.setattr("llama_sft_helpers.profiles._gpu_gib", lambda: 0.0)
         summary = table(monkeypatch, profile=None, colab=False, **NO_GPU)
         assert not summary["status"].isin(MUST_FIX).any()
 
