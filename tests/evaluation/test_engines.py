@@ -1,17 +1,13 @@
 """The written configurations: read back by trl and Accelerate, and really run as two processes."""
 
 import json
-import os
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from adapter_fixture import TARGETS, load_int8
+from adapter_fixture import TARGETS
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
@@ -121,71 +117,27 @@ def test_what_cannot_be_run_is_refused(tmp_path):
         write(tmp_path, processes=3)
 
 
-def losses(output):
-    return [float(value) for value in re.findall(r"'loss': '?([\d.]+)", output)]
-
-
-def launch(arguments, folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["HF_HOME"] = str(folder / "home")
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path):
+    """The written commands, with gloo instead of GPUs: the benchmark for several GPUs on the tiny Llama."""
+    script = Path(__file__).parents[2] / "benchmarks" / "several_gpus.py"
+    options = ["--device", "cpu", "--model", load_profile("ci-tiny").model_id, "--steps", "12"]
+    options += ["--part", "ddp-int8", "--part", "resume", "--max-length", "512"]
+    options += ["--work", tmp_path / "work", "--out", tmp_path / "out.json"]
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *arguments],
-        cwd=folder,
-        env=environment,
+        [sys.executable, script, *options],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_does_and_07_loads_the_adapter(tmp_path):
-    """The written command, with gloo instead of GPUs, against one process that accumulates twice."""
-    from peft import PeftModel
-
-    from llama_sft_helpers.evaluation import check_adapter, check_adapter_loaded
-
-    profile = load_profile(
-        "ci-tiny",
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_steps=6,
-        learning_rate=2e-3,
-    )
-    shipped = Path(profile.dataset_id) / "alpaca_mini.jsonl"
-    from llama_sft_helpers.data import to_prompt_completion
-
-    lines = shipped.read_text(encoding="utf-8").splitlines()[:64]
-    table = write(tmp_path, profile, [to_prompt_completion(json.loads(line)) for line in lines])
-    command = shlex.split(table.loc["ddp-int8", "command"])
-    assert command[:2] == ["accelerate", "launch"]
-    together = launch(["--main_process_port", "0", *command[2:]], tmp_path)
-
-    alone = [
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    changes = ["--gradient_accumulation_steps", "2", "--output_dir", "alone"]
-    single = launch([*alone, "-m", "trl.scripts.sft", "--config", "sft_ddp-int8.yaml", *changes], tmp_path)
-
-    # Two processes that do not know of each other would log each loss twice, and other losses.
-    assert len(losses(together)) == len(losses(single)) == 6
-    assert losses(together) == pytest.approx(losses(single), abs=5e-3)
-
-    folder = tmp_path / "adapter-ddp-int8"
-    base = load_int8(profile.model_id)
-    check_adapter(folder, base, profile.model_id)
-    model = PeftModel.from_pretrained(base, folder)
-    check_adapter_loaded(model, folder)
-    other = PeftModel.from_pretrained(load_int8(profile.model_id), tmp_path / "alone")
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        assert torch.allclose(model(ids).logits, other(ids).logits, atol=0.1)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["effective_batch_rows"] == 2
+    (two,) = found["scaling"]
+    assert (two["processes"], two["updates"]) == (2, 12)
+    assert two["largest_loss_difference"] < 0.01
+    assert found["resume"]["updates_after_resuming"] == 7  # of 12, after the checkpoint of update 5
+    assert found["resume"]["largest_loss_difference"] < 0.01
+    adapters = found["adapters"]["ddp-int8"] | found["adapters"]["resume"]
+    assert set(adapters) == {"ddp-int8-1", "ddp-int8-2", "resumed"}
+    assert all(said.startswith("loaded") for said in adapters.values())
