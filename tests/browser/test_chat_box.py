@@ -16,8 +16,6 @@ pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).parent.parent.parent
 LAST_CELL = "tensors that the adapter changed in the merged files"  # a row of the last table
-    "tensors that the adapter changed in the merged files"  # a row of the table that closes the notebook
-)
 
 
 @pytest.fixture(scope="module")
