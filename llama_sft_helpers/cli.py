@@ -79,9 +79,18 @@ def train(
     out: OutOption = Path("outputs"),
     cell_timeout: TimeoutOption = 0,
 ) -> None:
-    """Train on your own data, from a file to an adapter: executes notebook 09 with these settings."""
+    """Train on your own data, from a file to an adapter: executes notebook 09 with these settings.
+
+    Each row is seen three times, unless epochs or max_steps are set, or the profile is a file of your own.
+    """
+    from llama_sft_helpers.profiles import pick_profile
+
     named = {"dataset_id": data, "columns": columns, "model_id": model}
-    _run(changes or [], named, cell_timeout, profile_name=profile, only="09", out=out)
+    settings = list(changes or [])
+    length_is_set = any(setting.startswith(("epochs=", "max_steps=")) for setting in settings)
+    if data and not length_is_set and not pick_profile(profile).endswith(".toml"):
+        settings.append("epochs=3")
+    _run(settings, named, cell_timeout, profile_name=profile, only="09", out=out)
 
 
 @app.command()
@@ -125,7 +134,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare this machine with what the series is tested with; exit code 1 if something must be fixed."""
-    from llama_sft_helpers.environment import list_problems, summarize_environment
+    from llama_sft_helpers.environment.checks import list_problems, summarize_environment
     from llama_sft_helpers.profiles import ProfileError, read_profile
 
     try:
@@ -146,7 +155,7 @@ def _print_environment(summary: pd.DataFrame, problems: list[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from llama_sft_helpers.environment import MUST_FIX
+    from llama_sft_helpers.environment.checks import MUST_FIX
 
     table = Table(*summary.columns[:-1], title="This machine")
     for *cells, status, _ in summary.itertuples(index=False):
