@@ -26,6 +26,7 @@ EXCEPTIONS = {
 NOT_REQUIRED = {
     "google": "google.colab is Colab's own",
     "gguf": "builds the demo model; its error names the command that installs it",
+    "xllamacpp": "llama.cpp for the program that notebook 07 runs; 07 installs it into a folder of its own",
     "triton": "torch brings it where there is a GPU",
 }
 MOST_LINES = 350
