@@ -183,8 +183,17 @@ def test_a_risen_loss_is_a_finding_with_advice():
     row = training.summarize_training_result(history(1.4, 1.2, 1.9), before=1.5, eval_rows=2).iloc[0]
     assert row["verdict"] == "not as hoped"
     assert row["hoped_for"] == "below 1.5000"
-    assert "lowest after step 8 (1.2000)" in row["advice"]
+    assert "Overfitted: the loss was lowest after step 8 (1.2000) and rose to 1.9000" in row["advice"]
     assert "Rows held out: 2." in row["advice"]
+
+
+def test_what_is_kept_of_an_overfitted_run_is_said():
+    losses = history(1.4, 1.2, 1.9)
+    row = training.summarize_training_result(losses, 1.5, 200, "run/checkpoint-8").iloc[0]
+    assert "Its checkpoint is kept: run/checkpoint-8." in row["advice"]
+    row = training.summarize_training_result(losses, 1.5, 200, best_is_saved=True).iloc[0]
+    assert (row["verdict"], row["measured"]) == ("as hoped", "1.2000")
+    assert row["advice"].endswith("The adapter of that step is saved.")
 
 
 def test_a_fallen_loss_leaves_nothing_to_do():

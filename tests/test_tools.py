@@ -153,7 +153,7 @@ def test_cleaning_drops_what_differs_for_no_reason_and_keeps_results():
                 "MKL_ENABLE_INSTRUCTIONS": "AVX2",
             },
         ),
-        ("test-default", {"ATEN_CPU_CAPABILITY": "default"}),
+        ("test-default", {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}),
         ("test-one-thread", {"OMP_NUM_THREADS": "1"}),
     ],
 )
