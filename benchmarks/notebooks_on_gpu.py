@@ -43,7 +43,7 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate
 RANDOM_WEIGHTS_LACK: dict[str, str] = {}
 
 # What one update costs does not depend on how many follow; the real run's length is in the profile.
-SHORT_RUN = {"max_steps": 24, "eval_steps": 12, "save_steps": 12, "sweep_seconds": 90, "max_new_tokens": 64}
+SHORT_RUN = {"max_steps": 16, "eval_steps": 8, "save_steps": 8, "sweep_seconds": 90, "max_new_tokens": 64}
 
 # The cap is set as soon as the notebook itself has woken CUDA, not earlier: notebooks choose how the
 # allocator works before that. What is free is told as on a card of that size, as `device_map="auto"` asks.
@@ -256,7 +256,7 @@ def main() -> int:
     parser.add_argument("--only", help="notebooks, as 03,04")
     parser.add_argument("--jobs", type=int, default=1, help="profiles at a time")
     parser.add_argument("--at-a-time", type=int, help="runs on this machine in all")
-    parser.add_argument("--short", action="store_true", help="24 updates instead of the profile's number")
+    parser.add_argument("--short", action="store_true", help="16 updates instead of the profile's number")
     parser.add_argument("--cell-timeout", type=int, default=400, help="seconds for one cell")
     parser.add_argument("--work", type=Path, default=Path("gpu-runs"), help="folder for executed notebooks")
     parser.add_argument("--out", type=Path, required=True)

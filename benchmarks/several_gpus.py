@@ -111,8 +111,8 @@ class Bench:
                     "--out",
                     "-",
                 ]
-                gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": str(number % max(self.counts))}
-                building[name] = subprocess.Popen(command, env=gpu)
+                gpu = str(self.args.first_gpu + number % max(self.counts))
+                building[name] = subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu})
         for name, process in building.items():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=self.left())
@@ -178,7 +178,7 @@ class Bench:
 
     def run_together(self, runs: list[Run]) -> None:
         """Launch runs at once, each on GPUs of its own, and write what is known then."""
-        places = itertools.accumulate([0, *(run.processes for run in runs[:-1])])
+        places = itertools.accumulate([self.args.first_gpu, *(run.processes for run in runs[:-1])])
         with concurrent.futures.ThreadPoolExecutor(len(runs)) as pool:
             started = [
                 pool.submit(self.launch, run, list(range(first, first + run.processes)))
@@ -210,7 +210,8 @@ class Bench:
                 kill_rank(launcher, processes - 1)
 
         killed = Run("resume", processes, "killed", ("--save_steps", str(SAVED)))
-        self.launch(killed, list(range(processes)), kill)
+        first = self.args.first_gpu
+        self.launch(killed, list(range(first, first + processes)), kill)
         if killed_at:
             self.runs[killed].pop("error", None)  # what was asked for
             found["seconds_until_the_launcher_ended"] = round(time.monotonic() - killed_at[0], 1)
@@ -340,6 +341,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--part", action="append", choices=PARTS, help="again for another; all if left out")
     parser.add_argument("--processes", default="1,2", help="numbers of processes, as 1,2,4")
+    parser.add_argument("--first-gpu", type=int, default=0, help="the GPUs from this one on are used")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything; then what is there stays")
     parser.add_argument("--timeout", type=float, default=150.0, help="seconds for one launch")
     parser.add_argument("--steps", type=int, default=20)

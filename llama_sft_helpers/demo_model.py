@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_sft_helpers import tiny_llama
+from llama_sft_helpers.core.files import FilesError, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,7 +40,7 @@ _RECIPE_VERSION = 1  # raise it when SmolLM2's builder changes: models built bef
 _CONTROL_TOKEN = 3  # GGUF's token_type for special tokens
 
 
-class ModelBuildError(RuntimeError):
+class ModelBuildError(FilesError):
     """A local model could not be built; the message says what is missing and what to do."""
 
 
@@ -77,7 +78,6 @@ def ensure_model(name: str, folder: str | Path | None = None) -> Path:
     _make_parent(target)
     with FileLock(target.parent / f".{target.name}.lock"):
         if not is_complete(target, stamp):
-            _refuse_foreign(target)
             _build(name, target, stamp)
     return target
 
@@ -107,41 +107,24 @@ def _make_parent(target: Path) -> None:
         ) from error
 
 
-def _refuse_foreign(target: Path) -> None:
-    if not target.exists() or (target / _STAMP).is_file() or (target.is_dir() and not any(target.iterdir())):
-        return
-    raise ModelBuildError(
-        f"{target} exists and was not built by llama-sft; nothing was changed. Choose an empty or new folder."
-    )
-
-
 def _build(name: str, target: Path, stamp: dict[str, str]) -> None:
     from safetensors import SafetensorError
 
-    from llama_sft_helpers.core.files import is_full_disk
-
     try:
-        _build_and_rename(name, target, stamp)
+        with new_folder(target, stamp=_STAMP) as folder:
+            _BUILDERS[name](folder)
+            (folder / _STAMP).write_text(json.dumps(stamp), encoding="utf-8")
+    except ModelBuildError:
+        raise
+    except FilesError as error:
+        raise ModelBuildError(f"{error} SFT_MODELS_DIR sets the folder of all models.") from error
     except (OSError, SafetensorError) as error:
         advice = f"Try again; if it fails again, the files that {name} is built from may be damaged."
-        if is_full_disk(error):
-            advice = "Free some space, choose another folder, or set SFT_MODELS_DIR."
-        elif isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             advice = "Choose a folder that you may write to, or set SFT_MODELS_DIR."
         raise ModelBuildError(
             f"Cannot build the model {name} in {target}: {error}. Nothing was left behind. {advice}"
         ) from error
-
-
-def _build_and_rename(name: str, target: Path, stamp: dict[str, str]) -> None:
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        building = Path(scratch) / "model"
-        building.mkdir()
-        _BUILDERS[name](building)
-        (building / _STAMP).write_text(json.dumps(stamp), encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        building.rename(target)
 
 
 def _say(text: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["adapter_fixture", "ledger"]  # fixtures of their own modules
 ROOT = Path(__file__).parent.parent
 # Set at import, so that notebook kernels and subprocesses inherit it too. Models are kept between runs.
 os.environ["SFT_PROFILE"] = "ci-tiny"

@@ -180,7 +180,7 @@ demo_model.ensure_model("tiny-llama", {str(target)!r})
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".model.*/model/tokenizer_config.json")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".model.*/new/tokenizer_config.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert process.poll() is None
     os.kill(process.pid, signal.SIGKILL)
@@ -191,7 +191,7 @@ demo_model.ensure_model("tiny-llama", {str(target)!r})
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ModelBuildError, match="was not built by llama-sft"):
+    with pytest.raises(ModelBuildError, match="was not written by this series"):
         ensure_model("tiny-llama", tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

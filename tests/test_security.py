@@ -17,7 +17,6 @@ import pandas as pd
 import psutil
 import pytest
 from fake_hub import Account, FakeHub
-from ledger import ledger  # noqa: F401 (a fixture)
 
 SCRIPT = "<script>alert('planted')</script><img src=x onerror=alert(1)>"
 

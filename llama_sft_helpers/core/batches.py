@@ -11,10 +11,22 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 
 
-def document_bounds(position_ids: torch.Tensor) -> list[int]:
-    """Where documents start in a flattened batch, and its end."""
-    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
-    return [*starts, position_ids.shape[1]]
+def document_bounds(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Where documents begin in rows that are read one after the other, and the longest document's length.
+
+    Args:
+        position_ids: Shape ``(batch, tokens)``; a 0 begins a document.
+
+    Returns:
+        int32 bounds of shape ``(documents + 1,)`` that begin with 0 and end with ``batch * tokens``; the
+        length in tokens of the longest document.
+    """
+    import torch
+
+    flat = position_ids.reshape(-1)
+    starts = (flat == 0).nonzero().reshape(-1)
+    bounds = torch.cat([starts, starts.new_tensor([flat.numel()])]).to(torch.int32)
+    return bounds, int(bounds.diff().max())
 
 
 def rows_without_eos(labels: Iterable[Sequence[int]], eos_token_id: int) -> list[int]:

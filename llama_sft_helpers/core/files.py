@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _STAMP = "written_by_llama_sft_helpers.txt"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Errors that name no number: torch.save's C++ writer, and libraries that pass on the system's words only.
 _FULL_IN_WORDS = ("PytorchStreamWriter", "inline_container", "No space left", "Disk quota exceeded")
 
@@ -59,7 +59,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(target: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
+def new_folder(target: str | Path, needed_bytes: int = 0, stamp: str = _STAMP) -> Iterator[Path]:
     """Write a folder whole or not at all: files go to a hidden folder beside it, renamed when complete.
 
     A folder that an earlier run wrote this way is replaced; any other is left alone.
@@ -67,6 +67,7 @@ def new_folder(target: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
     Args:
         target: The folder to write.
         needed_bytes: What will be written; checked against the free disk space before anything is.
+        stamp: The file by which such a folder is known; written here unless the block does.
 
     Yields:
         The hidden folder to write into.
@@ -75,7 +76,7 @@ def new_folder(target: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
         FilesError: The target holds something else, or the disk is full.
     """
     target = Path(target)
-    _refuse_foreign(target)
+    _refuse_foreign(target, stamp)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = free_bytes(target.parent)
     if needed_bytes > free:
@@ -87,7 +88,8 @@ def new_folder(target: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
         building.mkdir()
         with full_disk_explained(target):
             yield building
-            (building / _STAMP).write_text("This folder is replaced by the next run.\n", encoding="utf-8")
+            if not (building / stamp).exists():
+                (building / stamp).write_text("This folder is replaced by the next run.\n", encoding="utf-8")
         if target.exists():
             target.rename(old)
         try:
@@ -98,11 +100,11 @@ def new_folder(target: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
             raise
 
 
-def _refuse_foreign(target: Path) -> None:
-    if not target.exists() or (target / _STAMP).is_file() or (target.is_dir() and not any(target.iterdir())):
+def _refuse_foreign(target: Path, stamp: str) -> None:
+    if not target.exists() or (target / stamp).is_file() or (target.is_dir() and not any(target.iterdir())):
         return
     raise FilesError(
-        f"{target} exists and was not written by this notebook; nothing was changed. Move it away, or choose "
+        f"{target} exists and was not written by this series; nothing was changed. Move it away, or choose "
         "another folder."
     )
 

@@ -1,14 +1,20 @@
-"""Llama: a model's shape as numbers, which names mean Llama 3, and the configuration of its 8B model."""
+"""Llama: which models are of its shape, that shape in numbers and bytes, and which names mean Llama 3."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+# Their decoder layers have Llama's seven linears: Llama 3 and its successors, Mistral, and Qwen.
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "nf4": 4, "nf4 single": 4}
+_NF4_BLOCK = 64  # weights that share one scale
+_NESTED_BLOCK = 256  # scales that share one scale of the second quantization
 _SIZES = (
     "num_attention_heads",
     "num_hidden_layers",
@@ -20,6 +26,24 @@ _SIZES = (
 )
 # "llama-3" as words of a name; "llama-3.1", "llama-3-2-1b" and "llama_3b" are other models.
 _LLAMA3 = r"(?:.*[-_])?llama[-_]?3(?![.\da-z]|[-_][1-9][-_])"
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose architecture is not Llama's; the message names it and what is supported."""
+
+
+def check_supported(config: Any) -> None:
+    """Check that a configuration is of a model that the series can quantize, adapt, plan and merge.
+
+    Raises:
+        UnsupportedModelError: It is of another architecture.
+    """
+    kind = getattr(config, "model_type", None)
+    if kind not in SUPPORTED:
+        raise UnsupportedModelError(
+            f"The model is a {(getattr(config, 'architectures', None) or [type(config).__name__])[0]} "
+            f"(model_type {kind!r}); supported are {', '.join(SUPPORTED)}. Choose a model_id of one of these."
+        )
 
 
 def is_llama3(model_id: str, size: str = "") -> bool:
@@ -51,14 +75,18 @@ class Shape:
     mlp: int
     vocab: int
     tied: bool
+    beside: int  # A layer's parameters beside its linears' weights and two norms: biases, q_norm, k_norm.
 
     @classmethod
     def of(cls, config: Any) -> Shape:
         """Read a configuration.
 
         Raises:
+            UnsupportedModelError: It is of another architecture than Llama's.
             ValueError: It is none, or lacks a size.
         """
+        if hasattr(config, "model_type"):
+            check_supported(config)
         if missing := [name for name in _SIZES if not hasattr(config, name)]:
             known = len(missing) < len(_SIZES)
             got = f"without {', '.join(missing)}" if known else f"{config!r}, a {type(config).__name__}"
@@ -67,15 +95,17 @@ class Shape:
                 "AutoConfig.from_pretrained(model_id), which loads no weights."
             )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        query, key_value = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
-            query=config.num_attention_heads * head_dim,
-            key_value=config.num_key_value_heads * head_dim,
+            query=query,
+            key_value=key_value,
             mlp=config.intermediate_size,
             vocab=config.vocab_size,
             tied=bool(config.tie_word_embeddings),
+            beside=_beside(config, query + 2 * key_value, head_dim),
         )
 
     @property
@@ -90,3 +120,41 @@ class Shape:
             "up_proj": (self.hidden, self.mlp),
             "down_proj": (self.mlp, self.hidden),
         }
+
+    @property
+    def unquantized(self) -> int:
+        """Parameters that stay in 16 bits: embeddings, output layer unless tied, norms, biases."""
+        tables = self.vocab * self.hidden * (1 if self.tied else 2)
+        return tables + self.hidden * (2 * self.layers + 1) + self.layers * self.beside
+
+
+def _beside(config: Any, q_k_v: int, head_dim: int) -> int:
+    """Biases of a layer's linears, and Qwen 3's norms of query and key."""
+    kind = getattr(config, "model_type", "llama")
+    q_k_v_o = (q_k_v + config.hidden_size) * bool(getattr(config, "attention_bias", False))
+    biases = q_k_v if kind == "qwen2" else q_k_v_o
+    if getattr(config, "mlp_bias", False):
+        biases += 2 * config.intermediate_size + config.hidden_size
+    return int(biases + 2 * head_dim * (kind == "qwen3"))
+
+
+def linear_bytes(kind: str, d_in: int, d_out: int) -> tuple[int, int]:
+    """Bytes of one linear's codes, and of what bitsandbytes keeps beside them.
+
+    Beside int8 codes lies a float32 scale a row. nf4 has a float32 scale a block of 64 weights, and the table
+    of its 16 levels; double quantization (``nf4``) keeps those scales as uint8, in blocks of 256 with a
+    float32 scale each, with their float32 offset and a table of 256 levels.
+
+    Args:
+        kind: ``fp32``, ``bf16``, ``int8``, ``nf4`` or ``nf4 single``.
+        d_in: The linear's inputs.
+        d_out: Its outputs.
+    """
+    weights = d_in * d_out
+    blocks = math.ceil(weights / _NF4_BLOCK)
+    scales = {
+        "int8": 4 * d_out,
+        "nf4": blocks + 4 * math.ceil(blocks / _NESTED_BLOCK) + 4 + 4 * 256 + 4 * 16,
+        "nf4 single": 4 * blocks + 4 * 16,
+    }
+    return math.ceil(weights * _BITS[kind] / 8), scales.get(kind, 0)

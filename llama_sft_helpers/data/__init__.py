@@ -12,10 +12,17 @@ CONTENTS = {
     "render_loss_mask": "tokens",  # a row with its scored tokens coloured
     "check_eos_is_trained": "tokens",  # every row is scored on the EOS that ends it
     "to_prompt_completion": "rows",  # a row of any known layout as prompt and completion
-    "summarize_rows": "rows",  # what is wrong with rows, and how often
-    "check_rows": "rows",  # no row is unusable
+    "summarize_rows": "checks",  # what is wrong with rows, and how often
+    "check_rows": "checks",  # no row is unusable
     "load_rows": "sources",  # a file, a folder or a hub name as rows, and which layout they have
     "check_file": "sources",  # a data file can be read; else its line and the fix
+    "choose_prompt_format": "formats",  # Alpaca's template, the model's own, or none, and why
+    "format_rows": "formats",  # rows as SFTTrainer takes them
+    "encode_chat": "formats",  # a conversation with every assistant turn scored
+    "to_messages": "formats",  # a row of any layout as chat turns
+    "render_prompt": "formats",  # what a model is given to answer
+    "training_template": "formats",  # the template that goes with the tokenizer
+    "count_row_tokens": "formats",  # tokens of each formatted row
     "count_tokens": "rows",  # tokens of each row, EOS counted
     "DataError": "rows",  # rows or a file cannot be trained on
     "summarize_lengths": "packing",  # what each max_length cuts off

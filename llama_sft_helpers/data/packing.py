@@ -196,7 +196,7 @@ def summarize_isolation(model: Any, batch: Batch) -> pd.DataFrame:
 
     device = model.get_input_embeddings().weight.device
     ids, labels, positions = (batch[key].to(device) for key in ("input_ids", "labels", "position_ids"))
-    bounds = document_bounds(positions)
+    bounds = document_bounds(positions)[0].tolist()
     rows = []
     with evaluation_mode(model), torch.no_grad():
         packed = _hidden_states(model, ids, positions)

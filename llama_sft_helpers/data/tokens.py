@@ -223,7 +223,7 @@ def _documents(batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor, list[bool
         raise ValueError(
             f"The batch has {sorted(batch)}, expected attention_mask or position_ids beside labels."
         )
-    bounds = document_bounds(batch["position_ids"])
+    bounds = document_bounds(batch["position_ids"])[0].tolist()
     return [
         (ids[0, start:end], labels[0, start:end], [True] * (end - start))
         for start, end in itertools.pairwise(bounds)

@@ -26,13 +26,13 @@ class EvaluationError(AssertionError):
 
 
 def encode_rows(
-    tokenizer: Any, rows: Sequence[Mapping[str, str]], max_length: int
+    tokenizer: Any, rows: Sequence[Mapping[str, Any]], max_length: int
 ) -> list[dict[str, list[int]]]:
     """Token ids and labels of prompt-completion rows, as ``SFTTrainer`` makes them.
 
     Args:
         tokenizer: The model's tokenizer.
-        rows: Rows with ``prompt`` and ``completion``.
+        rows: Rows with ``prompt`` and ``completion``, or with ``input_ids`` and ``labels`` already.
         max_length: Longer rows are cut, in tokens; a cut row has lost its EOS.
 
     Returns:
@@ -43,6 +43,9 @@ def encode_rows(
     """
     encoded = []
     for index, row in enumerate(rows):
+        if {"input_ids", "labels"} <= set(row):
+            encoded.append({key: list(row[key][:max_length]) for key in ("input_ids", "labels")})
+            continue
         if not {"prompt", "completion"} <= set(row):
             raise ValueError(
                 f"Row {index} has the columns {list(row)}, expected prompt and completion. Alpaca and chat "

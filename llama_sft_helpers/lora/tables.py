@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from llama_sft_helpers.core.batches import checked_inputs
-from llama_sft_helpers.core.bnb import checksum, row_absmax
+from llama_sft_helpers.core.bnb import checksum, dequantize, is_quantized
 from llama_sft_helpers.core.llama import Shape
 from llama_sft_helpers.core.modes import evaluation_mode
 from llama_sft_helpers.lora.sweep import COLOURS, MARKERS
@@ -332,16 +332,7 @@ def _weight_norm(name: str, linear: Any) -> float:
 
     Not by PEFT's ``dequantize_module_weight``: on a CPU, an int8 layer that has run once cannot run after it.
     """
-    import bitsandbytes.functional as bnb
-
-    weight = linear.weight
-    values = weight.detach()
-    if type(weight).__name__ == "Int8Params":
-        values = bnb.int8_vectorwise_dequant(values, row_absmax(linear).to(values.device))
-    elif type(weight).__name__ == "Params4bit":
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            raise ValueError(f"{name}: a pass on this CPU repacked the 4-bit codes; load the base in 8 bits.")
-        values = bnb.dequantize_4bit(values, weight.quant_state)
+    values = dequantize(name, linear) if is_quantized(linear) else linear.weight.detach()
     return torch.linalg.vector_norm(values, dtype=torch.float64).item()
 
 

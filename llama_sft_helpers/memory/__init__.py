@@ -13,6 +13,8 @@ CONTENTS = {
     "explain_oom": "plan",  # what filled the card, and the next try
     "CARDS_GIB": "plan",  # what PyTorch can use of the cards
     "QUANTIZATIONS": "plan",  # the kinds of weights that can be planned
+    "check_supported": "core.llama",  # refuse a model whose layers are not Llama's
+    "UnsupportedModelError": "core.llama",  # raised where it is refused
     "TARGET_MODULES": "plan",  # the linears of a decoder layer
 }
 __all__ = list(CONTENTS)

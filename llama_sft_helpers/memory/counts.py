@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llama_sft_helpers.core.llama import Shape
+from llama_sft_helpers.core.llama import Shape, linear_bytes
 
 if TYPE_CHECKING:
     from llama_sft_helpers.profiles import Profile
@@ -17,7 +17,6 @@ _WORKSPACE = 2**26  # what cuBLAS asks of PyTorch's allocator
 # Tensors of the MLP's width alive at once in its backward pass, measured; LLM.int8 casts and quantizes too.
 _GRADIENTS_IN_MLP = {"int8": 3.2, "fast int8": 2.0, "nf4": 2.0, "16-bit": 4.2}
 _LOSS_TILE = (4096, 32768)  # tokens x vocabulary entries that trl's chunked loss projects at once
-
 
 # component, bytes, what they are
 _Row = tuple[str, float, str]
@@ -30,20 +29,16 @@ def _bytes_per_element(profile: Profile) -> int:
 def weight_rows(shape: Shape, profile: Profile, quantization: str) -> list[_Row]:
     """The weights, quantized and not."""
     element = _bytes_per_element(profile)
-    quantized = 0.0
-    for inputs, outputs in shape.linears.values():
-        codes = inputs * outputs
-        quantized += {"int8": float(codes) + 4 * outputs, "nf4": codes * (0.5 + 4 / 64), "16-bit": 0}[
-            quantization
-        ]
-    plain = shape.vocab * shape.hidden * (1 if shape.tied else 2) + shape.hidden * (2 * shape.layers + 1)
-    linears = sum(inputs * outputs for inputs, outputs in shape.linears.values())
+    count = shape.layers * sum(inputs * outputs for inputs, outputs in shape.linears.values())
+    quantized, plain = 0, shape.unquantized
     if quantization == "16-bit":
-        plain += shape.layers * linears
-    bits = 8 * element
+        plain += count
+    else:
+        kind = "nf4 single" if quantization == "nf4" else quantization
+        quantized = shape.layers * sum(sum(linear_bytes(kind, *linear)) for linear in shape.linears.values())
     return [
-        ("quantized weights", quantized * shape.layers, f"{shape.layers * linears:,} weights"),
-        (f"{bits}-bit weights", plain * element, f"{plain:,} weights that are not quantized"),
+        ("quantized weights", quantized, f"{count:,} weights"),
+        (f"{8 * element}-bit weights", plain * element, f"{plain:,} weights that are not quantized"),
     ]
 
 
@@ -140,9 +135,8 @@ def _linear_inputs(shape: Shape, element: int, quantization: str) -> int:
 def _attention(shape: Shape, profile: Profile, quantization: str) -> int:
     """Bytes a token of query, key, value and the softmax's log-sum; the output too where o_proj does not."""
     element = _bytes_per_element(profile)
-    repeated = (
-        profile.attn_implementation == "sdpa" and _pairs(profile) > 0
-    )  # with a mask, keys and values are
+    # Under a mask sdpa repeats the KV heads.
+    repeated = profile.attn_implementation == "sdpa" and _pairs(profile) > 0
     key_value = 2 * (shape.query if repeated else shape.key_value)
     output = shape.query if quantization == "16-bit" and element == 2 else 0
     return element * (shape.query + key_value + output) + 4 * shape.heads

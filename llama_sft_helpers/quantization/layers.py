@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +13,9 @@ import torch
 from torch import nn
 
 from llama_sft_helpers.core.bnb import is_quantized
-from llama_sft_helpers.core.llama import Shape
+from llama_sft_helpers.core.llama import Shape, linear_bytes
 
 _GIB = 2**30
-_NF4_BLOCK = 64  # weights that share one scale
-_NESTED_BLOCK = 256  # scales that share one scale of the second quantization
 LOAD_INT8 = "from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_8bit=True))"
 
 
@@ -65,13 +62,8 @@ def quantize_absmax(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def summarize_memory(config: Any, dtype: torch.dtype = torch.bfloat16) -> pd.DataFrame:
     """Predict a Llama model's bytes from its config alone, in five formats.
 
-    bitsandbytes quantizes the seven projections of each decoder layer. Embeddings, the output layer
-    (``lm_head``) and the norms stay in ``dtype``. Beside the codes it keeps:
-
-    - int8: one float32 absmax per row (``SCB``);
-    - nf4: one float32 absmax per block of 64 weights and the table of 16 levels per matrix;
-    - nf4 with double quantization: those absmax values as uint8, in blocks of 256 with a float32 absmax each,
-      and per matrix their float32 offset and a table of 256 levels.
+    bitsandbytes quantizes the seven projections of each decoder layer, and keeps scales beside their codes.
+    Embeddings, the output layer (``lm_head``) and the norms stay in ``dtype``.
 
     Args:
         config: A ``LlamaConfig``.
@@ -83,25 +75,20 @@ def summarize_memory(config: Any, dtype: torch.dtype = torch.bfloat16) -> pd.Dat
         total_gib; total_bytes; bits_per_weight of a projection, scales included.
 
     Raises:
-        ValueError: The config is not that of a Llama model.
+        ValueError: The config is not that of a Llama-shaped model.
     """
-    shapes, rest = _linear_shapes(config), _rest_parameters(config)
-    weights = sum(d_out * d_in for d_out, d_in in shapes)
+    shape = Shape.of(config)
+    weights = shape.layers * sum(d_in * d_out for d_in, d_out in shape.linears.values())
     rows = {}
-    for name, bits, size in (
-        ("fp32", 32, 4),
-        ("bf16", 16, 2),
-        ("int8", 8, dtype.itemsize),
-        ("nf4", 4, dtype.itemsize),
-        ("nf4 single", 4, dtype.itemsize),
-    ):
-        codes = sum(math.ceil(d_out * d_in * bits / 8) for d_out, d_in in shapes)
-        scales = sum(_scale_bytes(name, d_out, d_in) for d_out, d_in in shapes)
-        total = codes + scales + rest * size
+    for name in ("fp32", "bf16", "int8", "nf4", "nf4 single"):
+        sizes = [linear_bytes(name, *linear) for linear in shape.linears.values()]
+        codes, scales = (shape.layers * sum(size) for size in zip(*sizes, strict=True))
+        rest = shape.unquantized * {"fp32": 4, "bf16": 2}.get(name, dtype.itemsize)
+        total = codes + scales + rest
         rows[name] = {
             "projections_gib": codes / _GIB,
             "scales_gib": scales / _GIB,
-            "rest_gib": rest * size / _GIB,
+            "rest_gib": rest / _GIB,
             "total_gib": total / _GIB,
             "total_bytes": total,
             "bits_per_weight": 8 * (codes + scales) / weights,
@@ -184,40 +171,3 @@ def _found(name: str, weight: torch.Tensor | None) -> torch.Tensor:
             f"The reference {state} {name}. Pass the checkpoint that the quantized model was loaded from."
         )
     return weight.detach()
-
-
-def _linear_shapes(config: Any) -> list[tuple[int, int]]:
-    """(d_out, d_in) of every projection that bitsandbytes quantizes."""
-    _require_llama(config)
-    shape = Shape.of(config)
-    return [(d_out, d_in) for d_in, d_out in shape.linears.values()] * shape.layers
-
-
-def _rest_parameters(config: Any) -> int:
-    """Parameters that stay in 16 bits: embeddings, output layer unless tied, norms, biases."""
-    shapes = _linear_shapes(config)
-    tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    with_bias = (config.attention_bias,) * 4 + (config.mlp_bias,) * 3
-    biases = sum(
-        shape[0] for shape, bias in zip(shapes, with_bias * config.num_hidden_layers, strict=True) if bias
-    )
-    return int(tables + norms + biases)
-
-
-def _require_llama(config: Any) -> None:
-    if getattr(config, "model_type", None) != "llama":
-        raise ValueError(
-            f"Got a {type(config).__name__} (model_type {getattr(config, 'model_type', None)!r}); expected a "
-            "LlamaConfig, for instance model.config or AutoConfig.from_pretrained(model_id)."
-        )
-
-
-def _scale_bytes(kind: str, d_out: int, d_in: int) -> int:
-    """Bytes that bitsandbytes keeps beside the codes of one matrix; see ``summarize_memory``."""
-    blocks = math.ceil(d_out * d_in / _NF4_BLOCK)
-    if kind == "int8":
-        return 4 * d_out
-    if kind == "nf4":
-        return blocks + 4 * math.ceil(blocks / _NESTED_BLOCK) + 4 + 4 * 256 + 4 * 16
-    return 4 * blocks + 4 * 16 if kind == "nf4 single" else 0

@@ -11,7 +11,7 @@ CONTENTS = {
     "int8_linear": "int8_product",  # that product
     "dequantize": "int8_product",  # the 16-bit weight, with LoRA's update
     "register_varlen_attention": "varlen",  # switch: attention that skips what packing masks
-    "document_bounds": "varlen",  # where the packed rows begin and end
+    "document_bounds": "core.batches",  # where the packed rows begin and end
     "compile_decoder_layers": "compiled_layers",  # switch: each decoder layer compiled
     "CompiledLayers": "compiled_layers",  # what was compiled, and how to undo it
     "check_graphs": "compiled_layers",  # few graphs were compiled

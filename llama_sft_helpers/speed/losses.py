@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from llama_sft_helpers.core.batches import document_bounds
 from llama_sft_helpers.core.modes import evaluation_mode
-from llama_sft_helpers.speed.varlen import document_bounds
 
 _OF_A_ROUNDING = 0.21  # root mean square error of one rounding in units of eps: 0.17 % in bf16
 _LOGIT_SPREAD = 3.0  # nats by which the logits of one position spread, in language models about 2 to 3
@@ -55,8 +55,8 @@ def rounding_bound(dtype: torch.dtype, layers: int, tokens: int) -> float:
     Estimated from the type, not from any run: a decoder layer rounds the hidden state twice, so ``layers``
     of them leave a relative error of ``0.21 eps sqrt(2 layers)`` (a random walk). A token's loss is a
     difference of logits that spread by about 3, of two computations: times ``3 sqrt(2)``. A mean over
-    ``tokens`` of them divides by ``sqrt(tokens)``. The bound is three times that standard error, and at least 1e-4.
-    On an H100 SmolLM2 padded and padding-free lay 2.5e-4 (bfloat16) and 5.3e-4 (float16) apart.
+    ``tokens`` of them divides by ``sqrt(tokens)``. The bound is three times that standard error, and at
+    least 1e-4. On an H100 SmolLM2 padded and padding-free lay 2.5e-4 (bfloat16) and 5.3e-4 (float16) apart.
 
     Raises:
         ValueError: ``layers`` or ``tokens`` is not positive.

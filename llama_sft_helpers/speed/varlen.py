@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from llama_sft_helpers.core.batches import document_bounds
+
 _HALF_TYPES = (torch.bfloat16, torch.float16)
 _varlen_kernel: Callable[..., torch.Tensor] | None = None  # set once by register_varlen_attention
 
@@ -118,22 +120,6 @@ def _varlen_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 def _runs(device: Any, dtype: Any) -> bool:
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") in _HALF_TYPES
     return torch.device(device).type == "cuda" and (dtype in _HALF_TYPES or autocast)
-
-
-def document_bounds(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Where documents begin in rows that are read one after the other, and the longest document's length.
-
-    Args:
-        position_ids: Shape ``(batch, tokens)``; a 0 begins a document.
-
-    Returns:
-        int32 bounds of shape ``(documents + 1,)`` that begin with 0 and end with ``batch * tokens``; the
-        length in tokens of the longest document.
-    """
-    flat = position_ids.reshape(-1)
-    starts = (flat == 0).nonzero().reshape(-1)
-    bounds = torch.cat([starts, starts.new_tensor([flat.numel()])]).to(torch.int32)
-    return bounds, int(bounds.diff().max())
 
 
 def _varlen_attention(  # noqa: PLR0917

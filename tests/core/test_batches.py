@@ -27,7 +27,8 @@ def test_the_label_that_is_not_scored_is_torchs_and_has_one_home():
 
 def test_document_bounds_by_hand():
     positions = torch.tensor([[0, 1, 2, 0, 0, 1]])
-    assert batches.document_bounds(positions) == [0, 3, 4, 6]
+    bounds, longest = batches.document_bounds(positions)
+    assert (bounds.tolist(), longest) == ([0, 3, 4, 6], 3)
 
 
 def test_rows_without_a_scored_eos():

@@ -16,7 +16,8 @@ import transformers
 from datasets import Dataset, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny_models import random_model
+from transformers import AutoModelForCausalLM, LlamaConfig
 from trl import SFTConfig, SFTTrainer
 
 from llama_sft_helpers import data
@@ -56,17 +57,7 @@ def examples():
 
 
 def stand_in(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-    )
-    return LlamaForCausalLM(config)
+    return random_model(vocab_size=len(tokenizer), initializer_range=0.1)
 
 
 def build_trainer(model, tokenizer, rows, folder, **changes):

@@ -16,7 +16,6 @@ import nbformat
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledger import ledger  # noqa: F401 (a fixture)
 from provocations import (
     PROVOKED,
     DownloadHub,
@@ -26,6 +25,7 @@ from provocations import (
     provokes,
     raised,
 )
+from tiny_models import random_model
 
 from llama_sft_helpers.doctor import TABLE, Explanation, explain, explanation
 from llama_sft_helpers.doctor.table import RENAMED_ARGUMENTS
@@ -553,19 +553,9 @@ def test_an_embedding_of_another_size(tiny_model_dir, tiny_model, lora, tmp_path
 @provokes("adapter-of-another-base")
 def test_an_adapter_of_another_base(tiny_model, lora, tmp_path):
     from peft import PeftModel, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     get_peft_model(tiny_model, lora()).save_pretrained(tmp_path / "adapter")
-    wide = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=1024,
-            hidden_size=128,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    )
+    wide = random_model(hidden_size=128)
     shapes = raised(PeftModel.from_pretrained, wide, tmp_path / "adapter")
     names = raised(get_peft_model, wide, lora(targets=["query_key_value"]))
     return [shapes, names]

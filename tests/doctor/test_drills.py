@@ -20,7 +20,6 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ledger import ledger  # noqa: F401 (a fixture)
 
 from llama_sft_helpers.doctor import explain
 

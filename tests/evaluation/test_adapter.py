@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from adapter_fixture import load_int8, trained  # noqa: F401  (a fixture)
+from adapter_fixture import load_int8
 from safetensors.torch import load_file, save_file
 
 from llama_sft_helpers.evaluation import (
@@ -21,7 +21,7 @@ from llama_sft_helpers.training import hash_files
 
 
 @pytest.fixture
-def folder(trained, tmp_path):  # noqa: F811
+def folder(trained, tmp_path):
     return shutil.copytree(trained.adapter, tmp_path / "adapter")
 
 
@@ -40,7 +40,7 @@ def test_a_good_adapter_passes_on_the_same_model_in_another_place(folder, base):
     check_adapter(folder, base, f"/elsewhere/{named.rpartition('/')[2]}")
 
 
-def test_the_reloaded_model_gives_the_trained_models_logits_bit_for_bit(trained, tiny_model_dir):  # noqa: F811
+def test_the_reloaded_model_gives_the_trained_models_logits_bit_for_bit(trained, tiny_model_dir):
     from peft import PeftModel
 
     again = PeftModel.from_pretrained(load_int8(tiny_model_dir), trained.adapter).eval()
@@ -50,7 +50,7 @@ def test_the_reloaded_model_gives_the_trained_models_logits_bit_for_bit(trained,
         assert torch.equal(again(ids).logits, trained.model(ids).logits)
 
 
-def test_a_model_that_is_not_the_file_is_noticed(trained, folder, base):  # noqa: F811
+def test_a_model_that_is_not_the_file_is_noticed(trained, folder, base):
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(base, folder)
@@ -140,7 +140,7 @@ def test_weights_that_are_not_numbers_are_damaged(folder, base):
 # --- Why not into int8 ---
 
 
-def test_the_int8_share_is_that_of_pefts_own_merge(trained, tiny_model_dir):  # noqa: F811
+def test_the_int8_share_is_that_of_pefts_own_merge(trained, tiny_model_dir):
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(load_int8(tiny_model_dir), trained.adapter)
@@ -159,7 +159,7 @@ def test_the_int8_share_is_that_of_pefts_own_merge(trained, tiny_model_dir):  # 
     )
 
 
-def test_a_small_adapter_is_lost_whole_in_int8(trained, tiny_model_dir):  # noqa: F811
+def test_a_small_adapter_is_lost_whole_in_int8(trained, tiny_model_dir):
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(load_int8(tiny_model_dir), trained.adapter)
@@ -185,6 +185,6 @@ def test_where_a_merge_has_room(monkeypatch):
     assert merge_device_map(15 * 2**30) == {"": 0}
 
 
-def test_the_config_is_what_notebook_06_writes(trained):  # noqa: F811
+def test_the_config_is_what_notebook_06_writes(trained):
     config = json.loads((trained.adapter / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 16

@@ -7,14 +7,13 @@ import sys
 
 import pytest
 import torch
-from adapter_fixture import trained  # noqa: F401  (a fixture)
 
 from llama_sft_helpers.evaluation import ChatError, chat_box, run_chat, stream_answer
 
 PROMPT = "### Instruction:\nName a fruit.\n\n### Response:\n"
 
 
-def generated(trained, **options):  # noqa: F811
+def generated(trained, **options):
     """The reference: one plain ``generate``."""
     batch = trained.tokenizer(PROMPT, return_tensors="pt")
     ids = trained.model.generate(**batch, do_sample=False, pad_token_id=0, **options)
@@ -22,7 +21,7 @@ def generated(trained, **options):  # noqa: F811
 
 
 @pytest.mark.parametrize("tuned", [True, False])
-def test_pieces_add_up_to_what_generate_gives(trained, tuned):  # noqa: F811
+def test_pieces_add_up_to_what_generate_gives(trained, tuned):
     pieces = list(stream_answer(trained.model, trained.tokenizer, PROMPT, tuned=tuned, max_new_tokens=20))
     if tuned:
         expected = generated(trained, max_new_tokens=20)
@@ -32,7 +31,7 @@ def test_pieces_add_up_to_what_generate_gives(trained, tuned):  # noqa: F811
     assert "".join(pieces) == expected
 
 
-def test_text_comes_in_pieces_before_the_end(trained):  # noqa: F811
+def test_text_comes_in_pieces_before_the_end(trained):
     """A wordy model: its logits are replaced by a fixed sequence of words."""
     ids = trained.tokenizer("one two three four five six", add_special_tokens=False).input_ids
     words = iter(ids)
@@ -49,7 +48,7 @@ def test_text_comes_in_pieces_before_the_end(trained):  # noqa: F811
     assert len(pieces) > 2
 
 
-def test_base_and_tuned_differ_and_the_adapter_is_on_again(trained):  # noqa: F811
+def test_base_and_tuned_differ_and_the_adapter_is_on_again(trained):
     def said(tuned):
         return "".join(
             stream_answer(trained.model, trained.tokenizer, PROMPT, tuned=tuned, max_new_tokens=20)
@@ -60,7 +59,7 @@ def test_base_and_tuned_differ_and_the_adapter_is_on_again(trained):  # noqa: F8
     assert said(True) == first
 
 
-def test_the_answer_stops_at_eos(trained):  # noqa: F811
+def test_the_answer_stops_at_eos(trained):
     tokenizer, eos = trained.tokenizer, trained.tokenizer.eos_token_id
     head = trained.model.get_output_embeddings()
     hook = head.register_forward_hook(
@@ -72,7 +71,7 @@ def test_the_answer_stops_at_eos(trained):  # noqa: F811
         hook.remove()
 
 
-def test_closing_early_ends_the_generation(trained):  # noqa: F811
+def test_closing_early_ends_the_generation(trained):
     steps = []
     hook = trained.model.register_forward_hook(lambda *_: steps.append(1))
     base_hook = trained.model.get_base_model().register_forward_hook(lambda *_: steps.append(1))
@@ -86,7 +85,7 @@ def test_closing_early_ends_the_generation(trained):  # noqa: F811
     assert 0 < len(steps) < 1000
 
 
-def test_an_error_while_generating_reaches_the_caller(trained):  # noqa: F811
+def test_an_error_while_generating_reaches_the_caller(trained):
     def fail(*_):
         raise RuntimeError("out of luck")
 
@@ -153,7 +152,7 @@ def test_ctrl_c_ends_an_answer_not_the_talk(monkeypatch, capsys):
     assert "begun and done" in out
 
 
-def test_the_command_answers_and_explains(trained):  # noqa: F811
+def test_the_command_answers_and_explains(trained):
     def command(*arguments):
         return subprocess.run(
             [sys.executable, "-m", "llama_sft_helpers.cli", "chat", *map(str, arguments)],

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from adapter_fixture import load_int8, trained  # noqa: F401  (a fixture)
 from torch.nn.utils.rnn import pad_sequence
 
 from llama_sft_helpers.evaluation import (
@@ -27,11 +26,11 @@ from llama_sft_helpers.evaluation import (
 
 
 @pytest.fixture
-def encoded(trained):  # noqa: F811
+def encoded(trained):
     return encode_rows(trained.tokenizer, trained.eval_rows, trained.profile.max_length)
 
 
-def test_encoded_rows_are_those_of_the_trainer(trained, encoded):  # noqa: F811
+def test_encoded_rows_are_those_of_the_trainer(trained, encoded):
     theirs = trained.trainer.eval_dataset
     assert len(encoded) == len(theirs)
     for ours, row in zip(encoded, theirs, strict=True):
@@ -39,13 +38,13 @@ def test_encoded_rows_are_those_of_the_trainer(trained, encoded):  # noqa: F811
         assert ours["labels"] == row["labels"]
 
 
-def test_rows_are_cut_like_the_trainers(trained):  # noqa: F811
+def test_rows_are_cut_like_the_trainers(trained):
     encoded = encode_rows(trained.tokenizer, trained.eval_rows, 40)
     assert {len(row["input_ids"]) for row in encoded} == {40}
     assert all(len(row["labels"]) == 40 for row in encoded)
 
 
-def test_row_losses_are_those_of_transformers_one_row_at_a_time(trained, encoded, tiny_model):  # noqa: F811
+def test_row_losses_are_those_of_transformers_one_row_at_a_time(trained, encoded, tiny_model):
     """In float32 a row's loss is the same in any batch; an int8 model needs the same batch on both sides."""
     for model, batch_size in ((tiny_model, 3), (trained.model, 1)):
         table = summarize_row_losses(model, encoded, batch_size=batch_size)
@@ -58,7 +57,7 @@ def test_row_losses_are_those_of_transformers_one_row_at_a_time(trained, encoded
             assert table["loss_nats"][index] == pytest.approx(mean * scored, rel=1e-4)
 
 
-def test_averaged_over_batches_the_loss_is_the_trainers(trained, encoded):  # noqa: F811
+def test_averaged_over_batches_the_loss_is_the_trainers(trained, encoded):
     sums = summarize_row_losses(trained.model, encoded).groupby(lambda row: row // 4).sum()
     assert (sums["loss_nats"] / sums["tokens"]).mean() == pytest.approx(
         trained.summary["eval_loss_after"], 1e-5
@@ -79,7 +78,7 @@ def logits_of(model, rows, pad_token_id):
     return model(input_ids=padded, attention_mask=mask).logits
 
 
-def test_the_probability_of_eos_is_the_softmax_at_the_answers_end(trained, encoded):  # noqa: F811
+def test_the_probability_of_eos_is_the_softmax_at_the_answers_end(trained, encoded):
     """Batch for batch: LLM.int8() takes its outlier columns from the whole batch, padding included."""
     batch_size = 4
     table = summarize_row_losses(trained.model, encoded, batch_size)
@@ -96,7 +95,7 @@ def test_the_probability_of_eos_is_the_softmax_at_the_answers_end(trained, encod
     assert table["eos_probability"].isna().any(), "no row is cut: this test lacks that case"
 
 
-def test_measuring_leaves_the_mode_as_it_was(trained, encoded):  # noqa: F811
+def test_measuring_leaves_the_mode_as_it_was(trained, encoded):
     trained.model.train()
     summarize_row_losses(trained.model, encoded[:2])
     assert trained.model.training
@@ -167,7 +166,7 @@ class Words:
 # --- EOS ---
 
 
-def test_eos_in_the_labels(trained, encoded):  # noqa: F811
+def test_eos_in_the_labels(trained, encoded):
     eos = trained.tokenizer.eos_token_id
     whole = [row for row in encoded if row["labels"][-1] == eos]
     assert 0 < len(whole) < len(encoded)
@@ -267,7 +266,7 @@ def test_kl_and_top1_by_hand():
         summarize_merge_fidelity(reference, merged[:1])
 
 
-def test_log_probs_are_the_softmax_at_the_scored_tokens(trained, encoded):  # noqa: F811
+def test_log_probs_are_the_softmax_at_the_scored_tokens(trained, encoded):
     rows = encoded[:3]
     found = next_token_log_probs(trained.model, rows, batch_size=2)
     assert len(found) == summarize_row_losses(trained.model, rows)["tokens"].sum()
@@ -279,7 +278,7 @@ def test_log_probs_are_the_softmax_at_the_scored_tokens(trained, encoded):  # no
 
 
 def test_a_16_bit_merge_is_faithful_and_a_lost_adapter_is_not(
-    trained,  # noqa: F811
+    trained,
     encoded,
     tiny_model_dir,
 ):
@@ -297,7 +296,7 @@ def test_a_16_bit_merge_is_faithful_and_a_lost_adapter_is_not(
         check_merge_fidelity(reference, without_adapter, layers)
 
 
-def test_merging_and_saving_again_gives_the_same_bytes(trained, tiny_model_dir, tmp_path):  # noqa: F811
+def test_merging_and_saving_again_gives_the_same_bytes(trained, tiny_model_dir, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from adapter_fixture import TARGETS, load_int8, trained  # noqa: F401  (a fixture)
+from adapter_fixture import TARGETS, load_int8
 from safetensors.torch import load_file, save_file
+from tiny_models import random_model
 
 from llama_sft_helpers.evaluation import (
     AdapterError,
@@ -34,19 +35,8 @@ def tensors_of(folder):
 
 def save_base(folder, *, dtype=torch.bfloat16, tied=False, seed=0, **kwargs):
     """A Llama of two layers in several shards; random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=256,
-        tie_word_embeddings=tied,
-    )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size="50KB", **kwargs)
+    model = random_model(seed=seed, vocab_size=256, tie_word_embeddings=tied)
+    model.to(dtype).save_pretrained(folder, max_shard_size="50KB", **kwargs)
     assert len(shards_of(folder)) > 2
     return folder
 
@@ -123,7 +113,7 @@ def test_every_tensor_is_that_of_merge_and_unload_bit_for_bit(tmp_path, dtype, t
     check(folders)
 
 
-def test_the_adapter_of_notebook_06_merges_to_the_same_bytes_and_answers(trained, tmp_path):  # noqa: F811
+def test_the_adapter_of_notebook_06_merges_to_the_same_bytes_and_answers(trained, tmp_path):
     from transformers import AutoModelForCausalLM
 
     base = trained.profile.model_id
@@ -326,7 +316,7 @@ def test_a_t4_runtime_has_no_room_for_llama_3_in_16_bits(monkeypatch):
 
 @pytest.mark.parametrize("room", [False, True])
 def test_07_goes_on_where_neither_gpu_nor_ram_holds_the_model(
-    trained,  # noqa: F811
+    trained,
     tmp_path,
     monkeypatch,
     room,

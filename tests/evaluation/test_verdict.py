@@ -6,7 +6,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from adapter_fixture import trained  # noqa: F401  (a fixture)
 
 from llama_sft_helpers.evaluation import (
     measure_forgetting,
@@ -70,7 +69,7 @@ def test_a_task_that_is_none_is_refused(tmp_path):
         read_tasks(path)
 
 
-def test_batched_answers_are_those_of_one_prompt_alone(trained, tiny_model):  # noqa: F811
+def test_batched_answers_are_those_of_one_prompt_alone(trained, tiny_model):
     tasks = read_tasks()[:3]
     table = score_tasks(tiny_model, trained.tokenizer, tasks, "{} ->".format, max_new_tokens=8)
     for task, answer in zip(tasks, table["answer"], strict=True):
@@ -95,7 +94,7 @@ def test_tasks_are_counted_by_kind_with_wilsons_interval():
         summarize_tasks(pd.DataFrame({"instruction": ["a"]}), pd.DataFrame({"instruction": ["b"]}))
 
 
-def test_forgetting_is_transformers_own_loss_and_torchs_own_divergence(trained):  # noqa: F811
+def test_forgetting_is_transformers_own_loss_and_torchs_own_divergence(trained):
     texts = ["The river is old.", "Bread rises because yeast eats the sugar."]
     table = measure_forgetting(trained.model, trained.tokenizer, texts)
     nats, divergence, tokens = {"base": 0.0, "tuned": 0.0}, 0.0, 0

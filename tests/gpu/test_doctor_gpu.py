@@ -1,7 +1,6 @@
 """Failures that only an NVIDIA GPU can produce; each destroys a process's CUDA state, so each has its own."""
 
 import pytest
-from ledger import ledger  # noqa: F401 (a fixture)
 from provocations import in_another_process, provokes
 
 pytestmark = pytest.mark.gpu

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from llama_sft_helpers import lora
@@ -72,15 +73,7 @@ def test_plan_gives_llama_3_8bs_41_943_040():
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], SEVEN[:4], SEVEN])
 @pytest.mark.parametrize("r", [4, 64])
 def test_plan_agrees_with_peft_on_the_meta_device(r, targets):
-    config = LlamaConfig(
-        hidden_size=96,
-        intermediate_size=160,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        vocab_size=64,
-        head_dim=20,  # 6 heads of 20 are not 96 wide
-    )
+    config = tiny_config(hidden_size=96, num_attention_heads=6, head_dim=20)  # 6 heads of 20 are not 96 wide
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model = adapt(model, r=r, target_modules=targets)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny_models import ARCHITECTURES, random_model, tiny_config
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig
 
 from llama_sft_helpers import quantization
@@ -144,15 +145,10 @@ def test_layers_of_an_unquantized_model_count_every_parameter_once(tiny_model):
 
 
 def test_a_tied_output_layer_is_counted_once():
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
+    model = random_model(tie_word_embeddings=True)
     table = quantization.summarize_layers(model)
     assert table["parameters"].sum() == sum(p.numel() for p in model.parameters())
-    assert quantization.summarize_memory(config).loc["fp32", "total_bytes"] == table["bytes"].sum()
+    assert quantization.summarize_memory(model.config).loc["fp32", "total_bytes"] == table["bytes"].sum()
 
 
 def test_nf4_counts_weights_not_bytes(tiny_model, tiny_model_nf4):
@@ -195,13 +191,12 @@ def test_llama3_8b_in_int8_is_8_46_gib():
     "config",
     [
         llama3_config(),
-        LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-                    num_key_value_heads=2, vocab_size=512, tie_word_embeddings=True),
-        LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=4, vocab_size=512, head_dim=32, attention_bias=True, mlp_bias=True),
+        tiny_config(head_dim=32, attention_bias=True, mlp_bias=True),
+        tiny_config("qwen3", attention_bias=True),
+        *(tiny_config(kind, **changes) for kind, changes in ARCHITECTURES.values()),
     ],
-    ids=["llama3-8b", "tied", "biases-and-head-dim"],
-)  # fmt: skip
+    ids=["llama3-8b", "biases-and-head-dim", "Qwen 3 with biases", *ARCHITECTURES],
+)
 def test_parameters_equal_those_of_a_meta_model(config):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -245,7 +240,7 @@ def test_double_quantization_takes_less_than_single():
 
 @pytest.mark.parametrize("config", [GPT2Config(), None, {"hidden_size": 64}])
 def test_memory_of_no_llama_config_is_refused(config):
-    with pytest.raises(ValueError, match="expected a LlamaConfig"):
+    with pytest.raises(ValueError, match=r"GPT2Config.*supported are llama|expected a LlamaConfig"):
         quantization.summarize_memory(config)
 
 

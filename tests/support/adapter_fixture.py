@@ -7,12 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def load_int8(folder, dtype=torch.float32):
+def load_int8(folder, dtype="float32"):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_8bit=True)
@@ -96,14 +95,9 @@ def train_adapter(profile, folder: Path, *, max_steps=None):
     )
 
 
-_CACHE: list[SimpleNamespace] = []
-
-
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A tiny adapter, trained once for all test files that import this; they must not change it."""
+    """A tiny adapter, trained once for all test files; they must not change it."""
     from llama_sft_helpers.profiles import load_profile
 
-    if not _CACHE:
-        _CACHE.append(train_adapter(load_profile("ci-tiny"), tmp_path_factory.mktemp("trained")))
-    return _CACHE[0]
+    return train_adapter(load_profile("ci-tiny"), tmp_path_factory.mktemp("trained"))

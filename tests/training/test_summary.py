@@ -31,8 +31,8 @@ def test_a_report_names_the_losses_or_what_the_summary_lacks(tmp_path, capsys):
     path = tmp_path / "training_summary.json"
     facts = dict.fromkeys(summary.SUMMARY_KEYS, 0.5)
     summary.write_training_summary(path, facts)
-    run._report(tmp_path, trained=True)
+    run._report(tmp_path)
     assert "held-out loss: 0.5000 before, 0.5000 after training" in capsys.readouterr().out
     path.write_text(json.dumps({"eval_loss_before": 1.0}), encoding="utf-8")
     with pytest.raises(run.RunError, match=r"lacks eval_loss_after, .*Run notebook 06 again"):
-        run._report(tmp_path, trained=True)
+        run._report(tmp_path)

@@ -1,0 +1,194 @@
+"""Prompt formats: Alpaca's template, the model's own chat template, or none; rows and prompts in that form.
+
+A prompt must look the same in training, in evaluation and in whatever serves the model. So the template goes
+with the tokenizer (``training_template``), where every server looks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_sft_helpers.core.batches import IGNORED
+from llama_sft_helpers.data.rows import (
+    DataError,
+    alpaca_parts,
+    count_tokens,
+    find_layout,
+    to_prompt_completion,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_ALPACA = Path(__file__).parent.parent / "templates" / "alpaca.jinja"
+
+
+def choose_prompt_format(layout: str, tokenizer: Any, asked: str = "auto") -> tuple[str, str]:
+    """Choose how rows become prompts.
+
+    A chat template is right where the model knows it, and learns to stop by it: it ends an answer in the
+    tokenizer's EOS. That tells an instruct model from a base model whose tokenizer merely carries a template.
+
+    Args:
+        layout: From ``load_rows``.
+        tokenizer: The model's tokenizer.
+        asked: The profile's ``prompt_format``.
+
+    Returns:
+        ``alpaca``, ``chat`` or ``plain``, and the reason.
+
+    Raises:
+        DataError: What is asked for is not possible with these rows or this tokenizer.
+    """
+    if asked == "plain" and layout != "prompt-completion":
+        wanted = "'plain' needs rows of prompt and completion"
+        raise DataError("wrong-format", f"{wanted}, these are {layout}; take 'auto'.")
+    if asked == "chat" and not tokenizer.chat_template:
+        raise DataError(
+            "wrong-format", "prompt_format='chat': the tokenizer has no chat template; take 'auto'."
+        )
+    if asked == "chat":
+        return "chat", "asked for"
+    if layout == "prompt-completion":
+        return "plain", "rows with prompt and completion are trained on as they are"
+    if asked == "alpaca":
+        return "alpaca", "asked for"
+    if not tokenizer.chat_template:
+        return "alpaca", "a base model: its tokenizer has no chat template"
+    if _ends_in_eos(tokenizer):
+        return (
+            "chat",
+            f"an instruct model: its chat template ends an answer in its EOS, {tokenizer.eos_token}",
+        )
+    return (
+        "alpaca",
+        f"a base model: its chat template does not end an answer in its EOS, {tokenizer.eos_token}",
+    )
+
+
+def format_rows(rows: Dataset, tokenizer: Any, prompt_format: str) -> Dataset:
+    """Rows as ``SFTTrainer`` takes them.
+
+    Args:
+        rows: Rows of any layout.
+        tokenizer: The model's tokenizer.
+        prompt_format: From ``choose_prompt_format``.
+
+    Returns:
+        ``prompt`` and ``completion``; for ``chat`` ``input_ids`` and ``labels`` (see ``encode_chat``).
+    """
+    if prompt_format == "chat":
+        arguments = {"tokenizer": tokenizer}
+        return rows.map(encode_chat, fn_kwargs=arguments, remove_columns=rows.column_names)
+    return rows.map(to_prompt_completion, with_indices=True, remove_columns=rows.column_names)
+
+
+def encode_chat(row: Mapping[str, Any], tokenizer: Any) -> dict[str, list[int]]:
+    """A conversation by the tokenizer's chat template, with the tokens of every assistant turn scored.
+
+    A turn's text is what the template writes between the prompt for it and its EOS, EOS included; what
+    follows the last EOS is left out. System and tool turns are written as the template does, and not scored.
+
+    Args:
+        row: ``messages`` (and ``tools``, if any), or a row of another layout as one question and answer.
+        tokenizer: A fast tokenizer with a chat template.
+
+    Returns:
+        ``input_ids``, and ``labels`` of the same length with -100 where nothing is scored.
+
+    Raises:
+        DataError: No assistant turn, or a template that rewrites earlier turns or ends a turn without EOS.
+    """
+    messages, tools = to_messages(row), row.get("tools")
+    text = _render(tokenizer, messages, tools)
+    spans = [
+        _answer_span(tokenizer, messages[: turn + 1], tools, text)
+        for turn, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    if not spans:
+        raise DataError("wrong-type", "messages hold no assistant turn, so there is nothing to learn.")
+    encoded = tokenizer(text[: spans[-1][1]], add_special_tokens=False, return_offsets_mapping=True)
+    labels = [
+        token if any(start <= first < last <= end for start, end in spans) else IGNORED
+        for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+    return {"input_ids": encoded["input_ids"], "labels": labels}
+
+
+def to_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row of any layout as chat turns; keys that other rows have and this one has not are dropped."""
+    layout = find_layout(row)
+    if layout == "messages":
+        return [{key: value for key, value in turn.items() if value is not None} for turn in row["messages"]]
+    if layout == "alpaca":
+        instruction, context, answer = alpaca_parts(row, layout)
+        question = f"{instruction}\n\n{context}" if context else instruction
+    else:
+        question, answer = row["prompt"], row["completion"]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def render_prompt(row: Mapping[str, Any] | str, tokenizer: Any, prompt_format: str) -> str:
+    """The text that a model is given to answer a row, or an instruction: what training had before the answer.
+
+    ``tokenizer(text)`` gives training's token ids: a BOS that the template writes is left to the tokenizer
+    where that writes one too.
+    """
+    if isinstance(row, str):
+        key = "prompt" if prompt_format == "plain" else "instruction"
+        row = {key: row, {"prompt": "completion", "instruction": "output"}[key]: "unused"}
+    if prompt_format != "chat":
+        return to_prompt_completion(row)["prompt"]
+    text = _render(tokenizer, to_messages(row)[:-1], row.get("tools"), ask=True)
+    return text.removeprefix(tokenizer.bos_token) if _writes_bos(tokenizer) else text
+
+
+def training_template(tokenizer: Any, prompt_format: str) -> str | None:
+    """The chat template to save with the tokenizer, so that a server prompts the model as training did.
+
+    Alpaca's, the model's own, or None for ``plain``, where the prompt is the text itself.
+    """
+    if prompt_format == "alpaca":
+        bos = "{{- bos_token -}}\n" if _writes_bos(tokenizer) else ""
+        return bos + _ALPACA.read_text(encoding="utf-8").rstrip("\n")
+    return tokenizer.chat_template if prompt_format == "chat" else None
+
+
+def count_row_tokens(rows: Dataset, tokenizer: Any) -> list[int]:
+    """Tokens of each row that ``format_rows`` made, EOS counted."""
+    if "input_ids" in rows.column_names:
+        return [len(ids) for ids in rows["input_ids"]]
+    return list(rows.map(count_tokens, batched=True, fn_kwargs={"tokenizer": tokenizer})["tokens"])
+
+
+def _render(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, *, ask: bool = False) -> str:
+    return str(
+        tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
+    )
+
+
+def _answer_span(tokenizer: Any, turns: list[dict[str, Any]], tools: Any, text: str) -> tuple[int, int]:
+    """Where the last turn's answer begins in the text, and where its EOS ends."""
+    before = _render(tokenizer, turns[:-1], tools, ask=True) if turns[:-1] else ""
+    through = _render(tokenizer, turns, tools)
+    end = through.rfind(tokenizer.eos_token)
+    if not (through.startswith(before) and text.startswith(through)) or end < len(before):
+        raise DataError(
+            "wrong-format",
+            f"Turn {len(turns) - 1} cannot be found in what the chat template writes: the template changes "
+            f"earlier turns, or ends an answer without {tokenizer.eos_token}. Take prompt_format='alpaca'.",
+        )
+    return len(before), end + len(tokenizer.eos_token)
+
+
+def _ends_in_eos(tokenizer: Any) -> bool:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "ANSWER"}]
+    after = _render(tokenizer, turns, None).rpartition("ANSWER")[2]
+    return after.strip().startswith(tokenizer.eos_token)
+
+
+def _writes_bos(tokenizer: Any) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]

@@ -1,0 +1,78 @@
+"""Models of Llama's shape that are not Llama 3: random tiny weights from disk through every step."""
+
+import pytest
+import torch
+from adapter_fixture import load_int8
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import ARCHITECTURES, SEVEN, random_model, tiny_config
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, set_seed
+
+from llama_sft_helpers import evaluation, lora, memory, quantization, training
+from llama_sft_helpers.profiles import read_profile
+
+IDS = torch.arange(2 * 40).reshape(2, 40) * 7 % 1024
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def base(request, tmp_path):
+    """The folder of a saved model."""
+    model_type, changes = ARCHITECTURES[request.param]
+    random_model(model_type, **changes).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_quantize_adapt_plan_train_and_merge(base, tmp_path):
+    model = load_int8(base)
+    predicted = quantization.summarize_memory(model.config, dtype=torch.float32)
+    assert predicted.loc["int8", "total_bytes"] == quantization.summarize_layers(model)["bytes"].sum()
+    plan = memory.plan_memory(model.config, read_profile("ci-tiny")).set_index("component")["gib"]
+    assert plan[["quantized weights", "32-bit weights"]].sum() == predicted.loc["int8", "total_gib"]
+
+    set_seed(42)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=64, task_type="CAUSAL_LM", target_modules=SEVEN))
+    planned = lora.plan_adapters(model.config, 4, SEVEN)
+    assert planned["parameters"].sum() == model.get_nb_trainable_parameters()[0]
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    lora.check_adapter_is_noop(model, batch)
+
+    before = training.checksum_base(model)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        losses.append(model.train()(**batch, labels=IDS).loss)
+        losses[-1].backward()
+        optimizer.step()
+    training.check_gradients_reach_adapters(model)
+    training.check_base_unchanged(model, before)
+    assert losses[-1] < losses[0] - 0.1
+    model.save_pretrained(tmp_path / "adapter")
+
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    evaluation.check_adapter(tmp_path / "adapter", plain, str(base))
+    with torch.no_grad():
+        expected = tuned(IDS).logits
+        merged = tuned.merge_and_unload()
+        assert torch.allclose(merged(IDS).logits, expected, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, merged(IDS).logits)
+
+
+@pytest.mark.parametrize("config", [GPT2Config(), GPTNeoXConfig(architectures=["GPTNeoXForCausalLM"])])
+@pytest.mark.parametrize(
+    "look",
+    [
+        memory.check_supported,
+        lambda config: memory.plan_memory(config, read_profile("ci-tiny")),
+        quantization.summarize_memory,
+        lora.plan_adapters,
+    ],
+)
+def test_other_architectures_are_refused_by_name(config, look):
+    message = rf"GPT(2|NeoX).*{config.model_type}.*supported are llama, mistral, qwen2, qwen3"
+    with pytest.raises(memory.UnsupportedModelError, match=message):
+        look(config)
+    memory.check_supported(tiny_config("qwen3"))
