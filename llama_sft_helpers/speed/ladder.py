@@ -81,7 +81,7 @@ def plot_ladder(table: pd.DataFrame, column: str, ax: Axes | None = None) -> Axe
         raise ValueError(f"there is no column {column!r}; expected one of {', '.join(table.columns)}.")
     ax = ax or plt.subplots(figsize=(7, 0.45 * len(table) + 1.2))[1]
     values = table[column]
-    bars = ax.barh(range(len(values)), values, color="#0072B2")
+    bars = ax.barh(range(len(values)), values.fillna(0), color="#0072B2")
     pattern = "{:.0%}" if column == "share_of_floor" else "{:,.0f}" if values.max() > 100 else "{:.1f}"
     labels = ["did not finish" if v != v else pattern.format(v) for v in values]  # noqa: PLR0124, NaN
     ax.bar_label(bars, labels=labels, padding=3, fontsize=9)
