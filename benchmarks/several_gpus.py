@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -225,9 +226,9 @@ class Bench:
         found |= {"updates_after_resuming": len(losses)}
         found["largest_loss_difference"] = difference(losses, whole[SAVED:])
 
-    def check_adapters(self, model: str) -> None:
-        """Load what the finished runs saved with ``PeftModel``, in a process that sees no GPU."""
-        done = [run for run, row in self.runs.items() if row.get("exit") == 0 and run.model == model]
+    def check_adapters(self, part: str) -> None:
+        """Load what the part's finished runs saved with ``PeftModel``, in a process that sees no GPU."""
+        done = [run for run, row in self.runs.items() if row.get("exit") == 0 and run.part == part]
         folders = [str(self.work / run.folder / run.output) for run in done]
         if not folders:
             return
@@ -237,7 +238,7 @@ class Bench:
             "--check",
             *folders,
             "--model",
-            str(self.models[model]),
+            str(self.models[done[0].model]),
             "--out",
             "-",
         ]
@@ -246,7 +247,7 @@ class Bench:
             timeout=self.left(), check=False,
         )  # fmt: skip
         said = output.stdout.strip().splitlines()
-        self.report["adapters"][model] = output.stderr[-1500:] if output.returncode else json.loads(said[-1])
+        self.report["adapters"][part] = output.stderr[-1500:] if output.returncode else json.loads(said[-1])
 
 
 def compare(runs: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -289,22 +290,21 @@ def empty_peft_model(folder: Path) -> Any:
         return get_peft_model(model, lora)
 
 
-def build(folder: Path, tokenizer_folder: Path | None, layers_70b: int) -> None:
+def build(folder: Path, tokenizer: Path | None, layers_70b: int) -> None:
     """Random weights in 8B's shape, or in as many layers of 70B's; the tiny Llama's tokenizer if no other."""
+    from llama3_tokenizer import build_llama3_tokenizer
     from notebooks_on_gpu import make_llama3_shape
     from transformers import AutoTokenizer
 
-    tiny = ROOT / "llama_sft_helpers/models/tiny-llama"
-    with contextlib.suppress(ImportError):
-        from llama3_tokenizer import vocabulary_file
-
-        with contextlib.suppress(FileNotFoundError):
-            vocabulary_file()
-            tiny = None
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or tiny) if tokenizer_folder or tiny else None
+    try:
+        words = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else build_llama3_tokenizer()
+    except (ImportError, FileNotFoundError, ValueError) as error:
+        print(f"Llama 3's tokenizer is not here, the tiny Llama's is taken: {error}")
+        words = AutoTokenizer.from_pretrained(ROOT / "llama_sft_helpers/models/tiny-llama")
     sizes = {**SIZES_70B, "num_hidden_layers": layers_70b} if layers_70b else {}
     making = folder.with_name(f"{folder.name}.part")
-    make_llama3_shape(making, tokenizer, **sizes)
+    shutil.rmtree(making, ignore_errors=True)  # what a cut run left
+    make_llama3_shape(making, words, **sizes)
     os.replace(making, folder)
 
 
@@ -362,10 +362,9 @@ def main() -> None:
     try:
         bench.prepare()
         with concurrent.futures.ThreadPoolExecutor() as beside:
-            for model in bench.models:
-                for part in [part for part in bench.parts if (part == "70b") == (model == "70b")]:
-                    bench.resume() if part == "resume" else bench.measure(part)
-                beside.submit(bench.check_adapters, model)
+            for part in bench.parts:
+                bench.resume() if part == "resume" else bench.measure(part)
+                beside.submit(bench.check_adapters, part)
     finally:
         bench.memory.stop()
         bench.save()

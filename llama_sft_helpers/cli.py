@@ -125,7 +125,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare this machine with what the series is tested with; exit code 1 if something must be fixed."""
-    from llama_sft_helpers.environment import list_problems, summarize_environment
+    from llama_sft_helpers.environment.checks import list_problems, summarize_environment
     from llama_sft_helpers.profiles import ProfileError, read_profile
 
     try:
@@ -146,7 +146,7 @@ def _print_environment(summary: pd.DataFrame, problems: list[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from llama_sft_helpers.environment import MUST_FIX
+    from llama_sft_helpers.environment.checks import MUST_FIX
 
     table = Table(*summary.columns[:-1], title="This machine")
     for *cells, status, _ in summary.itertuples(index=False):

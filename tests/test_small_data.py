@@ -119,8 +119,8 @@ def test_the_loop_by_hand_takes_the_micro_batches_that_the_trainer_takes(
     import itertools
 
     import transformers
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from tiny_models import build_trainer
+    from trl import SFTTrainer
 
     count, batch, accumulation, packing = case
     taken = []
@@ -132,22 +132,16 @@ def test_the_loop_by_hand_takes_the_micro_batches_that_the_trainer_takes(
             return super().training_step(model, inputs, num_items_in_batch)
 
     rows = [{"prompt": f"Row {n}:\n", "completion": f"{n * 7} apples"} for n in range(count)]
-    args = SFTConfig(
-        output_dir=str(tmp_path),
+    trainer = build_trainer(
+        tiny_model,
+        tmp_path,
+        tiny_tokenizer,
+        rows,
+        kind=Recorder,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         packing=packing,
-        max_length=64,
         max_steps=5,
-        seed=42,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = Recorder(
-        tiny_model, args, train_dataset=Dataset.from_list(rows), processing_class=tiny_tokenizer
     )
     namespace = {"itertools": itertools}
     exec(cell_source("06", "def micro_batches_by_update"), namespace)

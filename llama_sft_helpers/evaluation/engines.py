@@ -76,8 +76,8 @@ def write_engine_configs(
 # Every adapter weight takes part in every step: DDP need not search the graph for those that do not.
 _INT8 = {"load_in_8bit": True, "ddp_find_unused_parameters": False}
 
-# FSDP cuts one flat tensor into shares, so the 4-bit codes are stored in the type of everything else. Layers
-# are computed again as PEFT's own FSDP example has it: the other way keeps shares that are gone by then.
+# FSDP cuts one flat tensor into shares, so the 4-bit codes are stored in the type of everything else. PEFT's
+# own example of 4-bit weights under FSDP checkpoints with `use_reentrant`.
 _NF4 = {
     "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4",

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llama_sft_helpers.core.plots import BLUE, COLOURS, RED, SKY, new_axes
 from llama_sft_helpers.quantization.layers import quantize_absmax
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-
-_OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
 
 
 def plot_quantization_error(errors: pd.DataFrame) -> Axes:
@@ -24,10 +23,10 @@ def plot_quantization_error(errors: pd.DataFrame) -> Axes:
     Returns:
         Axes: projection against relative Frobenius error in %, log scale; a dot a matrix, a colour a format.
     """
-    ax = _new_axes(7.2, 4.2)
+    ax = new_axes(4.2, 7.2)
     modules = list(errors["module"].unique())
     for (kind, group), colour, marker in zip(
-        errors.groupby("format", sort=False), _OKABE_ITO, "osD", strict=False
+        errors.groupby("format", sort=False), COLOURS, "osD", strict=False
     ):
         places = [modules.index(module) for module in group["module"]]
         ax.plot(places, 100 * group["relative_error"], marker, ms=5, alpha=0.4, color=colour, label=kind)
@@ -64,8 +63,8 @@ def plot_weight_grid(weight: torch.Tensor, row: int = 0) -> Axes:
         raise ValueError(f"Row {row} holds only zeros and has no grid; choose another row.")
     counts = torch.bincount(codes[row].long().cpu() + 127, minlength=255)
     levels = [step * level for level in range(-127, 128)]
-    ax = _new_axes(7.2, 4.2)
-    ax.bar(levels, counts.tolist(), width=step, color=_OKABE_ITO[0])
+    ax = new_axes(4.2, 7.2)
+    ax.bar(levels, counts.tolist(), width=step, color=BLUE)
     ax.set(
         xlabel="weight", ylabel="weights per level",
         title=f"Row {row}: {len(values)} weights on 255 levels, one step = {step:.3g}",
@@ -75,9 +74,9 @@ def plot_weight_grid(weight: torch.Tensor, row: int = 0) -> Axes:
     top.set_xlabel("int8 code")
     zoom = ax.inset_axes((0.66, 0.5, 0.33, 0.42))
     near = values[abs(values) < 3.5 * step]
-    zoom.hist(near / step, bins=42, range=(-3.5, 3.5), color=_OKABE_ITO[4])
+    zoom.hist(near / step, bins=42, range=(-3.5, 3.5), color=SKY)
     for level in range(-3, 4):
-        zoom.axvline(level, color=_OKABE_ITO[3], lw=1)
+        zoom.axvline(level, color=RED, lw=1)
     zoom.set_title("before rounding; lines: levels", fontsize=8)
     zoom.tick_params(labelsize=8)
     zoom.set_xlabel("weight / step", fontsize=8)
@@ -96,9 +95,9 @@ def plot_outliers(outliers: pd.DataFrame, at_most: int = 12) -> Axes:
     """
     few = outliers[outliers["outlier_channels"] > 0].nlargest(at_most, "channels_share")[::-1]
     none = int((outliers["outlier_channels"] == 0).sum())
-    ax = _new_axes(7.2, 1.6 + 0.26 * len(few))
+    ax = new_axes(1.6 + 0.26 * len(few), 7.2)
     names = [f"layer {row.layer}, {row.module}" for row in few.itertuples()]
-    bars = ax.barh(names, 100 * few["channels_share"], color=_OKABE_ITO[0])
+    bars = ax.barh(names, 100 * few["channels_share"], color=BLUE)
     ax.bar_label(bars, labels=[str(count) for count in few["outlier_channels"]], padding=3)
     ax.set(
         xlabel="outlier channels (% of the input's channels; number: their count)",
@@ -106,12 +105,6 @@ def plot_outliers(outliers: pd.DataFrame, at_most: int = 12) -> Axes:
     )  # fmt: skip
     ax.margins(x=0.1)
     return ax
-
-
-def _new_axes(width: float, height: float) -> Axes:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
 def _percent_ticks(ax: Axes) -> None:

@@ -58,15 +58,15 @@ def training_drill(which, folder, times):
         [sys.executable, TRAINING, which, folder, str(SEED), str(times)], capture_output=True, text=True
     )
     assert done.returncode == 0, f"DRILL_SEED={SEED}: {done.stderr[-3000:]}"
-    return json.loads(done.stdout.splitlines()[-1])
+    report = json.loads(done.stdout.splitlines()[-1])
+    return report, f"DRILL_SEED={SEED}: {report}"
 
 
 # --- Training ---
 
 
 def test_training_killed_at_ten_random_moments(tmp_path, tiny_model_dir):
-    report = training_drill("kill", tmp_path / "drill", 10)
-    where = f"DRILL_SEED={SEED}: {report}"
+    report, where = training_drill("kill", tmp_path / "drill", 10)
     counts.record(
         "drills",
         "SIGKILL at random moments of a training",
@@ -81,8 +81,7 @@ def test_training_killed_at_ten_random_moments(tmp_path, tiny_model_dir):
 
 
 def test_a_hundred_damaged_checkpoint_files(tmp_path, tiny_model_dir):
-    report = training_drill("corrupt", tmp_path / "drill", 100)
-    where = f"DRILL_SEED={SEED}: {report}"
+    report, where = training_drill("corrupt", tmp_path / "drill", 100)
     counts.record(
         "drills",
         "damaged checkpoint files",
@@ -101,8 +100,7 @@ def test_a_hundred_damaged_checkpoint_files(tmp_path, tiny_model_dir):
 def test_the_disk_fills_up_while_a_checkpoint_is_written(tmp_path, tiny_model_dir):
     with small_disk(tmp_path / "probe", 64):
         pass
-    report = training_drill("full", tmp_path / "drill", 8)
-    where = f"DRILL_SEED={SEED}: {report}"
+    report, where = training_drill("full", tmp_path / "drill", 8)
     counts.record(
         "drills",
         "disk full at a checkpoint",

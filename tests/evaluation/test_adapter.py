@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from adapter_fixture import load_int8
 from safetensors.torch import load_file, save_file
+from tiny_models import load_int8
 
 from llama_sft_helpers.evaluation import (
     AdapterError,

@@ -22,7 +22,16 @@ from huggingface_hub.errors import HTTPError
 from nbclient import NotebookClient
 
 from llama_sft_helpers import login
-from llama_sft_helpers.login import AccessError, check_access, check_token, find_token, login_widget, mask
+from llama_sft_helpers.login import (
+    AccessError,
+    access,
+    check_access,
+    check_token,
+    find_token,
+    login_widget,
+    mask,
+    tokens,
+)
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "02_login.ipynb"
 MODEL = "meta-llama/Meta-Llama-3-8B"
@@ -46,7 +55,7 @@ def no_token(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "stored_tokens"))
-    monkeypatch.setattr(login, "_colab_refused", False)
+    monkeypatch.setattr(tokens, "colab_refused", False)
     return tmp_path
 
 
@@ -116,7 +125,7 @@ class TestAccess:
         assert reason_of("org/disabled", GOOD) == "forbidden"
 
     def test_slow_hub_is_given_up(self, hub, monkeypatch):
-        monkeypatch.setattr(login, "HUB_SECONDS", 0.3)
+        monkeypatch.setattr(access, "HUB_SECONDS", 0.3)
         hub.delay_seconds = 30
         started = time.monotonic()
         assert reason_of(token=GOOD) == "hub-unreachable"
