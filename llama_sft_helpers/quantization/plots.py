@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llama_sft_helpers.core.llama import LINEARS
 from llama_sft_helpers.core.plots import BLUE, COLOURS, RED, SKY, new_axes
 from llama_sft_helpers.quantization.layers import quantize_absmax
 
@@ -16,37 +15,28 @@ if TYPE_CHECKING:
 
 
 def plot_quantization_error(errors: pd.DataFrame) -> Axes:
-    """Draw the relative error of every projection over the depth of the model.
+    """Draw the relative error of every matrix by projection: one band for each format.
 
     Args:
         errors: ``summarize_quantization_error``'s table, or several of them concatenated.
 
     Returns:
-        Axes: decoder layer against relative Frobenius error in %, log scale; a colour per module, a line
-        style per format.
+        Axes: projection against relative Frobenius error in %, log scale; a dot a matrix, a colour a format.
     """
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
-
-    ax = new_axes(4.6, 7.2)
-    styles = dict(zip(errors["format"].unique(), (("-", "o"), ("--", "s"), (":", "^")), strict=False))
-    colours = dict(zip(errors["module"].unique(), COLOURS, strict=False))
-    for (module, kind), group in errors.groupby(["module", "format"], sort=False):
-        line, marker = styles[kind]
-        shown = group.sort_values("layer")
-        style = {"marker": marker, "ms": 3, "lw": 1.2, "color": colours[module]}
-        ax.plot(shown["layer"], 100 * shown["relative_error"], line, **style)
-    handles = [Line2D([], [], color=colour, lw=3, label=module) for module, colour in colours.items()]
-    handles += [
-        Line2D([], [], color="#555555", ls=ls, marker=m, label=kind) for kind, (ls, m) in styles.items()
-    ]
-    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    ax = new_axes(4.2, 7.2)
+    modules = list(errors["module"].unique())
+    for (kind, group), colour, marker in zip(
+        errors.groupby("format", sort=False), COLOURS, "osD", strict=False
+    ):
+        places = [modules.index(module) for module in group["module"]]
+        ax.plot(places, 100 * group["relative_error"], marker, ms=5, alpha=0.4, color=colour, label=kind)
+    ax.set_xticks(range(len(modules)), modules)
     ax.set(
-        yscale="log", xlabel="decoder layer", ylabel="relative error of the weight (%)",
-        title=f"Error that quantization adds to each weight matrix ({', '.join(styles)})",
+        yscale="log", ylabel="relative error of the weight (%)",
+        title=f"Error that quantization adds to each matrix ({', '.join(errors['format'].unique())})",
     )  # fmt: skip
+    ax.legend(loc="center right")
     _percent_ticks(ax)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
 
@@ -93,36 +83,27 @@ def plot_weight_grid(weight: torch.Tensor, row: int = 0) -> Axes:
     return ax
 
 
-def plot_outliers(outliers: pd.DataFrame) -> Axes:
-    """Draw how many channels of each layer's input are outliers.
+def plot_outliers(outliers: pd.DataFrame, at_most: int = 12) -> Axes:
+    """Draw the layer inputs that have the most outlier channels.
 
     Args:
         outliers: ``summarize_outliers``'s table.
+        at_most: Number of inputs to show; those without an outlier are left out.
 
     Returns:
-        Axes: a heat map, decoder layer by module. Colour: share of channels in %; number: their count.
+        Axes: a bar for each input, its share of outlier channels in %; number: their count.
     """
-    from matplotlib.colors import PowerNorm
-
-    order = sorted(outliers["module"].unique(), key=lambda m: (*LINEARS, m).index(m))
-    shares = 100 * outliers.pivot_table(index="layer", columns="module", values="channels_share")[order]
-    counts = outliers.pivot_table(index="layer", columns="module", values="outlier_channels")[order]
-    ax = new_axes(1.6 + 0.26 * len(shares), 7.2)
-    # a square root scale, so that one channel among hundreds differs from none
-    image = ax.imshow(shares, aspect="auto", cmap="cividis", norm=PowerNorm(0.5, vmin=0))
-    ax.figure.colorbar(image, ax=ax, label="outlier channels (% of the input's channels)")
-    for y in range(len(shares)):
-        for x in range(len(order)):
-            dark = image.norm(float(shares.to_numpy()[y, x])) < 0.5
-            ax.text(
-                x, y, f"{counts.iloc[y, x]:.0f}", ha="center", va="center", fontsize=8,
-                color="white" if dark else "black",
-            )  # fmt: skip
-    ax.set_xticks(range(len(order)), order)
-    ax.set_yticks(range(len(shares)), shares.index)
+    few = outliers[outliers["outlier_channels"] > 0].nlargest(at_most, "channels_share")[::-1]
+    none = int((outliers["outlier_channels"] == 0).sum())
+    ax = new_axes(1.6 + 0.26 * len(few), 7.2)
+    names = [f"layer {row.layer}, {row.module}" for row in few.itertuples()]
+    bars = ax.barh(names, 100 * few["channels_share"], color=BLUE)
+    ax.bar_label(bars, labels=[str(count) for count in few["outlier_channels"]], padding=3)
     ax.set(
-        xlabel="module whose input is measured", ylabel="decoder layer", title="Outlier channels per layer"
-    )
+        xlabel="outlier channels (% of the input's channels; number: their count)",
+        title=f"The {len(few)} inputs with the most outliers; {none} have none",
+    )  # fmt: skip
+    ax.margins(x=0.1)
     return ax
 
 

@@ -72,6 +72,8 @@ def summarize_ladder(
 def plot_ladder(table: pd.DataFrame, column: str, ax: Axes | None = None) -> Axes:
     """Horizontal bars of one column of ``summarize_ladder``, the first rung on top, each with its value.
 
+    A rung without a value is shown as one that did not finish.
+
     Raises:
         ValueError: The table has no such column; the message lists those it has.
     """
@@ -79,9 +81,10 @@ def plot_ladder(table: pd.DataFrame, column: str, ax: Axes | None = None) -> Axe
         raise ValueError(f"there is no column {column!r}; expected one of {', '.join(table.columns)}.")
     ax = ax or new_axes(0.45 * len(table) + 1.2)
     values = table[column]
-    bars = ax.barh(range(len(values)), values, color=BLUE)
+    bars = ax.barh(range(len(values)), values.fillna(0), color=BLUE)
     pattern = "{:.0%}" if column == "share_of_floor" else "{:,.0f}" if values.max() > 100 else "{:.1f}"
-    ax.bar_label(bars, labels=[pattern.format(v) for v in values], padding=3, fontsize=9)
+    labels = ["did not finish" if v != v else pattern.format(v) for v in values]  # noqa: PLR0124, NaN
+    ax.bar_label(bars, labels=labels, padding=3, fontsize=9)
     ax.set_yticks(range(len(values)), [str(name) for name in values.index])
     ax.invert_yaxis()
     ax.set_xlim(0, float(values.max()) * 1.18)
