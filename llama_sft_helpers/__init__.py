@@ -17,13 +17,13 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 def load_ipython_extension(shell: Any) -> None:
     """``%load_ext llama_sft_helpers``: cause and fix under every traceback that the doctor knows."""
-    from llama_sft_helpers.doctor.explanation import attach
+    from llama_sft_helpers.doctor.notebook import attach
 
     attach(shell)
 
 
 def unload_ipython_extension(shell: Any) -> None:
     """``%unload_ext llama_sft_helpers``: tracebacks alone again."""
-    from llama_sft_helpers.doctor.explanation import detach
+    from llama_sft_helpers.doctor.notebook import detach
 
     detach(shell)

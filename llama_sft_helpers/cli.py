@@ -79,9 +79,18 @@ def train(
     out: OutOption = Path("outputs"),
     cell_timeout: TimeoutOption = 0,
 ) -> None:
-    """Train on your own data, from a file to an adapter: executes notebook 09 with these settings."""
+    """Train on your own data, from a file to an adapter: executes notebook 09 with these settings.
+
+    Each row is seen three times, unless epochs or max_steps are set, or the profile is a file of your own.
+    """
+    from llama_sft_helpers.profiles import pick_profile
+
     named = {"dataset_id": data, "columns": columns, "model_id": model}
-    _run(changes or [], named, cell_timeout, profile_name=profile, only="09", out=out)
+    settings = list(changes or [])
+    length_is_set = any(setting.startswith(("epochs=", "max_steps=")) for setting in settings)
+    if data and not length_is_set and not pick_profile(profile).endswith(".toml"):
+        settings.append("epochs=3")
+    _run(settings, named, cell_timeout, profile_name=profile, only="09", out=out)
 
 
 @app.command()
@@ -125,7 +134,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare this machine with what the series is tested with; exit code 1 if something must be fixed."""
-    from llama_sft_helpers.environment import list_problems, summarize_environment
+    from llama_sft_helpers.environment.checks import list_problems, summarize_environment
     from llama_sft_helpers.profiles import ProfileError, read_profile
 
     try:
@@ -146,7 +155,7 @@ def _print_environment(summary: pd.DataFrame, problems: list[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from llama_sft_helpers.environment import MUST_FIX
+    from llama_sft_helpers.environment.checks import MUST_FIX
 
     table = Table(*summary.columns[:-1], title="This machine")
     for *cells, status, _ in summary.itertuples(index=False):
@@ -238,13 +247,13 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
 ) -> None:
     """Talk to a trained adapter on its 8-bit base model; answers stream, and end at EOS."""
-    from llama_sft_helpers.data.rows import to_prompt_completion
+    from llama_sft_helpers.data.formats import render_prompt
     from llama_sft_helpers.evaluation.adapter import AdapterError
     from llama_sft_helpers.evaluation.chat import ChatError, run_chat, stream_answer
 
     def respond(instruction: str, tuned: bool) -> Generator[str, None, None]:
-        row = to_prompt_completion({"instruction": instruction, "output": "unused"})
-        return stream_answer(model, tokenizer, row["prompt"], tuned=tuned, max_new_tokens=max_new_tokens)
+        text = render_prompt(instruction, tokenizer, "chat" if tokenizer.chat_template else "plain")
+        return stream_answer(model, tokenizer, text, tuned=tuned, max_new_tokens=max_new_tokens)
 
     try:
         model, tokenizer = _load_adapter(adapter, base_model)
@@ -254,7 +263,7 @@ def chat(
 
 
 def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
-    """The adapter on a fresh 8-bit base, as notebook 07 loads it."""
+    """The adapter on a fresh 8-bit base, and the tokenizer with the template that training used."""
     import logging
     import warnings
 
@@ -268,6 +277,7 @@ def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
+    from llama_sft_helpers.data.formats import training_template
     from llama_sft_helpers.evaluation.adapter import AdapterError, check_adapter, find_base_model
     from llama_sft_helpers.profiles import device_map
 
@@ -280,9 +290,12 @@ def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
             device_map=device_map(),
             dtype="auto",
         )
-        tokenizer = AutoTokenizer.from_pretrained(base_model)
+        has_tokenizer = (folder / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else base_model)
     except (OSError, ValueError) as error:
         raise AdapterError(f"The base model {base_model!r} cannot be loaded: {error}") from error
+    if not has_tokenizer:
+        tokenizer.chat_template = training_template(tokenizer, "alpaca")
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     check_adapter(folder, model, base_model)
     return PeftModel.from_pretrained(model, folder), tokenizer

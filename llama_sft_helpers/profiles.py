@@ -12,6 +12,7 @@ import functools
 import os
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +183,9 @@ def device_map() -> dict[str, int | str]:
     return {"": 0} if torch.cuda.is_available() else {"": "cpu"}
 
 
-def load_profile(name: str | None = None, *, fast: bool = True, **overrides: Any) -> Profile:
+def load_profile(
+    name: str | None = None, *, fast: bool = True, form: Mapping[str, Any] | None = None, **overrides: Any
+) -> Profile:
     """Load a profile by name, by ``$SFT_PROFILE``, or by the GPU memory that is there.
 
     A ``local:`` model id becomes a folder, built on first use (see ``demo_model``); ``local:alpaca_mini``
@@ -193,21 +196,24 @@ def load_profile(name: str | None = None, *, fast: bool = True, **overrides: Any
             (see ``read_profile``); None reads ``$SFT_PROFILE`` or looks at the GPU.
         fast: False turns off what notebook 08 adds (varlen attention, ``fast_int8``, compiled layers) and
             turns gradient checkpointing on where those had replaced it.
+        form: Settings of notebook 09's form; a file of one's own and ``$SFT_SETTINGS`` go before them.
         overrides: Settings that replace the profile's, ``max_steps=60`` for instance.
 
     Raises:
         ProfileError: The name, a key or a value is not valid; the message lists the valid ones.
     """
-    profile = read_profile(name, fast=fast, **overrides)
+    profile = read_profile(name, fast=fast, form=form, **overrides)
     return dataclasses.replace(
         profile, model_id=_resolve_model(profile.model_id), dataset_id=_resolve_dataset(profile.dataset_id)
     )
 
 
-def read_profile(name: str | None = None, *, fast: bool = True, **overrides: Any) -> Profile:
+def read_profile(
+    name: str | None = None, *, fast: bool = True, form: Mapping[str, Any] | None = None, **overrides: Any
+) -> Profile:
     """As ``load_profile``, with ``local:`` ids left as they are and nothing built.
 
-    Settings come from the profile, then from the file, then from ``$SFT_SETTINGS``, then from ``overrides``.
+    Settings come from the profile, then ``form``, the file, ``$SFT_SETTINGS`` and at last ``overrides``.
     Without a name or ``$SFT_PROFILE``, ``llama-sft.toml`` in the current folder is such a file. It names the
     shipped profile it starts from, and what it changes; a file or folder that it names lies beside it::
 
@@ -217,9 +223,10 @@ def read_profile(name: str | None = None, *, fast: bool = True, **overrides: Any
         learning_rate = { value = 1e-4, reason = "our rows are long" }
     """
     name = pick_profile(name)
-    changed: dict[str, tuple[Any, str]] = {}
+    layers = [{key: (value, "set in the form") for key, value in (form or {}).items()}]
     if name.endswith(".toml"):
         name, changed = _read_changes(Path(name))
+        layers.append(changed)
     path = _PACKAGE / "profiles" / f"{name}.toml"
     if name not in available_profiles():
         raise ProfileError(
@@ -233,10 +240,13 @@ def read_profile(name: str | None = None, *, fast: bool = True, **overrides: Any
         plain = {**_PLAIN, "gradient_checkpointing": checkpointing}
         reasons |= {key: "fast=False: the plain path" for key, value in plain.items() if values[key] != value}
         values |= plain
-    changed |= {key: (value, "set in SFT_SETTINGS") for key, value in environment_settings().items()}
-    changed |= {key: (value, "set by you") for key, value in overrides.items()}
-    values |= {key: value for key, (value, _) in changed.items()}
-    reasons |= {key: reason for key, (_, reason) in changed.items()}
+    layers.append({key: (value, "set in SFT_SETTINGS") for key, value in environment_settings().items()})
+    layers.append({key: (value, "set by you") for key, value in overrides.items()})
+    for changes in layers:
+        if "max_steps" in changes:  # then epochs that were asked for before no longer count
+            changes.setdefault("epochs", (None, changes["max_steps"][1]))
+        values |= {key: value for key, (value, _) in changes.items()}
+        reasons |= {key: reason for key, (_, reason) in changes.items()}
     return Profile(name=name, reasons=reasons, **_validated(name, values))
 
 

@@ -48,8 +48,6 @@ def parse_settings(pairs: Iterable[str], **named: str | None) -> dict[str, Any]:
         if not sign:
             raise SettingsError(f"--set {pair!r}: expected key=value, max_steps=200 for instance.")
         settings[key.strip()] = None if text.strip().lower() == "none" else _toml_value(text)
-    if "max_steps" in settings:
-        settings.setdefault("epochs", None)  # it would count instead
     return settings
 
 

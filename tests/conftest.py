@@ -49,12 +49,6 @@ def tiny_model(tiny_model_dir):
 @pytest.fixture
 def tiny_model_int8(tiny_model_dir):
     """The tiny Llama with 8-bit weights, on the CPU."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from tiny_models import load_int8
 
-    return AutoModelForCausalLM.from_pretrained(
-        tiny_model_dir,
-        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
-        dtype=torch.float32,
-        device_map="cpu",
-    )
+    return load_int8(tiny_model_dir)

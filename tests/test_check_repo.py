@@ -75,6 +75,7 @@ BROKEN = {
         ),
         ({"notebooks/01_a.ipynb": [CODE("%pip install x\nimport yaml")]}, "ipynb:cell 1: imports yaml"),
     ],
+    "modules_are_short": [({f"{PACKAGE}/a.py": "a = 1\n" * 351}, "a.py:350: has 351 lines; split it")],
     "nothing_runs_foreign_code": [
         ({f"{PACKAGE}/a.py": code}, f"a.py:1: {fault}")
         for code, fault in {
@@ -178,6 +179,16 @@ BROKEN = {
     "results_name_their_source": [
         ({RESULT: '{"card": "H100", "command": "make record"}'}, "names no card or no versions"),
         ({RESULT: '{"card": 1, "versions": 1, "command": "x"}'}, "its command is 'x'"),
+    ],
+    "readme_shows_the_recorded_ladder": [
+        (
+            {"benchmarks/results/speed_h100_40gib.json": json.dumps({"command": "", "versions": {}, "rungs": [
+                {"rung": name, "tokens_per_second": speed, "peak_reserved_gib": 2}
+                for name, speed in {"plain": 1000, "fast": 5000}.items()
+            ]})},
+            rf"README.md:1: lacks {re.escape(repr(text))}",
+        )
+        for text in ("| fast | 5,000 | 2.0 |", "5.0 times `plain`")
     ],
     "rows_are_well_formed": [
         ({ROWS: json.dumps(row)}, f"jsonl:1: {fault}")

@@ -408,7 +408,3 @@ def test_without_such_an_import_a_real_upgrade_asks_for_no_restart(colab_image):
     assert "RESULT NoneType None" in answer, answer
     assert f"ON DISK {new}" in answer
     assert "Error" not in answer
-
-
-def test_the_first_cell_is_the_same_in_all_notebooks():
-    assert len({code_cells(number)["001"] for number in NOTEBOOKS}) == 1

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from adapter_fixture import load_int8
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import ARCHITECTURES, SEVEN, random_model, tiny_config
+from tiny_models import ARCHITECTURES, SEVEN, load_int8, random_model, tiny_config
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, set_seed
 
 from llama_sft_helpers import evaluation, lora, memory, quantization, training

@@ -187,12 +187,13 @@ def test_settings_come_from_a_file_beside_then_the_environment_then_the_call(tmp
         'profile = "ci-tiny"\nsettings = {dataset_id = "my.csv", max_steps = 7, epochs = 2, eval_steps = 2}'
     )
     (tmp_path / "llama-sft.toml").write_text(text, encoding="utf-8")
-    monkeypatch.setenv("SFT_SETTINGS", '{"max_steps": 8, "epochs": null, "save_steps": 9}')
-    profile = read_profile(save_steps=3)
+    monkeypatch.setenv("SFT_SETTINGS", '{"max_steps": 8, "save_steps": 9}')
+    profile = read_profile(form={"epochs": 5, "max_steps": 1}, save_steps=3)
     assert profile.dataset_id == str(tmp_path / "my.csv")
     assert (profile.max_steps, profile.epochs, profile.eval_steps, profile.save_steps) == (8, None, 2, 3)
     reasons = profile.to_frame()["reason"]
     assert reasons[["max_steps", "save_steps"]].tolist() == ["set in SFT_SETTINGS", "set by you"]
+    assert read_profile(epochs=4).epochs == 4
     monkeypatch.setenv("SFT_SETTINGS", "max_steps=8")
     with pytest.raises(SettingsError, match="expected a JSON object"):
         read_profile()
@@ -210,10 +211,8 @@ def test_settings_of_a_command_line_are_values_and_text(tmp_path, monkeypatch):
         "dtype": "float16",
         "columns": "q=instruction,a=output",
         "max_steps": 5,
-        "epochs": None,
     }
     assert parse_settings(["epochs=none"]) == {"epochs": None}
-    assert parse_settings(["max_steps=5", "epochs=2"])["epochs"] == 2
     with pytest.raises(SettingsError, match="'max_steps 5': expected key=value"):
         parse_settings(["max_steps 5"])
 

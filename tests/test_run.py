@@ -134,7 +134,7 @@ def test_demo_model_command_prints_the_folder_and_refuses_a_foreign_one(tiny_mod
     (tmp_path / "other").write_text("")
     bad = runner.invoke(app, ["demo-model", str(tmp_path)])
     assert bad.exit_code == 1
-    assert "was not built by llama-sft" in bad.stderr
+    assert "was not written by this series" in bad.stderr
 
 
 def test_figures_get_the_text_of_their_cell_in_order_and_escaped():

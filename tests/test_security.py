@@ -149,25 +149,14 @@ def test_a_safetensors_file_that_is_a_pickle_is_refused(adapter, payload, tiny_m
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_does_not_run_a_pickle(name, payload, tmp_path, tiny_model, tiny_tokenizer):
     import torch
-    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
-    from trl import SFTConfig, SFTTrainer
+    from tiny_models import build_trainer
 
     config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"])
-    trainer = SFTTrainer(
-        get_peft_model(tiny_model, config),
-        SFTConfig(
-            output_dir=str(tmp_path / "run"),
-            max_steps=2,
-            save_steps=1,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_list([{"prompt": "Say hi. ", "completion": "hi"}] * 8),
-        processing_class=tiny_tokenizer,
+    rows = [{"prompt": "Say hi. ", "completion": "hi"}] * 8
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer = build_trainer(
+        get_peft_model(tiny_model, config), tmp_path / "run", tiny_tokenizer, rows, **saving
     )
     trainer.train()
     torch.save({"state": payload}, tmp_path / "run" / "checkpoint-1" / name)

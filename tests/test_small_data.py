@@ -119,8 +119,8 @@ def test_the_loop_by_hand_takes_the_micro_batches_that_the_trainer_takes(
     import itertools
 
     import transformers
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from tiny_models import build_trainer
+    from trl import SFTTrainer
 
     count, batch, accumulation, packing = case
     taken = []
@@ -132,22 +132,16 @@ def test_the_loop_by_hand_takes_the_micro_batches_that_the_trainer_takes(
             return super().training_step(model, inputs, num_items_in_batch)
 
     rows = [{"prompt": f"Row {n}:\n", "completion": f"{n * 7} apples"} for n in range(count)]
-    args = SFTConfig(
-        output_dir=str(tmp_path),
+    trainer = build_trainer(
+        tiny_model,
+        tmp_path,
+        tiny_tokenizer,
+        rows,
+        kind=Recorder,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         packing=packing,
-        max_length=64,
         max_steps=5,
-        seed=42,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = Recorder(
-        tiny_model, args, train_dataset=Dataset.from_list(rows), processing_class=tiny_tokenizer
     )
     namespace = {"itertools": itertools}
     exec(cell_source("06", "def micro_batches_by_update"), namespace)
@@ -189,8 +183,17 @@ def test_a_risen_loss_is_a_finding_with_advice():
     row = training.summarize_training_result(history(1.4, 1.2, 1.9), before=1.5, eval_rows=2).iloc[0]
     assert row["verdict"] == "not as hoped"
     assert row["hoped_for"] == "below 1.5000"
-    assert "lowest after step 8 (1.2000)" in row["advice"]
+    assert "Overfitted: the loss was lowest after step 8 (1.2000) and rose to 1.9000" in row["advice"]
     assert "Rows held out: 2." in row["advice"]
+
+
+def test_what_is_kept_of_an_overfitted_run_is_said():
+    losses = history(1.4, 1.2, 1.9)
+    row = training.summarize_training_result(losses, 1.5, 200, "run/checkpoint-8").iloc[0]
+    assert "Its checkpoint is kept: run/checkpoint-8." in row["advice"]
+    row = training.summarize_training_result(losses, 1.5, 200, best_is_saved=True).iloc[0]
+    assert (row["verdict"], row["measured"]) == ("as hoped", "1.2000")
+    assert row["advice"].endswith("The adapter of that step is saved.")
 
 
 def test_a_fallen_loss_leaves_nothing_to_do():

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from check_notebooks import REAL_CALLS
+from check_package import STEPS
 from repository import Repository, by_name
 
 COLABS_OWN = {"torch", "numpy", "pandas"}
@@ -37,6 +38,8 @@ def steps_are_complete(repo: Repository) -> Iterator[str]:
         notebook, step = repo.root / "notebooks" / f"{stem}.ipynb", stem[3:]
         if not notebook.is_file():
             yield repo.at(notebook, 0, "is missing; each step has its notebook")
+        if step not in STEPS:  # A notebook that leads through all steps has no helpers of its own.
+            continue
         if stem not in rows or rows[stem][4].removesuffix(".py").removesuffix("/") != step:
             yield repo.at(readme, 1, f"has no row for {stem} and its helpers; add one")
         if not list((repo.root / "tests" / step).glob("test_*.py")):
@@ -101,6 +104,24 @@ def results_name_their_source(repo: Repository) -> Iterator[str]:
             yield repo.at(path, 1, f"its command is {result.get('command')!r}; name the script that made it")
 
 
+def readme_shows_the_recorded_ladder(repo: Repository) -> Iterator[str]:
+    """Speed, memory, versions and command in the README's ladder are those that were recorded."""
+    path = repo.root / "benchmarks" / "results" / "speed_h100_40gib.json"
+    results = json.loads(repo.text(path) or '{"rungs": []}')
+    rungs = {rung["rung"]: rung for rung in results["rungs"] if "tokens_per_second" in rung}
+    wanted = [
+        f"| {name} | {rung['tokens_per_second']:,.0f} | {rung['peak_reserved_gib']:.1f} |"
+        for name, rung in rungs.items()
+    ]
+    if rungs:
+        times = rungs["fast"]["tokens_per_second"] / rungs["plain"]["tokens_per_second"]
+        versions = [f"{package} {version}" for package, version in results["versions"].items()]
+        wanted += [f"{times:.1f} times `plain`", results["command"], *versions]
+    for text in wanted:
+        if text not in repo.readme:
+            yield repo.at(repo.root / "README.md", 1, f"lacks {text!r} of {path.name}; correct the ladder")
+
+
 def rows_are_well_formed(repo: Repository) -> Iterator[str]:
     """The shipped rows: Alpaca's columns, one object a line, nothing stray, nothing twice."""
     path = repo.package / "datasets" / "alpaca_mini.jsonl"
@@ -155,6 +176,7 @@ RULES = (
     bounds_are_met_by_colab,
     dependencies_are_audited,
     results_name_their_source,
+    readme_shows_the_recorded_ladder,
     rows_are_well_formed,
     rows_are_of_many_kinds,
 )

@@ -26,8 +26,12 @@ EXCEPTIONS = {
 NOT_REQUIRED = {
     "google": "google.colab is Colab's own",
     "gguf": "builds the demo model; its error names the command that installs it",
+    "xllamacpp": "llama.cpp for the program that notebook 07 runs; 07 installs it into a folder of its own",
     "triton": "torch brings it where there is a GPU",
 }
+MOST_LINES = 350
+# Longer than that until it is split.
+TOO_LONG = ("run.py",)
 FORBIDDEN_CALLS = ("pickle.load", "pickle.loads", "eval", "exec", "os.system")
 
 
@@ -163,6 +167,15 @@ def _third_party(tree: ast.AST) -> Iterator[tuple[int, str]]:
         yield from ((node.lineno, top) for name in names if (top := name.partition(".")[0]) not in known)
 
 
+def modules_are_short(repo: Repository) -> Iterator[str]:
+    """A module can be read in one go."""
+    for path in [*repo.modules, *(repo.root / "tools").glob("*.py")]:
+        lines = len(repo.text(path).splitlines())
+        excused = path.is_relative_to(repo.package) and path.relative_to(repo.package).as_posix() in TOO_LONG
+        if lines > MOST_LINES and not excused:
+            yield repo.at(path, MOST_LINES, f"has {lines} lines; split it, {MOST_LINES} are the limit")
+
+
 def nothing_runs_foreign_code(repo: Repository) -> Iterator[str]:
     """No pickle, no remote code, no shell, no star import, no code that never runs."""
     benchmarks = (repo.root / "benchmarks").glob("*.py")
@@ -203,5 +216,6 @@ RULES = (
     names_have_one_path,
     no_detours,
     imports_are_declared,
+    modules_are_short,
     nothing_runs_foreign_code,
 )

@@ -42,6 +42,16 @@ _DRILLS = """
 | drill | provoked | survived | further counts |
 |---|---:|---:|---|
 """
+# What stands in the page for the {...} of the table's texts.
+_FILL = {
+    "package": "a package", "on_disk": "a newer one", "loaded": "(older)", "found": "older",
+    "advice": "The doctor names the new one.", "owner": "SFTConfig", "old": "max_seq_length",
+    "torch": "as installed", "place": "", "repo": "the model", "page": "the model's page",
+    "wanted": "some GiB", "change": "Take less.", "plan": "The doctor names the plan's largest item.",
+    "path": "of that name", "cwd": "the notebook's folder", "near": "The doctor names the nearest there is.",
+    "dtypes": "Float and Half", "targets": "c_attn", "column": "instruction", "rows": "40",
+    "line": "assert after < before",
+}  # fmt: skip
 _RERUN = (
     "\nMeasured with {versions}; again with `python tools/failures.py --record` (as root: small disks).\n"
 )
@@ -100,24 +110,8 @@ def _totals(failures: dict[str, Any], drills: dict[str, Any]) -> str:
 
 
 def _row(failure: Failure, found: dict[str, int]) -> str:
-    fill = {
-        "package": "a package",
-        "on_disk": "a newer one",
-        "loaded": "(older)",
-        "advice": "The doctor names the new one.",
-        "found": "older",
-        "owner": "SFTConfig",
-        "old": "max_seq_length",
-        "torch": "as installed",
-        "place": "",
-        "repo": "the model",
-        "page": "the model's page",
-        "wanted": "some GiB",
-        "change": "Take less.",
-        "plan": "The doctor names the plan's largest item.",
-    }
     cause, fix = failure.cause, failure.fix
-    for name, text in fill.items():
+    for name, text in _FILL.items():
         cause, fix = cause.replace(f"{{{name}}}", text), fix.replace(f"{{{name}}}", text)
     cells = [
         f"[{failure.title}]({failure.link})",

@@ -129,20 +129,16 @@ def _no_room(target: Path, detail: str) -> str:
     )
 
 
-def hash_files(folder: str | Path, pattern: str = "*.safetensors") -> str:
-    """SHA-256 over the names and bytes of a folder's files, in the order of their names.
-
-    Args:
-        folder: The folder.
-        pattern: Which files.
+def hash_files(folder: str | Path) -> str:
+    """SHA-256 over the names and bytes of a folder's safetensors files, in the order of their names.
 
     Raises:
-        FilesError: No file matches.
+        FilesError: There is none.
     """
     digest = hashlib.sha256()
-    paths = sorted(Path(folder).glob(pattern))
+    paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
-        raise FilesError(f"{folder} has no {pattern}.")
+        raise FilesError(f"{folder} has no safetensors file; pass the folder that save_pretrained wrote.")
     for path in paths:
         digest.update(path.name.encode())
         with path.open("rb") as file:

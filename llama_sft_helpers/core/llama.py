@@ -15,6 +15,7 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _BITS = {"fp32": 32, "bf16": 16, "int8": 8, "nf4": 4, "nf4 single": 4}
 _NF4_BLOCK = 64  # weights that share one scale
 _NESTED_BLOCK = 256  # scales that share one scale of the second quantization
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder layer
 _SIZES = (
     "num_attention_heads",
     "num_hidden_layers",
@@ -111,15 +112,10 @@ class Shape:
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Name -> (in_features, out_features) of a decoder layer's linears."""
-        return {
-            "q_proj": (self.hidden, self.query),
-            "k_proj": (self.hidden, self.key_value),
-            "v_proj": (self.hidden, self.key_value),
-            "o_proj": (self.query, self.hidden),
-            "gate_proj": (self.hidden, self.mlp),
-            "up_proj": (self.hidden, self.mlp),
-            "down_proj": (self.mlp, self.hidden),
-        }
+        up = (self.hidden, self.mlp)
+        key, query = (self.hidden, self.key_value), (self.hidden, self.query)
+        sizes = (query, key, key, query[::-1], up, up, up[::-1])
+        return dict(zip(LINEARS, sizes, strict=True))
 
     @property
     def unquantized(self) -> int:

@@ -14,52 +14,50 @@ import pandas as pd
 
 from llama_sft_helpers.core.batches import IGNORED, document_bounds
 from llama_sft_helpers.core.modes import evaluation_mode
+from llama_sft_helpers.core.plots import BLUE, GREEN, ORANGE, RED, SKY, new_axes
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
 
 Batch = Mapping[str, Any]
+_WHOLE_SHARE = 0.995  # of the rows that the recommended length leaves whole
+_BLOCKS_DRAWN = 20
+_ISOLATED = 1e-4  # nats by which rounding may move a document's loss
 
 
 class TokenError(AssertionError):
     """Tokens, labels or losses are not what training needs."""
 
 
-def summarize_lengths(
-    lengths: Iterable[int],
-    max_lengths: Sequence[int] = (128, 256, 512, 1024, 2048, 4096),
-    whole_share: float = 0.995,
-) -> pd.DataFrame:
-    """What each max_length would cut off.
+def summarize_lengths(lengths: Iterable[int]) -> pd.DataFrame:
+    """What each max_length would cut off: powers of two, and the longest row rounded up to 64 tokens.
 
     Args:
         lengths: Tokens of each row, EOS counted.
-        max_lengths: Candidates; the longest row, rounded up to a multiple of 64, is added.
-        whole_share: Share of rows that the recommended length leaves whole.
 
     Returns:
         max_length (index), rows_cut (each loses its EOS), rows_whole_share, tokens_kept_share, recommended
-        (the smallest candidate that leaves ``whole_share`` of the rows whole).
+        (the smallest that leaves 99.5 % of the rows whole).
     """
     tokens = _lengths_array(lengths)
-    candidates = sorted({*max_lengths, -(-int(tokens.max()) // 64) * 64})
+    candidates = sorted({128, 256, 512, 1024, 2048, 4096, -(-int(tokens.max()) // 64) * 64})
     rows = []
     for candidate in candidates:
         cut = int((tokens > candidate).sum())
         kept = np.minimum(tokens, candidate).sum() / tokens.sum()
         rows.append((candidate, cut, 1 - cut / len(tokens), float(kept)))
     table = pd.DataFrame(rows, columns=["max_length", "rows_cut", "rows_whole_share", "tokens_kept_share"])
-    best = table.loc[table["rows_whole_share"] >= whole_share, "max_length"].min()
+    best = table.loc[table["rows_whole_share"] >= _WHOLE_SHARE, "max_length"].min()
     return table.assign(recommended=table["max_length"] == best).set_index("max_length")
 
 
-def plot_lengths(lengths: Iterable[int], max_length: int | None = None, ax: Axes | None = None) -> Axes:
+def plot_lengths(lengths: Iterable[int], max_length: int | None = None) -> Axes:
     """Histogram of row lengths with the 50th, 90th and 99th percentile, and max_length if given."""
     tokens = _lengths_array(lengths)
-    ax = ax or _axes()
-    ax.hist(tokens, bins=40, color="#56B4E9", edgecolor="white", linewidth=0.4)
-    for percent, color, dash in ((50, "#009E73", "-"), (90, "#0072B2", "-."), (99, "#D55E00", ":")):
+    ax = new_axes(3.6)
+    ax.hist(tokens, bins=40, color=SKY, edgecolor="white", linewidth=0.4)
+    for percent, color, dash in ((50, GREEN, "-"), (90, BLUE, "-."), (99, RED, ":")):
         value = float(np.percentile(tokens, percent))
         label = f"p{percent}: {value:.0f} tokens"
         ax.axvline(value, color=color, linestyle=dash, linewidth=1.8, label=label)
@@ -144,23 +142,19 @@ def summarize_packing(loaders: Mapping[str, Iterable[Batch]], plan: pd.DataFrame
     return pd.DataFrame(rows, columns=columns).set_index("strategy")
 
 
-def plot_packing(
-    seq_lengths: Sequence[Sequence[int]], max_length: int, max_blocks: int = 20, ax: Axes | None = None
-) -> Axes:
-    """Draw how documents fill blocks, one bar a block.
+def plot_packing(seq_lengths: Sequence[Sequence[int]], max_length: int) -> Axes:
+    """Draw how documents fill blocks, one bar a block, of the first 20.
 
     Args:
         seq_lengths: Document lengths of each block: the column of that name in a packed data set.
         max_length: Block size in tokens.
-        max_blocks: How many blocks to draw at most.
-        ax: Where to draw.
     """
     filled = sum(map(sum, seq_lengths)) / (len(seq_lengths) * max_length)
-    drawn = seq_lengths[:max_blocks]
-    ax = ax or _axes(height=1.4 + 0.22 * len(drawn))
+    drawn = seq_lengths[:_BLOCKS_DRAWN]
+    ax = new_axes(1.4 + 0.22 * len(drawn))
     for block, documents in enumerate(drawn):
         left = np.cumsum([0, *documents])[:-1]
-        colors = [("#0072B2", "#E69F00")[n % 2] for n in range(len(documents))]
+        colors = [(BLUE, ORANGE)[n % 2] for n in range(len(documents))]
         ax.barh(block, documents, left=left, color=colors, edgecolor="white", linewidth=0.3, height=0.8)
         free = max_length - sum(documents)
         ax.barh(
@@ -212,23 +206,22 @@ def summarize_isolation(model: Any, batch: Batch) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).set_index("document")
 
 
-def check_isolation(table: pd.DataFrame, column: str = "packed", tolerance: float = 1e-4) -> None:
+def check_isolation(table: pd.DataFrame, column: str = "packed") -> None:
     """Raise if a packed document's loss is not its own alone.
 
     Args:
         table: From ``summarize_isolation``.
         column: Which loss to compare with ``alone``.
-        tolerance: Largest allowed difference, in nats.
 
     Raises:
         TokenError: With the document that differs most.
     """
     difference = (table[column] - table["alone"]).abs()
-    if not (difference <= tolerance).all():
+    if not (difference <= _ISOLATED).all():
         worst = difference.fillna(np.inf).idxmax()
         raise TokenError(
             f"Document {worst}: loss {table.loc[worst, column]:.6f} in the block, "
-            f"{table.loc[worst, 'alone']:.6f} alone, expected equal within {tolerance:g}: it sees its "
+            f"{table.loc[worst, 'alone']:.6f} alone, expected equal within {_ISOLATED:g}: it sees its "
             "neighbours. Pass position_ids that start at 0 in each document, no attention_mask, and "
             "use_cache=False."
         )
@@ -268,9 +261,3 @@ def _grouped_slots(tokens: np.ndarray[Any, np.dtype[np.int64]], batch_size: int,
     ordered = tokens[get_length_grouped_indices(tokens.tolist(), batch_size, generator=generator)]
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     return sum(int(batch.max()) * len(batch) for batch in batches)
-
-
-def _axes(height: float = 3.6) -> Axes:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=(7, height), layout="constrained")[1]

@@ -19,6 +19,7 @@ CONTENTS = {
     "summarize_tasks": "tasks",  # right before and after, with intervals
     "measure_forgetting": "forgetting",  # loss on plain text and KL to the base model
     "find_base_model": "adapter",  # the base model that an adapter names
+    "name_base_model": "adapter",  # let it name a demo model, not this machine's folder
     "check_adapter": "adapter",  # an adapter folder belongs to this base model
     "check_adapter_loaded": "adapter",  # the model holds what the file holds
     "AdapterError": "adapter",  # the adapter is missing, damaged or another's
@@ -30,6 +31,7 @@ CONTENTS = {
     "write_merged_shards": "shards",  # merge file by file, where the model does not fit
     "check_merged_shards": "shards",  # each merged weight is PEFT's own
     "write_model_card": "publishing",  # the model card
+    "write_modelfile": "serving",  # Ollama's file: model, training's prompt, where an answer ends
     "hash_rows": "publishing",  # SHA-256 of the data, for the card
     "check_repo_id": "publishing",  # a name that the hub and the licence allow
     "hub_errors": "publishing",  # the hub's refusals explained

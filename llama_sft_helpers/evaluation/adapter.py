@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llama_sft_helpers.core.files import hash_files
+from llama_sft_helpers.core.files import hash_files, write_text
 
 _WEIGHTS = "adapter_model.safetensors"
 # PEFT 0.21 selects tensors by the names of modules, which FSDP's version 1 changes, and finds none.
@@ -28,7 +28,7 @@ class AdapterError(ValueError):
 
 
 def find_base_model(folder: str | Path) -> str:
-    """The base model that an adapter folder names.
+    """The base model that an adapter folder names; a demo model's folder, which is built where it is missing.
 
     Args:
         folder: The adapter folder that notebook 06 wrote.
@@ -36,7 +36,28 @@ def find_base_model(folder: str | Path) -> str:
     Raises:
         AdapterError: Folder or file missing or damaged.
     """
-    return str(_read_adapter_config(Path(folder)).get("base_model_name_or_path"))
+    from llama_sft_helpers.demo_model import ensure_model
+
+    name = str(_read_adapter_config(Path(folder)).get("base_model_name_or_path"))
+    return str(ensure_model(name.removeprefix("local:"))) if name.startswith("local:") else name
+
+
+def name_base_model(folder: str | Path) -> str:
+    """Let an adapter name a demo model as profiles do, ``local:NAME``, instead of by this machine's cache.
+
+    Args:
+        folder: The adapter folder, whose ``adapter_config.json`` is written anew; a hub id or a folder of
+            your own stays as it is.
+
+    Returns:
+        The base model's name as the adapter now has it.
+    """
+    config = _read_adapter_config(Path(folder))
+    base = Path(str(config["base_model_name_or_path"]))
+    if (base / "built_by_llama_sft_helpers.json").is_file():
+        config["base_model_name_or_path"] = f"local:{base.name}"
+        write_text(Path(folder) / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return str(config["base_model_name_or_path"])
 
 
 def check_adapter(

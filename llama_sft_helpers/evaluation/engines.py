@@ -197,12 +197,15 @@ def _fsdp(profile: Profile, processes: int, layer: str, fsdp_version: int) -> di
     return {**base, "distributed_type": "FSDP", "fsdp_config": settings}
 
 
+_COLUMNS = ("prompt", "completion", "input_ids", "labels")  # a conversation comes as tokens already
+
+
 def _write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for count, row in enumerate(rows, start=1):  # noqa: B007  (the count is the result)
-            kept = {"prompt": row["prompt"], "completion": row["completion"]}
+            kept = {key: row[key] for key in _COLUMNS if key in row}
             file.write(json.dumps(kept, ensure_ascii=False) + "\n")
     return count
 

@@ -17,6 +17,8 @@ import torch
 from llama_sft_helpers.core.batches import IGNORED, rows_without_eos
 from llama_sft_helpers.core.modes import evaluation_mode
 
+_RESAMPLES = 2000  # draws of the bootstrap
+
 if TYPE_CHECKING:
     EncodedRow = Mapping[str, Sequence[int]]
 
@@ -135,9 +137,7 @@ def _scored_logits(model: Any, rows: Sequence[EncodedRow]) -> tuple[torch.Tensor
     return logits[:, :-1], labels[:, 1:].to(device)
 
 
-def summarize_perplexity(
-    rows: Mapping[str, pd.DataFrame], resamples: int = 2000, seed: int = 0
-) -> pd.DataFrame:
+def summarize_perplexity(rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Held-out loss and perplexity of models on the same rows, with bootstrap intervals.
 
     Whole rows are drawn with replacement, the same draws for every model (Efron and Tibshirani, 1993): tokens
@@ -146,8 +146,6 @@ def summarize_perplexity(
 
     Args:
         rows: Name -> ``summarize_row_losses`` of that model.
-        resamples: Number of draws.
-        seed: Seed of the draws.
 
     Returns:
         Index model; ``loss_nats``, its 95 % interval ``low`` and ``high``, ``perplexity``, ``rows``,
@@ -170,7 +168,7 @@ def summarize_perplexity(
             f"{', '.join(names)} must be measured on the same rows with at least one scored token each; "
             "pass the same encoded rows to summarize_row_losses."
         )
-    draws = np.random.default_rng(seed).integers(len(tokens), size=(resamples, len(tokens)))
+    draws = np.random.default_rng(0).integers(len(tokens), size=(_RESAMPLES, len(tokens)))
     kept = draws[tokens[draws].sum(axis=1) > 0]
     totals = {name: rows[name]["loss_nats"].to_numpy() for name in names}
     point = {name: total.sum() / tokens.sum() for name, total in totals.items()}
@@ -191,19 +189,18 @@ def summarize_perplexity(
     return table.rename_axis("model")
 
 
-def next_token_log_probs(model: Any, encoded: Sequence[EncodedRow], batch_size: int = 4) -> torch.Tensor:
+def next_token_log_probs(model: Any, encoded: Sequence[EncodedRow]) -> torch.Tensor:
     """Log-probabilities of the scored tokens over the vocabulary, kept on the CPU to compare models in turn.
 
     Args:
         model: A causal language model; run in ``eval()`` mode.
-        encoded: Rows with ``input_ids`` and ``labels``.
-        batch_size: Rows in a forward pass.
+        encoded: Rows with ``input_ids`` and ``labels``, four of them in a forward pass.
 
     Returns:
         float32 [scored tokens, vocabulary]; 0.5 MB a token for Llama 3, so pass a few rows.
     """
     found = []
-    for start in range(0, len(encoded), batch_size):
-        logits, labels = _scored_logits(model, encoded[start : start + batch_size])
+    for start in range(0, len(encoded), 4):
+        logits, labels = _scored_logits(model, encoded[start : start + 4])
         found.append(torch.log_softmax(logits[labels != IGNORED].float(), dim=-1).cpu())
     return torch.cat(found)

@@ -43,15 +43,14 @@ def merge_device_map(weight_bytes: int) -> dict[str, int | str]:
     )
 
 
-def summarize_int8_merge(model: torch.nn.Module, adapter_name: str = "default") -> pd.DataFrame:
+def summarize_int8_merge(model: torch.nn.Module) -> pd.DataFrame:
     """What merging into the int8 weights would keep of the adapter; the model is left as it is.
 
     An int8 weight lies on a grid of 127 steps up to its row's maximum (https://arxiv.org/abs/2208.07339): an
     update smaller than half a step rounds back to where it was.
 
     Args:
-        model: A ``PeftModel`` on a base with ``Linear8bitLt`` layers.
-        adapter_name: The adapter's name.
+        model: A ``PeftModel`` on a base with ``Linear8bitLt`` layers; its adapter ``default`` is looked at.
 
     Returns:
         Index projection (``q_proj`` and so on) and ``all``: ``entries``; ``changed`` (int8 entries that
@@ -61,17 +60,15 @@ def summarize_int8_merge(model: torch.nn.Module, adapter_name: str = "default") 
         lost whole).
 
     Raises:
-        ValueError: No 8-bit layer carries that adapter.
+        ValueError: No 8-bit layer carries an adapter.
     """
     parts = []
     for path, layer in model.named_modules():
         weight = getattr(getattr(layer, "base_layer", None), "weight", None)
-        if type(weight).__name__ == "Int8Params" and adapter_name in getattr(layer, "lora_A", {}):
-            parts.append({"projection": path.rpartition(".")[2], **_int8_merge(layer, adapter_name)})
+        if type(weight).__name__ == "Int8Params" and "default" in getattr(layer, "lora_A", {}):
+            parts.append({"projection": path.rpartition(".")[2], **_int8_merge(layer)})
     if not parts:
-        raise ValueError(
-            f"No 8-bit layer carries an adapter {adapter_name!r}. Load the base with load_in_8bit=True."
-        )
+        raise ValueError("No 8-bit layer carries an adapter 'default'. Load the base with load_in_8bit=True.")
     table = pd.DataFrame(parts).groupby("projection", sort=False).sum()
     table.loc["all"] = table.sum()
     shares = table[["changed", "over_half_step", "update_steps"]].div(table["entries"], axis=0)
@@ -81,13 +78,13 @@ def summarize_int8_merge(model: torch.nn.Module, adapter_name: str = "default") 
 
 
 @torch.no_grad()
-def _int8_merge(layer: Any, adapter_name: str) -> dict[str, float]:
+def _int8_merge(layer: Any) -> dict[str, float]:
     """Counts of one layer; the arithmetic is that of PEFT's own ``merge`` for 8-bit layers."""
     from bitsandbytes.functional import int8_vectorwise_quant
 
     codes = layer.base_layer.weight.data
     step = (row_absmax(layer.base_layer).float() / 127).to(codes.device)[:, None]
-    update = layer.get_delta_weight(adapter_name).float()
+    update = layer.get_delta_weight("default").float()
     merged, merged_max, _ = int8_vectorwise_quant((codes * step + update).half())
     kept = merged * (merged_max.float() / 127)[:, None] - codes * step
     return {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_sft_helpers.core.files import full_disk_explained, write_text
 from llama_sft_helpers.core.llama import is_llama3
+from llama_sft_helpers.evaluation.serving import MESSAGE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _CARD_MARK = "<!-- written by llama_sft_helpers, sha256 of the text below: {} -->"
 _TEMPLATE = Path(__file__).parent.parent / "templates" / "model_card.md"
+_SHIPPED_ROWS = Path(__file__).parent.parent / "datasets"
 
 
 class PublishError(RuntimeError):
@@ -42,17 +44,22 @@ def write_model_card(
     folder: str | Path,
     *,
     profile: Profile,
+    peft_config: Any,
+    prompt: str,
     training_summary: Mapping[str, Any],
     data_sha256: str,
     losses: pd.DataFrame,
     generations: pd.DataFrame,
     device: str,
 ) -> Path:
-    """Write ``README.md``: what the adapter is, what it was trained on, and what was measured.
+    """Write ``README.md``: what the adapter is, how to use it, what it was trained on, what was measured.
 
     Args:
-        folder: Where the card goes; made if missing.
+        folder: Where the card goes, the adapter's own folder as a rule; made if missing. The form that PEFT
+            leaves there is replaced.
         profile: The run's profile.
+        peft_config: The adapter's ``LoraConfig``.
+        prompt: The prompt of training, as it is for the message ``{{ .Prompt }}``.
         training_summary: ``read_training_summary`` of the run.
         data_sha256: ``hash_rows`` of the training rows.
         losses: ``evaluation.summarize_perplexity``.
@@ -71,8 +78,8 @@ def write_model_card(
             f"{path} was not written by this function, or was edited since; it is left as it is. Move it "
             "away, or choose another folder."
         )
-    facts = _facts(profile, training_summary, data_sha256, device)
-    text = _render(profile, facts, losses, generations)
+    facts = _facts(profile, training_summary, data_sha256, device) | _lora_facts(peft_config)
+    text = _render(profile, facts, prompt, losses, generations)
     header, end, body = text.partition("\n---\n")
     mark = _CARD_MARK.format(hashlib.sha256(text.encode()).hexdigest())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +89,9 @@ def write_model_card(
 
 
 def _is_own_card(text: str) -> bool:
-    """Whether the mark is there and its hash is that of the text around it."""
+    """Whether the mark is there and its hash is that of the text around it; or it is PEFT's unfilled form."""
+    if "[More Information Needed]" in text and "# Model Card for Model ID" in text:
+        return True
     pattern = re.escape(_CARD_MARK).replace(re.escape("{}"), "([0-9a-f]{64})") + "\n"
     found = re.search(pattern, text)
     if not found:
@@ -95,6 +104,16 @@ def _licence(model_id: str) -> str:
     if is_llama3(model_id):
         return "llama3"
     return "apache-2.0" if Path(model_id).name in ("smollm2-135m-instruct", "tiny-llama") else "other"
+
+
+def _data_licence(dataset_id: str) -> str:
+    """What is known of the data's licence; of somebody's own file only its owner can say."""
+    if Path(dataset_id) == _SHIPPED_ROWS:
+        return "The rows are shipped with llama-sft-helpers, under Apache-2.0."
+    if not _is_hub_id(dataset_id):
+        return "The data are the trainer's own: whoever passes this adapter on says under which licence."
+    alpaca = " Stanford's original Alpaca rows are CC BY-NC 4.0." if "alpaca" in dataset_id.lower() else ""
+    return f"The data set's licence stands on its page.{alpaca}"
 
 
 def _is_hub_id(name: str) -> bool:
@@ -110,7 +129,11 @@ def _shown(name: str) -> str:
 
 
 def _render(
-    profile: Profile, facts: Mapping[str, Any], losses: pd.DataFrame, generations: pd.DataFrame
+    profile: Profile,
+    facts: Mapping[str, Any],
+    prompt: str,
+    losses: pd.DataFrame,
+    generations: pd.DataFrame,
 ) -> str:
     from huggingface_hub import ModelCard
 
@@ -119,6 +142,9 @@ def _render(
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
         model=_shown(profile.model_id),
         dataset=_shown(profile.dataset_id),
+        data_licence=_data_licence(profile.dataset_id),
+        prompt=prompt,
+        message=MESSAGE,
         llama3=is_llama3(profile.model_id),
         facts=facts,
         settings=_settings(profile),
@@ -126,6 +152,7 @@ def _render(
         generations=_answers(generations),
         cell=_cell,
         fenced=_fenced,
+        quoted=repr,
     )
     return str(card).rstrip("\n") + "\n"
 
@@ -160,6 +187,14 @@ def _facts(profile: Profile, summary: Mapping[str, Any], data_sha256: str, devic
             f"{summary['eval_loss_before']:.4f}, {summary['eval_loss_after']:.4f}"
         ),
         "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
+    }
+
+
+def _lora_facts(peft_config: Any) -> dict[str, Any]:
+    targets = peft_config.target_modules
+    return {
+        "LoRA": f"r={peft_config.r}, alpha={peft_config.lora_alpha}, dropout={peft_config.lora_dropout}",
+        "LoRA's layers": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
     }
 
 

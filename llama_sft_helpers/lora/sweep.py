@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+
+from llama_sft_helpers.core.plots import COLOURS, MARKERS, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, told apart by every kind of colour vision; yellow is left out on white.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 BYTES = 16  # float32: a trainable parameter, its gradient and Adam's two means
 _SWEEP_COLUMNS = ("targets", "r", "parameters", "held_out_loss")
 # How many (target sets, learning rates, ranks) to try, from all down to the least that the claims need. What
@@ -119,10 +118,8 @@ def plot_sweep(sweep: pd.DataFrame, base_loss: float) -> Axes:
     Raises:
         ValueError: A column is missing, or nothing was trained.
     """
-    import matplotlib.pyplot as plt
-
     _check_sweep(sweep)
-    _, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
+    axes: Any = new_axes(4.4, 7.5)
     for i, (targets, rows) in enumerate(sweep.groupby("targets", sort=False)):
         x, y = rows["parameters"], rows["held_out_loss"]
         axes.plot(x, y, color=COLOURS[i % 7], marker=MARKERS[i % 7], label=targets)

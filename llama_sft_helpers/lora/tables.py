@@ -16,10 +16,9 @@ import torch
 
 from llama_sft_helpers.core.batches import checked_inputs
 from llama_sft_helpers.core.bnb import checksum, dequantize, is_quantized
-from llama_sft_helpers.core.llama import Shape
+from llama_sft_helpers.core.llama import LINEARS, Shape
 from llama_sft_helpers.core.modes import evaluation_mode
-from llama_sft_helpers.lora.sweep import COLOURS, MARKERS
-from llama_sft_helpers.memory.plan import TARGET_MODULES
+from llama_sft_helpers.core.plots import COLOURS, MARKERS, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +31,7 @@ class AdapterNotNoopError(AssertionError):
 # --- before the call: a prediction ---
 
 
-def plan_adapters(config: Any, r: int = 16, target_modules: Collection[str] = TARGET_MODULES) -> pd.DataFrame:
+def plan_adapters(config: Any, r: int = 16, target_modules: Collection[str] = LINEARS) -> pd.DataFrame:
     """Predict A, B and the trainable parameters from a configuration alone: r * (d_in + d_out) a linear.
 
     Args:
@@ -228,15 +227,13 @@ def plot_update_spectrum(model: Any) -> Axes:
     Raises:
         ValueError: No LoRA adapter, or a model without values (meta device).
     """
-    import matplotlib.pyplot as plt
-
     _refuse_meta(model)
     spectra: dict[str, list[torch.Tensor]] = {}
     for name, layer, adapter in _lora_layers(model):
         spectra.setdefault(name.rpartition(".")[2], []).append(_singular_values(layer, adapter).cpu())
     r = max(values.numel() for group in spectra.values() for values in group)
     shown = range(1, r + max(2, r // 4) + 1)
-    _, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    axes: Any = new_axes(4.2, 7.5)
     for i, (projection, group) in enumerate(spectra.items()):
         padded = torch.stack([torch.nn.functional.pad(v, (0, len(shown) - v.numel())) for v in group])
         style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markersize": 4, "linewidth": 1.2}

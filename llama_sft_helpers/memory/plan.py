@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from llama_sft_helpers.core.llama import Shape
+from llama_sft_helpers.core.llama import LINEARS, Shape
+from llama_sft_helpers.core.plots import BLUE, new_axes
 from llama_sft_helpers.memory.counts import activation_rows, adapter_rows, weight_rows
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ GIB = 2**30
 # What PyTorch can use of the cards sold as 16, 24, 40 and 80 GB: a T4, an L4, the two A100s or an H100.
 CARDS_GIB = {"16 GB": 14.6, "24 GB": 22.0, "40 GB": 39.4, "80 GB": 79.1}
 QUANTIZATIONS = ("int8", "nf4", "16-bit")
-TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGET_MODULES = LINEARS
 
 _TIGHT = 0.9  # above this share of the card the verdict is "tight"
 _OUTSIDE_ALLOCATED = ("allocator slack", "CUDA context")
@@ -146,13 +147,11 @@ def reconcile_memory(plan: pd.DataFrame, measured_gib: float) -> pd.DataFrame:
     return pd.DataFrame([row], columns=columns)
 
 
-def plot_memory(plan: pd.DataFrame, card_gib: float | None = None, ax: Axes | None = None) -> Axes:
+def plot_memory(plan: pd.DataFrame, card_gib: float | None = None) -> Axes:
     """Draw the plan as horizontal bars, one a component, with the card's size in the title if given."""
-    import matplotlib.pyplot as plt
-
-    ax = ax or plt.subplots(figsize=(7, 3.4), layout="constrained")[1]
+    ax = new_axes(3.4)
     shown = plan[plan["gib"] > 0].iloc[::-1]
-    bars = ax.barh(shown["component"], shown["gib"], color="#0072B2")
+    bars = ax.barh(shown["component"], shown["gib"], color=BLUE)
     unit = 1024 if plan["gib"].sum() < 1 else 1
     name = "MiB" if unit > 1 else "GiB"
     ax.bar_label(bars, [f"{size * unit:.2f}" for size in shown["gib"]], padding=3, fontsize=8)
@@ -180,9 +179,9 @@ def smaller_profiles(profile: Profile) -> list[tuple[str, Profile]]:
     return changes
 
 
-def explain_oom(config: Any, profile: Profile, *, quantization: str = "int8") -> str:
+def explain_oom(config: Any, profile: Profile) -> str:
     """Say what filled the card, by the plan's largest item, and what the next try changes or is left."""
-    plan = plan_memory(config, profile, quantization=quantization)
+    plan = plan_memory(config, profile)
     largest = plan.loc[plan["gib"].idxmax()]
     said = (
         f"Out of GPU memory. Planned peak {planned_peak_gib(plan):.1f} GiB, its largest item: "
@@ -191,7 +190,7 @@ def explain_oom(config: Any, profile: Profile, *, quantization: str = "int8") ->
     if profile.per_device_train_batch_size == 1:
         return f"{said}One row is the smallest micro-batch. What is left to change: {_what_is_left(profile)}."
     smaller = plan_smaller_batch(profile)
-    planned = planned_peak_gib(plan_memory(config, smaller, quantization=quantization))
+    planned = planned_peak_gib(plan_memory(config, smaller))
     return (
         f"{said}Next try, with the same effective batch: "
         f"per_device_train_batch_size={smaller.per_device_train_batch_size}, "

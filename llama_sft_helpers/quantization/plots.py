@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llama_sft_helpers.core.llama import LINEARS
+from llama_sft_helpers.core.plots import BLUE, COLOURS, RED, SKY, new_axes
 from llama_sft_helpers.quantization.layers import quantize_absmax
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
 
 
 def plot_quantization_error(errors: pd.DataFrame) -> Axes:
@@ -29,21 +28,14 @@ def plot_quantization_error(errors: pd.DataFrame) -> Axes:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    ax = _new_axes(7.2, 4.6)
+    ax = new_axes(4.6, 7.2)
     styles = dict(zip(errors["format"].unique(), (("-", "o"), ("--", "s"), (":", "^")), strict=False))
-    colours = dict(zip(errors["module"].unique(), _OKABE_ITO, strict=False))
+    colours = dict(zip(errors["module"].unique(), COLOURS, strict=False))
     for (module, kind), group in errors.groupby(["module", "format"], sort=False):
         line, marker = styles[kind]
         shown = group.sort_values("layer")
-        ax.plot(
-            shown["layer"],
-            100 * shown["relative_error"],
-            line,
-            marker=marker,
-            ms=3,
-            lw=1.2,
-            color=colours[module],
-        )
+        style = {"marker": marker, "ms": 3, "lw": 1.2, "color": colours[module]}
+        ax.plot(shown["layer"], 100 * shown["relative_error"], line, **style)
     handles = [Line2D([], [], color=colour, lw=3, label=module) for module, colour in colours.items()]
     handles += [
         Line2D([], [], color="#555555", ls=ls, marker=m, label=kind) for kind, (ls, m) in styles.items()
@@ -81,8 +73,8 @@ def plot_weight_grid(weight: torch.Tensor, row: int = 0) -> Axes:
         raise ValueError(f"Row {row} holds only zeros and has no grid; choose another row.")
     counts = torch.bincount(codes[row].long().cpu() + 127, minlength=255)
     levels = [step * level for level in range(-127, 128)]
-    ax = _new_axes(7.2, 4.2)
-    ax.bar(levels, counts.tolist(), width=step, color=_OKABE_ITO[0])
+    ax = new_axes(4.2, 7.2)
+    ax.bar(levels, counts.tolist(), width=step, color=BLUE)
     ax.set(
         xlabel="weight", ylabel="weights per level",
         title=f"Row {row}: {len(values)} weights on 255 levels, one step = {step:.3g}",
@@ -92,9 +84,9 @@ def plot_weight_grid(weight: torch.Tensor, row: int = 0) -> Axes:
     top.set_xlabel("int8 code")
     zoom = ax.inset_axes((0.66, 0.5, 0.33, 0.42))
     near = values[abs(values) < 3.5 * step]
-    zoom.hist(near / step, bins=42, range=(-3.5, 3.5), color=_OKABE_ITO[4])
+    zoom.hist(near / step, bins=42, range=(-3.5, 3.5), color=SKY)
     for level in range(-3, 4):
-        zoom.axvline(level, color=_OKABE_ITO[3], lw=1)
+        zoom.axvline(level, color=RED, lw=1)
     zoom.set_title("before rounding; lines: levels", fontsize=8)
     zoom.tick_params(labelsize=8)
     zoom.set_xlabel("weight / step", fontsize=8)
@@ -112,10 +104,10 @@ def plot_outliers(outliers: pd.DataFrame) -> Axes:
     """
     from matplotlib.colors import PowerNorm
 
-    order = sorted(outliers["module"].unique(), key=lambda m: (*_PROJECTIONS, m).index(m))
+    order = sorted(outliers["module"].unique(), key=lambda m: (*LINEARS, m).index(m))
     shares = 100 * outliers.pivot_table(index="layer", columns="module", values="channels_share")[order]
     counts = outliers.pivot_table(index="layer", columns="module", values="outlier_channels")[order]
-    ax = _new_axes(7.2, 1.6 + 0.26 * len(shares))
+    ax = new_axes(1.6 + 0.26 * len(shares), 7.2)
     # a square root scale, so that one channel among hundreds differs from none
     image = ax.imshow(shares, aspect="auto", cmap="cividis", norm=PowerNorm(0.5, vmin=0))
     ax.figure.colorbar(image, ax=ax, label="outlier channels (% of the input's channels)")
@@ -132,12 +124,6 @@ def plot_outliers(outliers: pd.DataFrame) -> Axes:
         xlabel="module whose input is measured", ylabel="decoder layer", title="Outlier channels per layer"
     )
     return ax
-
-
-def _new_axes(width: float, height: float) -> Axes:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
 def _percent_ticks(ax: Axes) -> None:

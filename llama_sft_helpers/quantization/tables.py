@@ -22,13 +22,7 @@ import torch
 from torch import nn
 
 from llama_sft_helpers.core.batches import checked_inputs
-from llama_sft_helpers.core.bnb import (
-    count_weights,
-    dequantize,
-    is_quantized,
-    scale_tensors,
-    storage_format,
-)
+from llama_sft_helpers.core.bnb import count_weights, dequantize, is_quantized, scale_tensors, storage_format
 from llama_sft_helpers.core.modes import evaluation_mode
 from llama_sft_helpers.quantization.layers import (
     LOAD_INT8,

@@ -188,15 +188,15 @@ def _mark(tensor: Any, dim: int) -> None:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
-def check_graphs(compiled: CompiledLayers, most: int = 3) -> None:
-    """Raise if compilation did not settle within ``most`` graphs, or some graph runs uncompiled.
+def check_graphs(compiled: CompiledLayers) -> None:
+    """Raise if compilation did not settle within its number of graphs, or some graph runs uncompiled.
 
     Raises:
         AssertionError: With the number of graphs, the limit, and what to do.
     """
-    if compiled.graphs > most or compiled.fallback:
+    if compiled.graphs > compiled.most_graphs or compiled.fallback:
         raise AssertionError(
-            f"{compiled.graphs} graphs were compiled, expected at most {most}; uncompiled: "
+            f"{compiled.graphs} graphs were compiled, expected at most {compiled.most_graphs}; uncompiled: "
             f"{compiled.fallback or 'none'}. Keep batch sizes equal, and switch everything "
             "on before the first step."
         )

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import types
 import warnings
@@ -317,9 +316,6 @@ def _frozen_linears(model: torch.nn.Module) -> list[Any]:
 
 def _lora_layers(model: torch.nn.Module) -> list[Any]:
     import bitsandbytes as bnb
-
-    if not importlib.util.find_spec("peft"):
-        return []
     from peft.tuners.lora.bnb import Linear8bitLt
 
     layers = [module for module in model.modules() if isinstance(module, Linear8bitLt)]

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama_sft_helpers.core.plots import BLUE, new_axes
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -73,13 +75,11 @@ def plot_ladder(table: pd.DataFrame, column: str, ax: Axes | None = None) -> Axe
     Raises:
         ValueError: The table has no such column; the message lists those it has.
     """
-    import matplotlib.pyplot as plt
-
     if column not in table:
         raise ValueError(f"there is no column {column!r}; expected one of {', '.join(table.columns)}.")
-    ax = ax or plt.subplots(figsize=(7, 0.45 * len(table) + 1.2))[1]
+    ax = ax or new_axes(0.45 * len(table) + 1.2)
     values = table[column]
-    bars = ax.barh(range(len(values)), values, color="#0072B2")
+    bars = ax.barh(range(len(values)), values, color=BLUE)
     pattern = "{:.0%}" if column == "share_of_floor" else "{:,.0f}" if values.max() > 100 else "{:.1f}"
     ax.bar_label(bars, labels=[pattern.format(v) for v in values], padding=3, fontsize=9)
     ax.set_yticks(range(len(values)), [str(name) for name in values.index])

@@ -11,7 +11,12 @@ from llama_sft_helpers.core.findings import FEW_ROWS, finding
 
 
 def summarize_training_result(
-    log_history: Sequence[Mapping[str, Any]], before: float, eval_rows: int
+    log_history: Sequence[Mapping[str, Any]],
+    before: float,
+    eval_rows: int,
+    best_checkpoint: str | None = None,
+    *,
+    best_is_saved: bool = False,
 ) -> pd.DataFrame:
     """Whether training lowered the held-out loss, and where in the run it was lowest.
 
@@ -19,22 +24,28 @@ def summarize_training_result(
         log_history: ``trainer.state.log_history`` with at least one ``eval_loss``.
         before: Held-out loss before training, in nats a token.
         eval_rows: Rows held out.
+        best_checkpoint: ``trainer.state.best_model_checkpoint``, which is on disk.
+        best_is_saved: Whether the saved adapter is that one (``load_best_model_at_end``), not the last.
 
     Returns:
         Index ``finding``; ``hoped_for``, ``measured``, ``verdict``, ``advice``.
     """
     losses = [(row["eval_loss"], row["step"]) for row in log_history if "eval_loss" in row]
-    after, last = losses[-1]
+    end, last = losses[-1]
     lowest, step = min(losses)
+    after = lowest if best_is_saved else end
     advice = []
     if not after < before:
         advice.append(
             "The adapter learned its training rows, and nothing that helps with others. Lower the learning "
             "rate, take fewer steps, or add rows."
         )
-    if lowest < after and step < last:
+    if lowest < end and step < last:
+        kept = "The adapter of that step is saved." if best_is_saved else ""
+        kept = kept or (f"Its checkpoint is kept: {best_checkpoint}." if best_checkpoint else "")
         advice.append(
-            f"The loss was lowest after step {step} ({lowest:.4f}) and rose again: max_steps={step} would do."
+            f"Overfitted: the loss was lowest after step {step} ({lowest:.4f}) and rose to {end:.4f} by step "
+            f"{last}; max_steps={step} would do. {kept}".rstrip()
         )
     if eval_rows < FEW_ROWS:
         advice.append(f"Rows held out: {eval_rows}. With so few, either direction may be luck.")

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from llama_sft_helpers.core.plots import BLUE, RED, new_axes
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
 
 _THROUGHPUT = ["step", "seconds", "tokens", "tokens_per_second", "peak_gib", "seconds_left"]
-_ORANGE, _BLUE = "#D55E00", "#0072B2"
 
 
 def peak_memory_gib() -> float:
@@ -156,15 +157,13 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], label: str = "", ax: Axe
         label: Put before the legend's names, to tell two runs apart.
         ax: Axes to draw on; None makes a figure.
     """
-    import matplotlib.pyplot as plt
-
-    ax = ax or plt.subplots(figsize=(7, 3.4), layout="constrained")[1]
+    ax = ax or new_axes(3.4)
     train = [(row["step"], row["loss"]) for row in log_history if "loss" in row]
     held_out = [(row["step"], row["eval_loss"]) for row in log_history if "eval_loss" in row]
     if train:
-        ax.plot(*zip(*train, strict=True), color=_BLUE, label=f"{label} training".strip())
+        ax.plot(*zip(*train, strict=True), color=BLUE, label=f"{label} training".strip())
     if held_out:
-        ax.plot(*zip(*held_out, strict=True), "o--", color=_ORANGE, label=f"{label} held out".strip())
+        ax.plot(*zip(*held_out, strict=True), "o--", color=RED, label=f"{label} held out".strip())
     ax.set(title="Loss during training", xlabel="optimizer step", ylabel="cross-entropy (nats per token)")
     if train or held_out:
         ax.legend(frameon=False)
@@ -172,7 +171,7 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], label: str = "", ax: Axe
     return ax
 
 
-def plot_overfitting(log_history: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Axes:
+def plot_overfitting(log_history: Sequence[Mapping[str, Any]]) -> Axes:
     """Draw training and held-out loss by epoch, and mark the step where the held-out loss was lowest.
 
     The training loss is averaged over the steps since the held-out loss before, so that noise of single
@@ -180,24 +179,21 @@ def plot_overfitting(log_history: Sequence[Mapping[str, Any]], ax: Axes | None =
 
     Args:
         log_history: ``trainer.state.log_history`` with at least one ``eval_loss``.
-        ax: Axes to draw on; None makes a figure.
 
     Raises:
         ValueError: No held-out loss was logged.
     """
-    import matplotlib.pyplot as plt
-
     held_out = {row["step"]: (row["epoch"], row["eval_loss"]) for row in log_history if "eval_loss" in row}
     if not held_out:
         raise ValueError("The history has no eval_loss; train with eval_strategy='steps'.")
-    ax = ax or plt.subplots(figsize=(7, 3.4), layout="constrained")[1]
+    ax = new_axes(3.4)
     train = []
     for since, until in itertools.pairwise([0, *held_out]):
         losses = [row["loss"] for row in log_history if "loss" in row and since < row["step"] <= until]
         train += [(held_out[until][0], sum(losses) / len(losses))] if losses else []
     if train:
-        ax.plot(*zip(*train, strict=True), "s-", color=_BLUE, label="training, mean since the last point")
-    ax.plot(*zip(*held_out.values(), strict=True), "o--", color=_ORANGE, label="held out")
+        ax.plot(*zip(*train, strict=True), "s-", color=BLUE, label="training, mean since the last point")
+    ax.plot(*zip(*held_out.values(), strict=True), "o--", color=RED, label="held out")
     step = min(held_out, key=lambda step: held_out[step][1])
     ax.axvline(held_out[step][0], color="black", linewidth=1, label=f"lowest: step {step}")
     ending = "then rose: overfitting" if step < max(held_out) else "the last: no overfitting"

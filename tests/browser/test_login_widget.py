@@ -3,35 +3,17 @@
 Run with ``make test-browser``; it needs Debian's ``chromium``. Screenshots: ``test-artifacts/browser``.
 """
 
-import contextlib
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
+from browser_lab import ARTIFACTS, jupyter_lab, open_and_run_all
 from fake_hub import Account, FakeHub, wait_for
 
 pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).parent.parent.parent
-ARTIFACTS = ROOT / "test-artifacts" / "browser"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 MODEL = "meta-llama/Meta-Llama-3-8B"
 LAST_CELL = "seconds that the log-in cell waits for a token"  # a row of the table that closes the notebook
 WRONG, RIGHT = "hf_WrongTokenTypedByMistake1234", "hf_RightTokenTypedInTheBrowser5678"
@@ -53,72 +35,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lab(hub, folder):
-    """The address of a JupyterLab that serves a copy of notebook 02."""
-    pytest.importorskip("jupyterlab", reason="pip install jupyterlab playwright")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = [
-        f"--ServerApp.port={port}",
-        f"--ServerApp.root_dir={folder}",
-        "--ServerApp.token=",
-        "--ServerApp.open_browser=False",
-        "--ServerApp.allow_root=True",
-        "--LabApp.news_url=None",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-    ]
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(folder / "hf"),
-        "JUPYTER_CONFIG_DIR": str(folder / "config"),
-        "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }
-    ARTIFACTS.mkdir(parents=True, exist_ok=True)
-    with (ARTIFACTS / "jupyterlab.log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", *options],
-            cwd=folder,
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            address = f"http://127.0.0.1:{port}"
-            assert wait_for(lambda: _answers(f"{address}/api"), 60), "JupyterLab did not start; see its log"
-            yield address
-        finally:
-            server.terminate()
-            server.wait(20)
-
-
-def _answers(address):
-    with (
-        contextlib.suppress(OSError, urllib.error.URLError),
-        urllib.request.urlopen(address, timeout=2) as page,
-    ):
-        return page.status == 200
-    return False
-
-
-@pytest.fixture(scope="module")
-def page(lab):
+def page(hub, folder):
     """Notebook 02 in JupyterLab, all its cells run."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install jupyterlab playwright")
-    if not CHROMIUM:
-        pytest.skip("no chromium: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1100, "height": 900})
-        page.set_default_timeout(60_000)
-        page.goto(f"{lab}/lab/tree/02_login.ipynb?reset")
-        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_text("Run All Cells", exact=True).click()
+    with (
+        jupyter_lab(folder, {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf")}) as address,
+        open_and_run_all(f"{address}/lab/tree/02_login.ipynb?reset") as page,
+    ):
         yield page
-        browser.close()
 
 
 def status_of(page, state):

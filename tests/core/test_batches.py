@@ -26,9 +26,9 @@ def test_the_label_that_is_not_scored_is_torchs_and_has_one_home():
 
 
 def test_document_bounds_by_hand():
-    positions = torch.tensor([[0, 1, 2, 0, 0, 1]])
-    bounds, longest = batches.document_bounds(positions)
-    assert (bounds.tolist(), longest) == ([0, 3, 4, 6], 3)
+    with torch.inference_mode():
+        bounds, longest = batches.document_bounds(torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 0]]))
+    assert (bounds.tolist(), bounds.dtype, longest) == ([0, 2, 5, 9, 10], torch.int32, 4)
 
 
 def test_rows_without_a_scored_eos():
@@ -45,17 +45,28 @@ def test_inputs_are_the_batchs_own_tensors(tiny_model):
     assert found["input_ids"] is ids
 
 
-@pytest.mark.parametrize("least", [1, 2, 4])
-def test_rows_that_are_too_short_are_refused(tiny_model, least):
-    ids = torch.arange(6).view(2, 3)
-    if least <= 3:
-        batches.checked_inputs(tiny_model, {"input_ids": ids}, least)
-        return
-    with pytest.raises(ValueError, match=r"shape \(2, 3\)\. Pass at least one text of 4 or more"):
-        batches.checked_inputs(tiny_model, {"input_ids": ids}, least)
+IDS = torch.arange(6).view(2, 3)
+MASK = torch.ones_like(IDS)
 
 
-def test_padding_only_is_refused(tiny_model):
-    ids = torch.arange(6).view(2, 3)
-    with pytest.raises(ValueError, match="only padding"):
-        batches.checked_inputs(tiny_model, {"input_ids": ids, "attention_mask": torch.zeros_like(ids)})
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        ({}, "The batch is dict; expected a mapping with integer input_ids.*Pass tokenizer"),
+        ({"tokens": IDS}, "The batch is dict"),
+        (IDS, "The batch is Tensor"),
+        ({"input_ids": IDS[0]}, r"input_ids of shape \(3,\) and torch.int64"),
+        ({"input_ids": IDS.float()}, "float32"),
+        ({"input_ids": IDS.tolist()}, "input_ids of type list"),
+        ({"input_ids": IDS[:0]}, r"empty: input_ids of shape \(0, 3\).*Pass at least one text of 2 or more"),
+        ({"input_ids": IDS[:, :1]}, r"empty: input_ids of shape \(2, 1\)"),
+        ({"input_ids": IDS, "attention_mask": 0 * MASK}, "only padding"),
+        ({"input_ids": IDS.to("meta")}, r"input_ids is on meta, the model on cpu\. Pass batch\.to\(model"),
+        ({"input_ids": IDS, "attention_mask": MASK.to("meta")}, "attention_mask is on meta"),
+        ({"input_ids": IDS + 1023}, "run from 1023 to 1028, the model knows 0 to 1023"),
+        ({"input_ids": IDS - 1}, "from -1 to 4"),
+    ],
+)
+def test_a_batch_that_the_model_cannot_take_is_named(tiny_model, batch, told):
+    with pytest.raises(ValueError, match=told):
+        batches.checked_inputs(tiny_model, batch, least_tokens=2)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from llama_sft_helpers import cli, environment
+from llama_sft_helpers import cli
 from llama_sft_helpers.core.llama import is_llama3, load_llama3_config
-from llama_sft_helpers.doctor import explanation
+from llama_sft_helpers.doctor import looks
+from llama_sft_helpers.environment import needs
 from llama_sft_helpers.evaluation import publishing
 from llama_sft_helpers.profiles import read_profile
 
@@ -51,15 +52,15 @@ def test_llama_3_is_told_from_other_models(name):
 def test_all_who_ask_agree(name, monkeypatch):
     any_size, eight = NAMES[name]
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda model_id: None)
-    monkeypatch.setattr(environment, "_left_to_download_gib", lambda model_id: None)
+    monkeypatch.setattr(needs, "_left_to_download_gib", lambda model_id: None)
     profile = read_profile("colab-a100", model_id=name)
     assert (cli._model_config(name) is not None) == eight
-    assert (explanation._config_of(name) is not None) == eight
-    assert (environment._needed_disk_gib(profile) > 10) == eight
-    assert (environment._needed_gpu_gib(profile) != 0.9 * profile.gpu_gib) == eight
+    assert (looks.config_of(name) is not None) == eight
+    assert (needs.needed_disk_gib(profile) > 10) == eight
+    assert (needs.needed_gpu_gib(profile) != 0.9 * profile.gpu_gib) == eight
     assert (publishing._licence(name) == "llama3") == any_size
 
 
 def test_the_shipped_shape_is_read_whole():
-    path = Path(environment.__file__).parent / "configs" / "llama3_8b.json"
+    path = Path(cli.__file__).parent / "configs" / "llama3_8b.json"
     assert vars(load_llama3_config()) == json.loads(path.read_text(encoding="utf-8"))

@@ -3,7 +3,6 @@
 import importlib.metadata
 import inspect
 import json
-import os
 import re
 import resource
 import shutil
@@ -13,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import nbformat
+import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,10 +24,12 @@ from provocations import (
     point_client_at,
     provokes,
     raised,
+    read_only,
+    small_disk,
 )
-from tiny_models import random_model
+from tiny_models import build_trainer, random_model
 
-from llama_sft_helpers.doctor import TABLE, Explanation, explain, explanation
+from llama_sft_helpers.doctor import TABLE, Explanation, explain, looks, notebook
 from llama_sft_helpers.doctor.table import RENAMED_ARGUMENTS
 from llama_sft_helpers.training import check_loss_history
 
@@ -50,29 +52,10 @@ def lora():
 @pytest.fixture
 def trainer(tmp_path, tiny_tokenizer):
     """An SFTTrainer over a few rows, two steps long."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
 
     def build(model, rows=None, **arguments):
-        defaults = {
-            "output_dir": str(tmp_path / "out"),
-            "max_steps": 2,
-            "per_device_train_batch_size": 2,
-            "max_length": 64,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-        }
-        return SFTTrainer(
-            model=model,
-            args=SFTConfig(**{**defaults, **arguments}),
-            train_dataset=Dataset.from_list(rows or ROWS),
-            processing_class=tiny_tokenizer,
-        )
+        folder = arguments.pop("output_dir", tmp_path / "out")
+        return build_trainer(model, folder, tiny_tokenizer, rows or ROWS, **arguments)
 
     return build
 
@@ -84,15 +67,10 @@ def hub(monkeypatch):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def disk(tmp_path):
     """A folder on a disk of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("needs root to mount a small tmpfs")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a half-read file may still be mapped
+    with small_disk(tmp_path / "disk", 64) as folder:
+        yield folder
 
 
 # --- Packages ---
@@ -269,51 +247,32 @@ def _load(repo, tmp_path, token=None):
     return raised(AutoTokenizer.from_pretrained, repo, token=token or False, cache_dir=tmp_path)
 
 
-@provokes("token-missing")
-def test_a_gated_model_without_a_token(hub, tmp_path):
-    found = [_download("org/gated", tmp_path), _load("org/gated", tmp_path)]
-    assert "https://huggingface.co/org/gated" in explain(found[0]).fix
+_REFUSALS = [
+    ("token-missing", "org/gated", None),
+    ("token-invalid", "org/gated", "hf_unknown"),
+    ("token-invalid", "org/gated", "old"),
+    ("token-scope", "org/gated", "narrow"),
+    ("gated-licence", "org/licence", "good"),
+    ("gated-pending", "org/pending", "good"),
+    ("gated-rejected", "org/rejected", "good"),
+    ("repository-not-found", "org/nothing", "good"),
+]
+
+
+@provokes(*(key for key, *_ in _REFUSALS))
+@pytest.mark.parametrize(("key", "repo", "token"), _REFUSALS)
+def test_the_hub_refuses(key, repo, token, hub, tmp_path):
+    found = [_download(repo, tmp_path, token), _load(repo, tmp_path, token)]
+    if key in ("token-missing", "gated-licence"):
+        assert all(f"https://huggingface.co/{repo}" in explain(error).fix for error in found)
     return found
 
 
 @provokes("token-invalid")
-def test_a_token_the_hub_does_not_know_or_that_expired(hub, tmp_path):
+def test_whose_a_token_is_that_the_hub_does_not_know(hub):
     from huggingface_hub import HfApi
 
-    unknown = _download("org/gated", tmp_path, token="hf_unknown")
-    return [
-        unknown,
-        _load("org/gated", tmp_path, token="hf_unknown"),
-        _download("org/gated", tmp_path, token="old"),
-        raised(HfApi(endpoint=hub.url).whoami, token="hf_unknown"),
-    ]
-
-
-@provokes("gated-licence")
-def test_a_licence_that_was_not_accepted(hub, tmp_path):
-    found = [_download("org/licence", tmp_path, "good"), _load("org/licence", tmp_path, "good")]
-    assert "https://huggingface.co/org/licence" in explain(found[1]).fix
-    return found
-
-
-@provokes("gated-pending")
-def test_a_licence_that_waits(hub, tmp_path):
-    return [_download("org/pending", tmp_path, "good"), _load("org/pending", tmp_path, "good")]
-
-
-@provokes("gated-rejected")
-def test_a_licence_that_was_refused(hub, tmp_path):
-    return [_download("org/rejected", tmp_path, "good"), _load("org/rejected", tmp_path, "good")]
-
-
-@provokes("token-scope")
-def test_a_fine_grained_token_without_the_permission(hub, tmp_path):
-    return [_download("org/gated", tmp_path, "narrow"), _load("org/gated", tmp_path, "narrow")]
-
-
-@provokes("repository-not-found")
-def test_a_repository_that_is_not_there(hub, tmp_path):
-    return [_download("org/nothing", tmp_path, "good"), _load("org/nothing", tmp_path, "good")]
+    return [raised(HfApi(endpoint=hub.url).whoami, token="hf_unknown")]
 
 
 @provokes("hub-unreachable")
@@ -347,24 +306,24 @@ def test_a_download_that_breaks_off(tmp_path, monkeypatch):
 
 
 @provokes("disk-full")
-def test_a_full_disk_under_every_writer(tiny_model, lora, trainer, small_disk, monkeypatch):
+def test_a_full_disk_under_every_writer(tiny_model, lora, trainer, disk, monkeypatch):
     import torch
     from datasets import load_dataset
     from huggingface_hub import hf_hub_download
     from peft import get_peft_model
 
-    found = [raised(tiny_model.save_pretrained, small_disk / "model")]
-    found.append(raised(torch.save, tiny_model.state_dict(), small_disk / "weights.pt"))
-    _empty(small_disk)
-    found.append(raised(load_dataset, str(doctor_rows()), cache_dir=str(small_disk)))
-    _empty(small_disk)
+    found = [raised(tiny_model.save_pretrained, disk / "model")]
+    found.append(raised(torch.save, tiny_model.state_dict(), disk / "weights.pt"))
+    _empty(disk)
+    found.append(raised(load_dataset, str(doctor_rows()), cache_dir=str(disk)))
+    _empty(disk)
     with file_server(monkeypatch):
-        found.append(raised(hf_hub_download, "org/large", "config.json", cache_dir=small_disk))
-    _empty(small_disk)
+        found.append(raised(hf_hub_download, "org/large", "config.json", cache_dir=disk))
+    _empty(disk)
     model = get_peft_model(tiny_model, lora(rank=64))
-    run = trainer(model, output_dir=str(small_disk / "run"), save_strategy="steps", save_steps=1)
+    run = trainer(model, output_dir=str(disk / "run"), save_strategy="steps", save_steps=1)
     found.append(raised(run.train))
-    assert not (small_disk / "run" / "checkpoint-1" / "adapter_model.safetensors").exists()
+    assert not (disk / "run" / "checkpoint-1" / "adapter_model.safetensors").exists()
     return found
 
 
@@ -390,11 +349,11 @@ def test_a_file_beyond_the_limit(tiny_model, tmp_path):
 
 
 @provokes("folder-not-writable")
-def test_a_read_only_folder(tiny_model, small_disk):
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    found = [raised(tiny_model.save_pretrained, small_disk / "model")]
-    found.append(raised((small_disk / "file").write_text, "x"))
-    assert str(small_disk / "model") in explain(found[0]).cause
+def test_a_read_only_folder(tiny_model, disk):
+    read_only(disk)
+    found = [raised(tiny_model.save_pretrained, disk / "model")]
+    found.append(raised((disk / "file").write_text, "x"))
+    assert str(disk / "model") in explain(found[0]).cause
     return found
 
 
@@ -411,7 +370,124 @@ provoke(lambda: open({str(tmp_path / "file")!r}, "w"))
     return in_another_process(code)
 
 
+# --- Paths ---
+
+
+@provokes("folder-missing")
+def test_a_folder_that_is_not_there(tiny_model, tmp_path, monkeypatch):
+    from datasets import load_dataset
+    from huggingface_hub import constants
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "outputs" / "adapter").mkdir(parents=True)
+    typo = raised(AutoModelForCausalLM.from_pretrained, "outputs/adaptr")  # also the form of a hub name
+    assert "The nearest name there is outputs/adapter." in explain(typo).cause
+    return [
+        typo,
+        raised(AutoTokenizer.from_pretrained, "outputz"),
+        raised(AutoModelForCausalLM.from_pretrained, "/content/nowhere"),
+        raised(AutoTokenizer.from_pretrained, "./outputs/adaptr"),
+        raised(PeftModel.from_pretrained, tiny_model, "outputs/adaptr"),
+        raised(load_dataset, "outputs/rows"),
+    ]
+
+
+@provokes("folder-missing")
+def test_a_folder_that_a_hub_which_answers_does_not_know(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    return [_load("outputs/adaptr", tmp_path, "good")]
+
+
+@provokes("adapter-missing")
+def test_a_folder_without_an_adapter(tiny_model, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    from peft import AutoPeftModelForCausalLM, PeftModel
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "merged").mkdir()
+    load = PeftModel.from_pretrained
+    found = [raised(load, tiny_model, name) for name in ("merged", str(tmp_path / "merged"))]
+    return [*found, raised(AutoPeftModelForCausalLM.from_pretrained, "merged")]
+
+
+@provokes("data-file-missing")
+def test_a_data_file_that_is_not_there(tmp_path, monkeypatch):
+    from datasets import load_dataset
+
+    from llama_sft_helpers.data import check_file
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rows.csv").write_text("")
+    found = raised(pandas.read_csv, "my_row.csv")
+    assert "The nearest name there is my_rows.csv." in explain(found).cause
+    return [
+        found,
+        raised(load_dataset, "json", data_files="my.jsonl"),
+        raised(load_dataset, "/nowhere/rows"),
+        raised(check_file, "my.csv"),
+    ]
+
+
+# --- Rows ---
+
+
+def _rows(number):
+    from datasets import Dataset
+
+    return Dataset.from_list([{"question": "a", "answer": "b"}] * number)
+
+
+@provokes("column-missing")
+def test_a_column_that_does_not_exist():
+    rows = _rows(3)
+    found = raised(lambda: rows["instruction"])
+    assert "the column `instruction`" in explain(found).cause
+    return [
+        found,
+        raised(rows.remove_columns, "text"),
+        raised(rows.rename_column, "text", "prompt"),
+        raised(rows.select_columns, ["text"]),
+        raised(rows.sort, "text"),
+        raised(rows.map, lambda row: {"prompt": row["instruction"]}),
+        raised(rows.map, lambda batch: {"prompt": batch["instruction"]}, batched=True),
+    ]
+
+
+@provokes("split-too-small")
+def test_fewer_rows_than_a_split_needs():
+    found = raised(_rows(40).train_test_split, test_size=200)
+    assert "only 40 rows" in explain(found).cause
+    return [
+        found,
+        raised(_rows(1).train_test_split, test_size=0.1),
+        raised(_rows(40).train_test_split, test_size=30, train_size=30),
+        raised(_rows(40).select, range(64)),
+        raised(lambda: _rows(40)[63]),
+    ]
+
+
 # --- Precision ---
+
+
+@provokes("dtype-mismatch")
+def test_a_product_of_two_dtypes():
+    import torch
+
+    half, ones = torch.ones(1, 4, 4, dtype=torch.float16), torch.ones(1, 4, 4)
+    found = raised(torch.nn.Linear(4, 4).half(), ones[0])
+    assert "(Float and Half)" in explain(found).cause
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return [
+        found,
+        raised(lambda: ones[0] @ half[0]),
+        raised(torch.bmm, ones, half),
+        raised(attend, ones[None], half[None], ones[None]),
+    ]
 
 
 @provokes("fp16-unscale")
@@ -554,11 +630,22 @@ def test_an_embedding_of_another_size(tiny_model_dir, tiny_model, lora, tmp_path
 def test_an_adapter_of_another_base(tiny_model, lora, tmp_path):
     from peft import PeftModel, get_peft_model
 
-    get_peft_model(tiny_model, lora()).save_pretrained(tmp_path / "adapter")
+    tiny_model = get_peft_model(tiny_model, lora())
+    tiny_model.save_pretrained(tmp_path / "adapter")
     wide = random_model(hidden_size=128)
     shapes = raised(PeftModel.from_pretrained, wide, tmp_path / "adapter")
-    names = raised(get_peft_model, wide, lora(targets=["query_key_value"]))
-    return [shapes, names]
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace("q_proj", "c_attn").replace("v_proj", "c_proj"))
+    return [shapes, raised(PeftModel.from_pretrained, tiny_model.unload(), tmp_path / "adapter")]
+
+
+@provokes("target-modules-missing")
+def test_target_modules_of_another_architecture(tiny_model, lora):
+    from peft import get_peft_model
+
+    found = raised(get_peft_model, tiny_model, lora(targets=["c_attn"]))
+    assert "{'c_attn'}" in explain(found).cause
+    return [found]
 
 
 @provokes("dataset-columns")
@@ -659,7 +746,7 @@ def test_more_ram_than_there_is():
 
 
 @pytest.fixture(scope="module")
-def notebook(tmp_path_factory):
+def executed(tmp_path_factory):
     """Executed in a real kernel: known, unknown and warned-of failures, with and without the extension."""
     from nbclient import NotebookClient
     from nbclient.exceptions import DeadKernelError
@@ -687,16 +774,16 @@ def notebook(tmp_path_factory):
 
 
 @provokes("kernel-died")
-def test_a_kernel_that_was_killed(notebook):
-    return [notebook.dead]
+def test_a_kernel_that_was_killed(executed):
+    return [executed.dead]
 
 
 def _shown(cell):
     return [output.data for output in cell.outputs if output.output_type == "display_data"]
 
 
-def test_the_extension_shows_cause_and_fix_under_the_traceback(notebook):
-    known = notebook.cells[1].outputs
+def test_the_extension_shows_cause_and_fix_under_the_traceback(executed):
+    known = executed.cells[1].outputs
     assert [output.output_type for output in known] == ["error", "display_data"]
     assert known[0].ename == "RuntimeError"  # the traceback itself stays
     assert "torch.empty(2**50)" in re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(known[0].traceback))
@@ -706,30 +793,44 @@ def test_the_extension_shows_cause_and_fix_under_the_traceback(notebook):
     assert '<a href="https://huggingface.co/docs/' in page
 
 
-def test_the_extension_leaves_unknown_failures_alone_and_explains_warnings(notebook):
-    unknown, warned, fine = notebook.cells[2], notebook.cells[3], notebook.cells[4]
+def test_the_extension_leaves_unknown_failures_alone_and_explains_warnings(executed):
+    unknown, warned, fine = executed.cells[2], executed.cells[3], executed.cells[4]
     assert [output.output_type for output in unknown.outputs] == ["error"]
     assert "merge_and_unload() there" in _shown(warned)[0]["text/plain"]
     assert any("UserWarning" in output.get("text", "") for output in warned.outputs)
     assert [output.output_type for output in fine.outputs] == ["execute_result"]
 
 
-def test_the_extension_can_be_unloaded(notebook):
-    assert [output.output_type for output in notebook.cells[6].outputs] == ["error"]
+def test_the_extension_can_be_unloaded(executed):
+    assert [output.output_type for output in executed.cells[6].outputs] == ["error"]
 
 
-def test_a_cell_that_failed_in_a_kernel_is_explained_from_its_report(tmp_path):
+def _failure_in_a_kernel(tmp_path, code):
     from nbclient import NotebookClient
 
-    code = "import torch\ntorch.nn.Embedding(1024, 8)(torch.tensor([5000]))"
     built = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     client = NotebookClient(
         built, timeout=60, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
-    failure = raised(client.execute)
+    return raised(client.execute)
+
+
+def test_a_cell_that_failed_in_a_kernel_is_explained_from_its_report(tmp_path):
+    code = "import torch\ntorch.nn.Embedding(1024, 8)(torch.tensor([5000]))"
     wrapped = RuntimeError("01_x.ipynb: a cell failed")
-    wrapped.__cause__ = failure
+    wrapped.__cause__ = _failure_in_a_kernel(tmp_path, code)
     assert explain(wrapped).key == "token-id-out-of-range"
+
+
+@provokes("cell-assert")
+def test_a_bare_assert_in_a_cell(tmp_path):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    code = "before, after = 2.0, 2.5\nassert after < before"
+    reported = _failure_in_a_kernel(tmp_path, code)
+    assert "`assert after < before` is false" in explain(reported).cause
+    here = InteractiveShell().run_cell(code).error_in_exec
+    return [reported, here]
 
 
 # --- Out of memory: the plan's part needs no GPU ---
@@ -744,7 +845,7 @@ def test_the_plan_names_its_largest_item_and_a_smaller_setting():
     profile = read_profile("colab-t4", per_device_train_batch_size=8, gradient_checkpointing=False)
     text = "CUDA out of memory. Tried to allocate 1.25 GiB. GPU 0 has a total capacity of 14.74 GiB"
     found = explain(torch.OutOfMemoryError(text), profile=profile)
-    config = explanation._config_of(profile.model_id)
+    config = looks.config_of(profile.model_id)
     plan = plan_memory(config, profile)
     largest = plan.sort_values("gib").iloc[-1]
     assert found.key == "cuda-out-of-memory"
@@ -781,39 +882,52 @@ class _LyingError(Exception):
     filename = property(lambda self: 1 / 0)
 
 
-def _ordinary():
-    """Failures of everyday code."""
-    return [
-        raised(lambda: {}["loss"]),
-        raised(lambda: list(range(3))[3]),
-        raised(lambda: 1 / 0),
-        raised(lambda: int("x")),
-        raised(lambda: None.shape),
-        raised(lambda: open("/nowhere/at/all")),
-        raised(lambda: __import__("no_such_package")),
-        raised(lambda: print(1, colour="red")),
-        raised(lambda: json.loads("{")),
-        raised(b"\xff".decode),
-        raised(lambda: eval("1 +")),
-        raised(next, iter([])),
-    ]
+def _refuse(message, kind=AssertionError):
+    raise kind(message) if message else kind
 
 
-def test_unknown_failures_pass_untouched():
-    import numpy
-    import pandas
+# Failures of everyday code, and failures that look like one of the table and are another.
+_NOT_KNOWN = {
+    "key": lambda torch: {}["loss"],
+    "index": lambda torch: list(range(3))[3],
+    "division": lambda torch: 1 / 0,
+    "number": lambda torch: int("x"),
+    "attribute": lambda torch: None.shape,
+    "package": lambda torch: __import__("no_such_package"),
+    "argument": lambda torch: print(1, colour="red"),
+    "JSON": lambda torch: json.loads("{"),
+    "bytes": lambda torch: b"\xff".decode(),
+    "syntax": lambda torch: eval("1 +"),
+    "iterator": lambda torch: next(iter([])),
+    "sum of two shapes": lambda torch: torch.ones(2) + torch.ones(3),
+    "tensor's index": lambda torch: torch.tensor([1, 2])[5],
+    "frame's column": lambda torch: pandas.DataFrame({"a": [1]})["text"],
+    "like dtype-mismatch: shapes": lambda torch: torch.ones(2, 3) @ torch.ones(2, 3),
+    "like dtype-mismatch: labels": lambda torch: torch.nn.functional.nll_loss(
+        torch.ones(2, 3), torch.ones(2)
+    ),
+    "like folder-missing": lambda torch: next(Path("/nowhere/at/all").iterdir()),
+    "like data-file-missing": lambda torch: Path("/nowhere/at/all.py").read_text(),
+    "like column-missing": lambda torch: {}["instruction"],
+    "like split-too-small": lambda torch: torch.arange(3)[63],
+    "like cell-assert: of a library": lambda torch: _refuse(""),
+    "like cell-assert: with its reason": lambda torch: _refuse("3 rows"),
+    "like target-modules-missing": lambda torch: torch.nn.Linear(2, 2).get_submodule("c_attn"),
+    "like adapter-missing": lambda torch: _refuse("Can't find 'vocab.json' at '/'", ValueError),
+}
+
+
+@pytest.mark.parametrize("what", _NOT_KNOWN)
+def test_what_is_not_known_is_not_explained(what):
     import torch
 
-    ordinary = [
-        *_ordinary(),
-        raised(lambda: torch.ones(2, 3) @ torch.ones(2, 3)),
-        raised(lambda: torch.ones(2) + torch.ones(3)),
-        raised(lambda: numpy.ones(3).reshape(2)),
-        raised(lambda: pandas.DataFrame({"a": [1]})["text"]),
-        raised(lambda: torch.tensor([1, 2])[5]),
-    ]
-    for exception in ordinary:
-        assert explain(exception) is None, (exception, explain(exception))
+    exception = raised(_NOT_KNOWN[what], torch)
+    assert explain(exception) is None, (exception, explain(exception))
+
+
+def test_a_hub_name_is_not_taken_for_a_folder(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert explain(_load("org/nothing", tmp_path, "good")).key == "repository-not-found"
 
 
 def test_what_is_no_exception_or_cannot_be_read_gives_none():
@@ -884,7 +998,7 @@ def test_entries_are_complete(failure):
         assert sign.raised
         re.compile(sign.message)
         re.compile(sign.where)
-        assert not sign.look or sign.look in explanation._LOOKS
+        assert not sign.look or sign.look in looks.LOOKS
         assert sign.message or sign.where or sign.look or sign.raised not in ("Exception", "RuntimeError")
     assert failure.link.startswith("https://")
     assert failure.fix[0].isupper() or failure.fix[0] in "`{" or "(" in failure.fix.split()[0]
@@ -924,7 +1038,7 @@ def test_attach_and_detach_leave_no_trace():
     before = list(shell.events.callbacks["post_run_cell"]), warnings.showwarning
     load_ipython_extension(shell)
     load_ipython_extension(shell)  # %reload_ext
-    assert shell.events.callbacks["post_run_cell"].count(explanation._after_cell) == 1
+    assert shell.events.callbacks["post_run_cell"].count(notebook._after_cell) == 1
     unload_ipython_extension(shell)
     unload_ipython_extension(shell)
     assert (list(shell.events.callbacks["post_run_cell"]), warnings.showwarning) == before

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from adapter_fixture import load_int8
 from safetensors.torch import load_file, save_file
+from tiny_models import load_int8
 
 from llama_sft_helpers.evaluation import (
     AdapterError,
@@ -15,6 +15,7 @@ from llama_sft_helpers.evaluation import (
     check_adapter_loaded,
     find_base_model,
     merge_device_map,
+    name_base_model,
     summarize_int8_merge,
 )
 from llama_sft_helpers.training import hash_files
@@ -196,3 +197,20 @@ def test_where_a_merge_has_room(monkeypatch):
 def test_the_config_is_what_notebook_06_writes(trained):
     config = json.loads((trained.adapter / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 16
+
+
+def test_an_adapter_names_a_demo_model_and_not_this_machine(folder, tiny_model_dir):
+    assert str(tiny_model_dir) in (folder / "adapter_config.json").read_text()
+    for _ in range(2):
+        assert name_base_model(folder) == "local:tiny-llama"
+    assert str(tiny_model_dir) not in (folder / "adapter_config.json").read_text()
+    assert find_base_model(folder) == str(tiny_model_dir)
+    check_adapter(folder, load_int8(tiny_model_dir), str(tiny_model_dir))
+
+
+def test_another_base_model_keeps_its_name(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    text = json.dumps({**config, "base_model_name_or_path": "meta-llama/Meta-Llama-3-8B"})
+    (folder / "adapter_config.json").write_text(text)
+    assert name_base_model(folder) == find_base_model(folder) == "meta-llama/Meta-Llama-3-8B"
+    assert (folder / "adapter_config.json").read_text() == text

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from adapter_fixture import TARGETS
 from peft import LoraConfig, get_peft_model
+from tiny_models import SEVEN
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from llama_sft_helpers.evaluation import write_engine_configs
 from llama_sft_helpers.profiles import load_profile
 
 ROWS = [{"prompt": f"q{i}\n", "completion": f"a “{i}”"} for i in range(8)]
-LORA = LoraConfig(r=16, lora_alpha=16, lora_dropout=0, task_type="CAUSAL_LM", target_modules=TARGETS)
+LORA = LoraConfig(r=16, lora_alpha=16, lora_dropout=0, task_type="CAUSAL_LM", target_modules=SEVEN)
 
 
 SIZES = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 8}
@@ -63,7 +63,7 @@ def test_trl_and_accelerate_read_every_key(tmp_path, name, profile):
     )
     assert script.dataset_name == "data"
     assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (16, 16, 0.0)
-    assert sorted(model.lora_target_modules) == sorted(TARGETS)
+    assert sorted(model.lora_target_modules) == sorted(SEVEN)
     assert (model.load_in_8bit, model.load_in_4bit) == (
         (True, False) if name == "ddp-int8" else (False, True)
     )

@@ -268,7 +268,7 @@ def test_kl_and_top1_by_hand():
 
 def test_log_probs_are_the_softmax_at_the_scored_tokens(trained, encoded):
     rows = encoded[:3]
-    found = next_token_log_probs(trained.model, rows, batch_size=2)
+    found = next_token_log_probs(trained.model, rows)
     assert len(found) == summarize_row_losses(trained.model, rows)["tokens"].sum()
     picked = torch.cat([torch.tensor([t for t in row["labels"] if t != -100]) for row in rows])
     losses = -found[torch.arange(len(found)), picked]

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from adapter_fixture import TARGETS
 from safetensors.torch import load_file, save_file
 from test_merging import save_adapter, save_base
+from tiny_models import SEVEN
 
 from llama_sft_helpers.evaluation import AdapterError
 from llama_sft_helpers.evaluation.lora_gguf import write_lora_gguf
@@ -36,7 +36,7 @@ def test_the_file_holds_every_a_and_b_and_what_llama_cpp_asks_for(folders, tmp_p
     assert fields["general.type"] == "adapter"
     assert fields["adapter.type"] == "lora"
     assert fields["adapter.lora.alpha"] == 12
-    assert len(tensors) == 2 * 2 * len(TARGETS)
+    assert len(tensors) == 2 * 2 * len(SEVEN)
     saved = load_file(adapter / "adapter_model.safetensors")
     prefix = "base_model.model.model.layers.1"
     for ours, theirs in (("mlp.down_proj", "ffn_down"), ("self_attn.v_proj", "attn_v")):

@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from adapter_fixture import TARGETS, load_int8
 from safetensors.torch import load_file, save_file
-from tiny_models import random_model
+from tiny_models import SEVEN, load_int8, random_model
 
 from llama_sft_helpers.evaluation import (
     AdapterError,
@@ -46,7 +45,7 @@ def save_adapter(folder, base_folder, **settings):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    config = LoraConfig(r=8, lora_alpha=12, task_type="CAUSAL_LM", target_modules=TARGETS)
+    config = LoraConfig(r=8, lora_alpha=12, task_type="CAUSAL_LM", target_modules=SEVEN)
     for key, value in settings.items():
         setattr(config, key, value)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16), config)
@@ -101,7 +100,7 @@ def test_every_tensor_is_that_of_merge_and_unload_bit_for_bit(tmp_path, dtype, t
     (tmp_path / "merged").mkdir()
     folders = {"folder": tmp_path / "merged", "base_folder": base, "adapter_folder": adapter}
     table = write(folders, max_shard_size="50KB")
-    assert table["merged"].sum() == 2 * len(TARGETS)
+    assert table["merged"].sum() == 2 * len(SEVEN)
     assert len(table) > 2
     expected = tensors_of(merge_by_peft(base, adapter, tmp_path / "peft"))
     found = tensors_of(folders["folder"])
@@ -333,7 +332,7 @@ def test_07_goes_on_where_neither_gpu_nor_ram_holds_the_model(
     held_out = space["encode_rows"](trained.tokenizer, trained.eval_rows.select(range(4)), 128)
     space |= {"profile": SimpleNamespace(**settings), "tokenizer": trained.tokenizer, "held_out": held_out}
     space |= {"adapter_folder": trained.adapter, "base": load_int8(trained.profile.model_id)}
-    space |= {"sizes": [0] * 2 * len(TARGETS)}
+    space |= {"sizes": [0] * 2 * len(SEVEN)}
     fake_memory(monkeypatch, ram=2**40 if room else 2**20, gpu=0 if room else 2**20)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     for name in wanted:

@@ -1,6 +1,8 @@
 """The model card and the upload, against the real client and a hub on loopback."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 import yaml
 from fake_hub import Account
 from fake_hub_upload import UploadHub
+from peft import LoraConfig
 
 from llama_sft_helpers.core.files import FilesError
 from llama_sft_helpers.core.llama import is_llama3
@@ -19,6 +22,7 @@ from llama_sft_helpers.evaluation import PublishError, check_repo_id, hash_rows,
 from llama_sft_helpers.profiles import read_profile
 from llama_sft_helpers.training import read_training_summary
 
+ROWS = Path(__file__).parents[2] / "llama_sft_helpers" / "datasets"
 SUMMARY = {
     "eval_loss_before": 1.5,
     "eval_loss_after": 1.25,
@@ -28,6 +32,7 @@ SUMMARY = {
     "profile": "colab-a100",
     "versions": {"torch": "2.11.0", "peft": "0.20.0"},
 }
+PROMPT = "### Instruction:\n{{ .Prompt }}\n\n### Response:\n"
 LOSSES = pd.DataFrame(
     {"loss_nats": [1.5, 1.25], "low": [1.4, 1.2], "high": [1.6, 1.3], "perplexity": [4.48, 3.49]},
     index=["base", "tuned"],
@@ -48,6 +53,8 @@ ANSWERS = pd.DataFrame(
 def write(folder, **changes):
     facts = {
         "profile": read_profile("colab-a100"),
+        "peft_config": LoraConfig(r=8, lora_alpha=12, target_modules=["v_proj", "q_proj"]),
+        "prompt": PROMPT,
         "training_summary": SUMMARY,
         "data_sha256": "ab" * 32,
         "losses": LOSSES,
@@ -71,6 +78,9 @@ def test_a_card_names_what_was_run_and_measured(tmp_path):
         "1.5000, 1.2500",
         "1.2000 to 1.3000",
         "NVIDIA A100",
+        "r=8, alpha=12, dropout=0.0",
+        "q_proj, v_proj",
+        "CC BY-NC 4.0",
     )
     for fact in (
         *expected,
@@ -80,6 +90,25 @@ def test_a_card_names_what_was_run_and_measured(tmp_path):
         "cut after 12",
     ):
         assert fact in text, fact
+
+
+def test_a_card_says_how_to_ask(tmp_path):
+    text = write(tmp_path).read_text(encoding="utf-8")
+    assert f"```text\n{PROMPT.strip()}\n```" in text
+    snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    assert 'from_pretrained("meta-llama/Meta-Llama-3-8B"' in snippet
+    compile(snippet, "snippet", "exec")
+    given = next(line for line in snippet.splitlines() if line.startswith("prompt = "))
+    assert ast.literal_eval(given.removeprefix("prompt = ")) == PROMPT
+    for command in ("llama-completion -m model-q8_0.gguf", "ollama create my-model -f Modelfile"):
+        assert command in text
+
+
+def test_the_licence_is_that_of_the_data(tmp_path):
+    for dataset_id, said in (("/my/rows.csv", "the trainer's own"), (str(ROWS), "Apache-2.0")):
+        text = write(tmp_path, profile=read_profile("ci-tiny", dataset_id=dataset_id)).read_text("utf-8")
+        assert said in text
+        assert "CC BY-NC" not in text
 
 
 def test_a_local_model_is_named_without_its_path_and_without_llama_terms(tmp_path):
@@ -112,6 +141,10 @@ def test_a_card_is_renewed_but_a_foreign_or_edited_one_is_left_alone(tmp_path):
     write(tmp_path, device="NVIDIA L4")
     second = path.read_text(encoding="utf-8")
     assert first != second
+    form = "# Model Card for Model ID\n[More Information Needed]\n"  # what PEFT leaves
+    path.write_text(form, encoding="utf-8")
+    write(tmp_path)
+    assert form not in path.read_text(encoding="utf-8")
     for text in ("# My own card\n", second + "A sentence of mine.\n", second.replace("1.2500", "0.2500")):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(PublishError, match="left as it is"):

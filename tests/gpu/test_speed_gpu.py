@@ -1,4 +1,7 @@
-"""The switches of speed.py on a GPU: run with ``pytest -m gpu`` where there is one."""
+"""The switches of speed.py on a GPU: run with ``pytest -m gpu`` where there is one.
+
+The kernel is tested here only: Triton's interpreter needs Triton, and torch for the CPU comes without it.
+"""
 
 import copy
 

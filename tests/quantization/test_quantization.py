@@ -1,5 +1,6 @@
 """Notebook 03's helpers, against bitsandbytes' own numbers, hand counts and float64."""
 
+import functools
 import json
 from importlib import resources
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, random_model, tiny_config
+from tiny_models import ARCHITECTURES, load_int8, load_nf4, tiny_config
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig
 
 from llama_sft_helpers import quantization
@@ -21,24 +22,9 @@ mpl.use("Agg")
 TEXTS = ["Name three colours.\nRed, green and blue.", "What is water made of?\nHydrogen and oxygen."]
 
 
-def nf4_config(*, double: bool = True) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-
-
-def load(folder, quantization_config=None, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantization_config, dtype=dtype, device_map={"": "cpu"}
-    )
-
-
 @pytest.fixture
 def tiny_model_nf4(tiny_model_dir):
-    return load(tiny_model_dir, nf4_config())
+    return load_nf4(tiny_model_dir)
 
 
 @pytest.fixture
@@ -95,14 +81,6 @@ def test_codes_equal_those_of_a_loaded_model(tiny_model, tiny_model_int8):
         assert torch.equal(absmax, loaded.SCB)
 
 
-def test_rounding_is_at_most_half_a_step():
-    torch.manual_seed(1)
-    weight = torch.randn(64, 256).half()
-    codes, absmax = quantization.quantize_absmax(weight)
-    step = absmax.double()[:, None] / 127
-    assert ((codes.double() * step - weight.double()).abs() / step).max() <= 0.5 + 1e-6
-
-
 @pytest.mark.parametrize(
     "weight",
     [torch.ones(3), torch.ones(2, 2, dtype=torch.int8), torch.empty(0, 4), torch.ones(2, 3, 4)],
@@ -142,13 +120,6 @@ def test_layers_of_an_unquantized_model_count_every_parameter_once(tiny_model):
     table = quantization.summarize_layers(tiny_model)
     assert table["parameters"].sum() == sum(p.numel() for p in tiny_model.parameters())
     assert set(table["why"]) == {"no quantization_config was given"}
-
-
-def test_a_tied_output_layer_is_counted_once():
-    model = random_model(tie_word_embeddings=True)
-    table = quantization.summarize_layers(model)
-    assert table["parameters"].sum() == sum(p.numel() for p in model.parameters())
-    assert quantization.summarize_memory(model.config).loc["fp32", "total_bytes"] == table["bytes"].sum()
 
 
 def test_nf4_counts_weights_not_bytes(tiny_model, tiny_model_nf4):
@@ -208,15 +179,11 @@ def test_parameters_equal_those_of_a_meta_model(config):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("row", "quantization_config"),
-    [
-        ("int8", BitsAndBytesConfig(load_in_8bit=True)),
-        ("nf4", nf4_config()),
-        ("nf4 single", nf4_config(double=False)),
-    ],
+    ("row", "load"),
+    [("int8", load_int8), ("nf4", load_nf4), ("nf4 single", functools.partial(load_nf4, double=False))],
 )
-def test_bytes_equal_those_that_bitsandbytes_holds(tiny_model_dir, row, quantization_config, dtype):
-    model = load(tiny_model_dir, quantization_config, dtype)
+def test_bytes_equal_those_that_bitsandbytes_holds(tiny_model_dir, row, load, dtype):
+    model = load(tiny_model_dir, dtype)
     expected = quantization.summarize_memory(model.config, dtype=dtype).loc[row, "total_bytes"]
     tensors = {id(t): t for t in [*model.parameters(), *stored_beside(model)]}
     assert sum(t.nbytes for t in tensors.values()) == expected
@@ -230,12 +197,6 @@ def stored_beside(model):
             yield tensor
         elif "bitsandbytes__" in name and any(".nested_absmax" in key for key in model.state_dict()):
             yield torch.zeros(1)  # the offset, which the state dict keeps inside its packed metadata
-
-
-def test_double_quantization_takes_less_than_single():
-    table = quantization.summarize_memory(llama3_config())
-    assert table.loc["nf4", "bits_per_weight"] == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-2)
-    assert table.loc["nf4 single", "bits_per_weight"] == pytest.approx(4 + 32 / 64, abs=1e-3)
 
 
 @pytest.mark.parametrize("config", [GPT2Config(), None, {"hidden_size": 64}])
@@ -262,7 +223,7 @@ def test_error_equals_a_float64_calculation(tiny_model, tiny_model_int8):
 
 
 def test_nf4_error_equals_that_of_its_16_levels(tiny_model, tiny_model_dir):
-    model = load(tiny_model_dir, nf4_config(double=False))
+    model = load_nf4(tiny_model_dir, double=False)
     table = quantization.summarize_quantization_error(tiny_model, model)
     weight = tiny_model.model.layers[0].self_attn.q_proj.weight.detach()
     blocks = weight.double().reshape(-1, 64)
@@ -271,13 +232,6 @@ def test_nf4_error_equals_that_of_its_16_levels(tiny_model, tiny_model_dir):
     nearest = levels[(blocks / absmax)[..., None].sub(levels).abs().argmin(-1)] * absmax
     expected = (nearest - blocks).norm() / blocks.norm()
     assert table.iloc[0]["relative_error"] == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_nf4_loses_more_than_int8(tiny_model_dir, tiny_model_int8, tiny_model_nf4):
-    int8 = quantization.summarize_quantization_error(tiny_model_dir, tiny_model_int8)
-    nf4 = quantization.summarize_quantization_error(tiny_model_dir, tiny_model_nf4)
-    assert (nf4["relative_error"] > 5 * int8["relative_error"]).all()
-    assert set(nf4["format"]) == {"nf4"}
 
 
 def test_checkpoint_and_model_give_the_same_errors(tiny_model_dir, tiny_model, tiny_model_int8):
@@ -302,20 +256,15 @@ def test_errors_are_the_same_through_a_peft_wrapper(tiny_model_dir, tiny_model_i
     pd.testing.assert_frame_equal(before.drop(columns="name"), after.drop(columns="name"))
 
 
-def test_error_of_an_unquantized_model_is_refused(tiny_model):
-    with pytest.raises(ValueError, match=r"no bitsandbytes layer\. Pass a model loaded with .*load_in_8bit"):
-        quantization.summarize_quantization_error(tiny_model, tiny_model)
-
-
-def test_a_quantized_reference_is_refused(tiny_model_int8):
-    with pytest.raises(ValueError, match="reference_model is quantized itself"):
-        quantization.summarize_quantization_error(tiny_model_int8, tiny_model_int8)
-
-
-def test_a_folder_without_weights_is_refused(tiny_model_int8, tmp_path):
-    for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ValueError, match=r"not a folder with \.safetensors files"):
-            quantization.summarize_quantization_error(folder, tiny_model_int8)
+def test_what_cannot_be_compared_is_refused(tiny_model, tiny_model_int8, tmp_path):
+    for reference, quantized, told in (
+        (tiny_model, tiny_model, r"no bitsandbytes layer\. Pass a model loaded with .*load_in_8bit"),
+        (tiny_model_int8, tiny_model_int8, "reference_model is quantized itself"),
+        (tmp_path, tiny_model_int8, r"not a folder with \.safetensors files"),
+        (tmp_path / "missing", tiny_model_int8, r"not a folder with \.safetensors files"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            quantization.summarize_quantization_error(reference, quantized)
 
 
 def test_a_reference_of_another_model_is_refused(tiny_model_int8):
@@ -405,45 +354,12 @@ def test_a_threshold_that_is_not_positive_is_refused(tiny_model_int8, batch, thr
         quantization.summarize_outliers(tiny_model_int8, batch, threshold)
 
 
-FORWARD_FUNCTIONS = ["summarize_outliers", "summarize_predictions", "summarize_forward_memory"]
-BAD_BATCHES = {
-    "nothing": ({}, r"is dict; expected a mapping"),
-    "no rows": ({"input_ids": torch.empty(0, 4, dtype=torch.long)}, r"is empty: input_ids of shape \(0, 4\)"),
-    "no tokens": (
-        {"input_ids": torch.empty(2, 0, dtype=torch.long)},
-        r"is empty: input_ids of shape \(2, 0\)",
-    ),
-    "one token": (
-        {"input_ids": torch.ones(1, 1, dtype=torch.long)},
-        r"is empty: input_ids of shape \(1, 1\)",
-    ),
-    "a vector": ({"input_ids": torch.ones(4, dtype=torch.long)}, r"is input_ids of shape \(4,\)"),
-    "lists": ({"input_ids": [[1, 2, 3]]}, "is input_ids of type list"),
-    "padding": (
-        {
-            "input_ids": torch.ones(1, 3, dtype=torch.long),
-            "attention_mask": torch.zeros(1, 3, dtype=torch.long),
-        },
-        "holds only padding",
-    ),
-}
-
-
-@pytest.mark.parametrize("bad", BAD_BATCHES.values(), ids=BAD_BATCHES)
-@pytest.mark.parametrize("function", FORWARD_FUNCTIONS)
-def test_an_empty_batch_is_refused(tiny_model_int8, function, bad):
-    batch, told = bad
-    with pytest.raises(ValueError, match=rf"The batch {told}.*Pass "):
-        getattr(quantization, function)(tiny_model_int8, batch)
-
-
-@pytest.mark.parametrize("function", FORWARD_FUNCTIONS)
-def test_a_batch_on_another_device_is_refused(tiny_model_int8, batch, function):
-    with pytest.raises(ValueError, match=r"is on meta, the model on cpu\. Pass batch\.to\(model\.device\)"):
-        getattr(quantization, function)(tiny_model_int8, {"input_ids": batch["input_ids"].to("meta")})
-    mixed = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"].to("meta")}
-    with pytest.raises(ValueError, match="attention_mask is on meta"):
-        quantization.summarize_predictions(tiny_model_int8, mixed)
+@pytest.mark.parametrize(
+    "function", ["summarize_outliers", "summarize_predictions", "summarize_forward_memory"]
+)
+def test_every_pass_looks_at_its_batch_first(tiny_model_int8, function):
+    with pytest.raises(ValueError, match=r"The batch is empty.*2 or more tokens"):
+        getattr(quantization, function)(tiny_model_int8, {"input_ids": torch.ones(1, 1, dtype=torch.long)})
 
 
 # --- summarize_predictions and summarize_forward_memory ---
@@ -517,15 +433,10 @@ def test_weight_grid_draws_each_level():
     assert ax.get_ylabel()
 
 
-@pytest.mark.parametrize("row", [-1, 4])
-def test_a_row_that_is_not_there_is_refused(row):
-    with pytest.raises(ValueError, match="rows 0 to 3"):
-        quantization.plot_weight_grid(torch.ones(4, 8), row=row)
-
-
-def test_a_row_of_zeros_is_refused():
-    with pytest.raises(ValueError, match="only zeros"):
-        quantization.plot_weight_grid(torch.zeros(4, 8))
+@pytest.mark.parametrize(("row", "told"), [(-1, "rows 0 to 3"), (4, "rows 0 to 3"), (0, "only zeros")])
+def test_a_row_that_cannot_be_drawn_is_refused(row, told):
+    with pytest.raises(ValueError, match=told):
+        quantization.plot_weight_grid(torch.zeros(4, 8), row=row)
 
 
 def test_error_figure_has_a_line_per_module_and_format(tiny_model_dir, tiny_model_int8, tiny_model_nf4):
@@ -610,16 +521,8 @@ def test_outlier_channels_on_a_gpu_equal_those_of_bitsandbytes(tiny_model_dir, b
 
 
 def test_left_padding_scores_the_same_tokens_as_none(tiny_model):
-    ids = torch.tensor([[5, 6, 7, 8]])
-    alone = quantization.summarize_predictions(
-        tiny_model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    )
     padded = {
-        "input_ids": torch.cat([torch.full((1, 3), 4), ids], dim=1),
+        "input_ids": torch.tensor([[4, 4, 4, 5, 6, 7, 8]]),
         "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1]]),
     }
-    assert (
-        quantization.summarize_predictions(tiny_model, padded)["label"].tolist()
-        == alone["label"].tolist()
-        == [6, 7, 8]
-    )
+    assert quantization.summarize_predictions(tiny_model, padded)["label"].tolist() == [6, 7, 8]

@@ -8,17 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def load_int8(folder, dtype="float32"):
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(load_in_8bit=True)
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, device_map="cpu", dtype=dtype
-    )
-
 
 def train_adapter(profile, folder: Path, *, max_steps=None):
     """Train with the recipe of the series and save as notebook 06 does.
@@ -28,10 +17,10 @@ def train_adapter(profile, folder: Path, *, max_steps=None):
     """
     from datasets import load_dataset
     from peft import LoraConfig, get_peft_model
+    from tiny_models import SEVEN, build_trainer, load_int8
     from transformers import AutoTokenizer, set_seed
-    from trl import SFTConfig, SFTTrainer
 
-    from llama_sft_helpers.data import to_prompt_completion
+    from llama_sft_helpers.data import to_prompt_completion, training_template
 
     set_seed(42)
     rows = load_dataset(profile.dataset_id, split="train")
@@ -40,36 +29,28 @@ def train_adapter(profile, folder: Path, *, max_steps=None):
     train_rows = split["train"].select(range(profile.train_rows or len(split["train"])))
     tokenizer = AutoTokenizer.from_pretrained(profile.model_id)
     peft_config = LoraConfig(
-        r=16, lora_alpha=16, lora_dropout=0, bias="none", task_type="CAUSAL_LM", target_modules=TARGETS
+        r=16, lora_alpha=16, lora_dropout=0, bias="none", task_type="CAUSAL_LM", target_modules=SEVEN
     )
     model = get_peft_model(load_int8(profile.model_id), peft_config)
-    config = SFTConfig(
-        output_dir=str(folder / "checkpoints"),
+    trainer = build_trainer(
+        model,
+        folder / "checkpoints",
+        tokenizer,
+        train_rows,
+        eval_rows=split["test"],
         max_length=profile.max_length,
         per_device_train_batch_size=profile.per_device_train_batch_size,
         per_device_eval_batch_size=profile.per_device_train_batch_size,
         max_steps=max_steps or profile.max_steps,
         learning_rate=profile.learning_rate,
         lr_scheduler_type="linear",
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        logging_steps=1,
-        seed=42,
-        report_to="none",
-        disable_tqdm=True,
     )
-    trainer = SFTTrainer(
-        model, config, train_dataset=train_rows, eval_dataset=split["test"], processing_class=tokenizer
-    )
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     before = trainer.evaluate()["eval_loss"]
     start = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - start
     after = trainer.evaluate()["eval_loss"]
+    tokenizer.chat_template = training_template(tokenizer, "alpaca")
     trainer.save_model(str(folder / "adapter"))
     packages = ("torch", "transformers", "peft", "trl", "bitsandbytes")
     summary = {

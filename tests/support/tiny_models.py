@@ -1,7 +1,7 @@
-"""Configurations and models of a few thousand random weights, of every supported architecture."""
+"""What tests build again and again: tiny models of every supported architecture, a trainer of few steps."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LLAMA31_ROPE = {
@@ -39,3 +39,56 @@ def random_model(model_type="llama", *, seed=0, **changes):
     """A model of ``tiny_config`` with random weights, float32."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes))
+
+
+def load_int8(folder, dtype=torch.float32):
+    """A saved model with 8-bit weights, on the CPU."""
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, device_map="cpu", dtype=dtype
+    )
+
+
+def load_nf4(folder, dtype=torch.float32, double=True):
+    """A saved model with 4-bit weights, on the CPU; by default their scales are quantized too."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, device_map="cpu", dtype=dtype
+    )
+
+
+def build_trainer(model, folder, tokenizer, rows, *, eval_rows=None, callbacks=(), kind=None, **changes):
+    """An ``SFTTrainer`` on the CPU whose LoRA weights are float32, as in notebook 06."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    settings = {
+        "max_length": 64,
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "seed": 42,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    trainer = (kind or SFTTrainer)(
+        model,
+        SFTConfig(output_dir=str(folder), **(settings | changes)),
+        train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer

@@ -15,19 +15,17 @@ import warnings
 from pathlib import Path
 
 import datasets
-import torch
+import tiny_models
 import transformers
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from tiny_models import SEVEN
+from transformers import AutoTokenizer, TrainerCallback
 
 from llama_sft_helpers.data import to_prompt_completion
 from llama_sft_helpers.demo_model import ensure_model
 from llama_sft_helpers.profiles import load_profile
 from llama_sft_helpers.training import RunGuardCallback, describe_run, latest_checkpoint
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def quiet():
@@ -39,50 +37,35 @@ def quiet():
 
 
 def build_model(r=16):
-    model = AutoModelForCausalLM.from_pretrained(
-        ensure_model("tiny-llama"),
-        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
-        device_map="cpu",
-        dtype=torch.float32,
-    )
+    model = tiny_models.load_int8(ensure_model("tiny-llama"))
     transformers.set_seed(42)
-    lora = LoraConfig(r=r, lora_alpha=16, lora_dropout=0, task_type="CAUSAL_LM", target_modules=TARGETS)
+    lora = LoraConfig(r=r, lora_alpha=16, lora_dropout=0, task_type="CAUSAL_LM", target_modules=SEVEN)
     return get_peft_model(model, lora)
 
 
 def build_trainer(folder, callbacks=(), model=None, **changes):
-    profile = load_profile("ci-tiny")
-    rows = load_dataset(profile.dataset_id, split="train").select(range(48))
+    rows = load_dataset(load_profile("ci-tiny").dataset_id, split="train").select(range(48))
     rows = rows.map(to_prompt_completion, remove_columns=rows.column_names)
     settings = {
         "max_length": 128,
-        "per_device_train_batch_size": 2,
         "max_steps": 4,
         "learning_rate": 5e-3,
-        "bf16": False,
-        "gradient_checkpointing": False,
         "eval_strategy": "steps",
         "eval_steps": 3,
+        "save_strategy": "steps",
         "save_steps": 2,
         "save_total_limit": 2,
-        "logging_steps": 1,
-        "seed": 42,
-        "report_to": "none",
-        "disable_tqdm": True,
-        **changes,
     }
-    trainer = SFTTrainer(
+    trainer = tiny_models.build_trainer(
         model or build_model(),
-        SFTConfig(output_dir=str(folder), **settings),
-        train_dataset=rows.select(range(40)),
-        eval_dataset=rows.select(range(40, 48)),
-        processing_class=AutoTokenizer.from_pretrained(ensure_model("tiny-llama")),
-        callbacks=list(callbacks),
+        folder,
+        AutoTokenizer.from_pretrained(ensure_model("tiny-llama")),
+        rows.select(range(40)),
+        eval_rows=rows.select(range(40, 48)),
+        callbacks=callbacks,
+        **(settings | changes),
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     return trainer
 
 

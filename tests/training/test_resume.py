@@ -1,8 +1,10 @@
-"""The kill drill: a run that dies three times, once while saving, ends bit for bit as one that never did."""
+"""The kill drill: a run that dies three times, once while saving, ends bit for bit as one that never did.
+
+The moments are the same in every run of the tests; ``KILL_DRILL_SEED`` draws others, as the weekly job does.
+"""
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ SCRIPT = Path(__file__).parents[1] / "support" / "tiny_training.py"
 
 
 def test_a_run_killed_three_times_equals_the_uninterrupted_one(tmp_path, tiny_model_dir):
-    seed = int(os.environ.get("KILL_DRILL_SEED", random.randrange(10**6)))
+    seed = int(os.environ.get("KILL_DRILL_SEED", "15"))
     done = subprocess.run([sys.executable, SCRIPT, tmp_path, str(seed)], capture_output=True, text=True)
     where = f"KILL_DRILL_SEED={seed}: {done.stderr[-2000:]}"
     assert done.returncode == 0, where

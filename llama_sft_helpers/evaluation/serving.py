@@ -1,0 +1,122 @@
+"""Notebook 07: the ``Modelfile`` that makes Ollama ask as training did, and llama.cpp asked by it.
+
+As a program (``python -m llama_sft_helpers.evaluation.serving MODELFILE``, which needs the package
+``xllamacpp``) it reads a JSON list of instructions and writes the answers that llama.cpp gives by that file.
+llama.cpp gets a process of its own because its threads and PyTorch's do not share one well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from llama_sft_helpers.core.files import write_text
+
+# Ollama puts the user's message in this place (https://docs.ollama.com/modelfile).
+MESSAGE = "{{ .Prompt }}"
+
+
+def write_modelfile(
+    path: str | Path,
+    *,
+    model_file: str,
+    prompt: str,
+    stop: str,
+    max_new_tokens: int,
+    adapter_file: str | None = None,
+) -> Path:
+    """Write a ``Modelfile``: the model, its prompt, where an answer ends, and greedy decoding as in 07.
+
+    Args:
+        path: The file to write.
+        model_file: The GGUF file's name, beside the ``Modelfile``.
+        prompt: The prompt of training, as it is for the message ``MESSAGE``.
+        stop: The text of the token that ends an answer.
+        max_new_tokens: Longest answer, in tokens.
+        adapter_file: The adapter's GGUF file, if it is not merged into the model.
+
+    Raises:
+        ValueError: The prompt has no place for the message, or holds what ends a template.
+    """
+    if MESSAGE not in prompt or '"""' in prompt:
+        raise ValueError(
+            f'prompt is {prompt!r}; expected {MESSAGE} once and no """. Make it by the function that makes '
+            f"your prompts, of the instruction {MESSAGE!r}."
+        )
+    lines = [f"FROM ./{model_file}"]
+    lines += [f"ADAPTER ./{adapter_file}"] if adapter_file else []
+    lines += [f'TEMPLATE """{prompt}"""', f'PARAMETER stop "{stop}"']
+    lines += [f"PARAMETER num_predict {max_new_tokens}", "PARAMETER temperature 0"]
+    lines += ["PARAMETER repeat_penalty 1"]
+    write_text(path, "\n".join(lines) + "\n")
+    return Path(path)
+
+
+def read_modelfile(path: str | Path) -> dict[str, Any]:
+    """What a ``Modelfile`` of ``write_modelfile`` says: FROM, ADAPTER, TEMPLATE, stop, num_predict.
+
+    Raises:
+        ValueError: One of them is missing (ADAPTER may be).
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    patterns = {
+        "from": r"^FROM (.+)$",
+        "template": r'^TEMPLATE """(.*?)"""$',
+        "stop": r'^PARAMETER stop "(.+)"$',
+        "num_predict": r"^PARAMETER num_predict (\d+)$",
+        "adapter": r"^ADAPTER (.+)$",
+    }
+    found = {
+        name: re.search(pattern, text, re.MULTILINE | re.DOTALL if name == "template" else re.MULTILINE)
+        for name, pattern in patterns.items()
+    }
+    if missing := [name for name, match in found.items() if not match and name != "adapter"]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; write it with write_modelfile.")
+    return {name: match[1] for name, match in found.items() if match}
+
+
+def ask(modelfile: str | Path, instructions: list[str]) -> list[dict[str, Any]]:
+    """llama.cpp's greedy answers, by the model, template, stop and length of a ``Modelfile``.
+
+    Args:
+        modelfile: The file; the model's file lies beside it.
+        instructions: What to ask, one after the other.
+
+    Returns:
+        For each ``text``, ``tokens`` (ids) and ``stopped`` (whether it ended by itself).
+    """
+    import xllamacpp
+
+    said, folder = read_modelfile(modelfile), Path(modelfile).parent
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.verbosity = str(folder / said["from"]), 2048, 0
+    if threads := os.environ.get("OMP_NUM_THREADS"):  # llama.cpp's threads do not look at it themselves
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
+    if "adapter" in said:
+        lora = xllamacpp.CommonAdapterLoraInfo()
+        lora.path, lora.scale = str(folder / said["adapter"]), 1.0
+        params.lora_adapters = [lora]
+    server = xllamacpp.Server(params)
+    answers = []
+    for instruction in instructions:
+        request = {
+            "prompt": said["template"].replace(MESSAGE, instruction),
+            "stop": [said["stop"]],
+            "max_tokens": int(said["num_predict"]),
+            "temperature": 0,
+            "repeat_penalty": 1,
+            "logprobs": 1,
+        }
+        choice = server.handle_completions(request)["choices"][0]
+        tokens = [token["id"] for token in (choice.get("logprobs") or {}).get("content", [])]
+        stopped = choice["finish_reason"] == "stop"
+        answers.append({"text": choice["text"], "tokens": tokens, "stopped": stopped})
+    return answers
+
+
+if __name__ == "__main__":
+    print(json.dumps(ask(sys.argv[1], json.load(sys.stdin))))  # noqa: T201  (a program's answer)

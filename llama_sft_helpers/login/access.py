@@ -1,0 +1,188 @@
+"""Does a token open a model? No call here waits longer than ``HUB_SECONDS`` for an answer of the hub."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from llama_sft_helpers.core.waiting import within
+from llama_sft_helpers.login.tokens import find_token
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+HUB_SECONDS = 8.0
+TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+REQUESTS_PAGE = "https://huggingface.co/settings/gated-repos"
+STATUS_PAGE = "https://status.huggingface.co"
+
+_Result = TypeVar("_Result")
+
+# reason -> (what is the case, page to open, what to do there); {repo} is the model, {detail} the hub's words
+_REMEDIES = {
+    "no-token": (
+        "{repo} is gated, and no token was found",
+        TOKENS_PAGE,
+        "make a token of type Read, then log in above (or keep it as the Colab secret HF_TOKEN)",
+    ),
+    "invalid-token": (
+        "the hub does not accept the token ({detail})",
+        TOKENS_PAGE,
+        "it is mistyped, expired or revoked: make a new one of type Read and log in again",
+    ),
+    "gated-not-accepted": (
+        "this account has not accepted the licence of {repo}",
+        "https://huggingface.co/{repo}",
+        "fill in the form on the model's page while logged in with the same account",
+    ),
+    "gated-pending": (
+        "the request for {repo} waits for its authors",
+        REQUESTS_PAGE,
+        "wait for their mail (Meta: mostly within hours); until then use SFT_PROFILE=cpu-demo, an open model",
+    ),
+    "gated-rejected": (
+        "the authors of {repo} refused the request",
+        REQUESTS_PAGE,
+        "the decision is theirs; use SFT_PROFILE=cpu-demo, an open model",
+    ),
+    "token-lacks-gated-permission": (
+        "the account may be allowed, but this fine-grained token may not read gated models",
+        TOKENS_PAGE,
+        "edit the token and tick 'Read access to contents of all public gated repos you can access'",
+    ),
+    "not-found": (
+        "the hub shows no model {repo} to this account ({detail})",
+        "https://huggingface.co/models?search={repo}",
+        "check the spelling; a private model also needs a token of an account that may see it",
+    ),
+    "forbidden": (
+        "the hub refuses access to {repo} ({detail})",
+        "https://huggingface.co/{repo}",
+        "read the notice on the model's page",
+    ),
+    "hub-unreachable": (
+        "no useful answer from the hub ({detail})",
+        STATUS_PAGE,
+        "check the network, HF_ENDPOINT and proxies, and try again; nothing is known about the token yet",
+    ),
+}
+REASONS = tuple(_REMEDIES)
+
+
+class AccessError(ValueError):
+    """A model cannot be downloaded, and why.
+
+    Attributes:
+        reason: One of ``REASONS``.
+        repo_id: The model.
+        page: The page to open.
+        action: What to do there.
+    """
+
+    def __init__(self, reason: str, repo_id: str, detail: str = "") -> None:
+        case, page, action = (text.format(repo=repo_id, detail=detail) for text in _REMEDIES[reason])
+        super().__init__(f"{reason}: {case}.\nPage: {page}\nNext: {action}.")
+        self.reason, self.repo_id, self.page, self.action = reason, repo_id, page, action
+
+
+def summarize_reasons(repo_id: str) -> pd.DataFrame:
+    """Every reason that ``check_access`` tells apart: columns reason, case, page, action."""
+    import pandas as pd
+
+    rows = [
+        (reason, *(text.format(repo=repo_id, detail="the hub's words") for text in texts))
+        for reason, texts in _REMEDIES.items()
+    ]
+    return pd.DataFrame(rows, columns=["reason", "case", "page", "action"])
+
+
+def check_access(repo_id: str, token: str | None = None) -> None:
+    """Ask the hub, before a download of 16 GB, whether this token opens this model.
+
+    A folder that exists is open. The call is ``huggingface_hub.auth_check``, given up after ``HUB_SECONDS``.
+
+    Args:
+        repo_id: The model, ``owner/name``, or a folder.
+        token: Token to ask with; None takes what ``find_token`` finds.
+
+    Raises:
+        AccessError: The model is not open; ``reason`` is one of ``REASONS``, the message says what to do.
+    """
+    if Path(repo_id).is_dir():
+        return
+    token = token or find_token().token
+    _check_shape(token, repo_id)
+    _ask_hub(lambda api: api.auth_check(repo_id, token=token or False), repo_id, token)
+
+
+def check_token(token: str, repo_id: str = "") -> dict[str, Any]:
+    """The hub's ``whoami`` answer for a token.
+
+    Raises:
+        AccessError: ``invalid-token`` or ``hub-unreachable``.
+    """
+    _check_shape(token, repo_id)
+    return _ask_hub(lambda api: api.whoami(token=token), repo_id, token)
+
+
+def _check_shape(token: str | None, repo_id: str) -> None:
+    """Refuse what cannot be a token before an HTTP library quotes it in an error message."""
+    if token and not (token.isascii() and token.isprintable() and " " not in token):
+        raise AccessError("invalid-token", repo_id, "it holds spaces or characters that no token has")
+
+
+def _ask_hub(call: Callable[[HfApi], _Result], repo_id: str, token: str | None) -> _Result:
+    """Make one call to the hub and turn what goes wrong into an ``AccessError``."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+
+    client = sys.modules[HTTPError.__module__]  # httpx with huggingface_hub 1.x, httpx2 with 2.x
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=False)
+    try:
+        return within(HUB_SECONDS, lambda: call(api))
+    except HFValidationError:
+        raise AccessError("not-found", repo_id, "not of the form owner/name") from None
+    except HfHubHTTPError as error:
+        raise _explain(error, repo_id, token) from None
+    except OfflineModeIsEnabled:
+        raise AccessError("hub-unreachable", repo_id, "HF_HUB_OFFLINE is set: unset it") from None
+    except TimeoutError as error:
+        raise AccessError("hub-unreachable", repo_id, str(error)) from None
+    # ImportError: a SOCKS proxy without its package
+    except (client.HTTPError, client.InvalidURL, ImportError, OSError, ValueError) as error:
+        detail = f"{type(error).__name__} at {api.endpoint}"
+        raise AccessError("hub-unreachable", repo_id, detail) from None
+
+
+def _explain(error: HfHubHTTPError, repo_id: str, token: str | None) -> AccessError:
+    """From the answer's status and the hub's own error headers, not from the exception's class.
+
+    ``huggingface_hub`` reports an expired token as RepositoryNotFoundError.
+    """
+    status = error.response.status_code
+    code, message = (error.response.headers.get(name, "") for name in ("X-Error-Code", "X-Error-Message"))
+    detail = f"HTTP {status}" + (f", {message}" if message else "")
+    return AccessError(
+        _reason(status, code, message.lower(), bool(token)), repo_id, detail.replace(token or "\0", "…")
+    )
+
+
+def _reason(status: int, code: str, message: str, has_token: bool) -> str:
+    if status == 429 or status >= 500:
+        return "hub-unreachable"
+    if "fine-grained" in message:
+        return "token-lacks-gated-permission"
+    if status == 401 and has_token:
+        return "invalid-token"
+    if code == "GatedRepo":
+        waits, refused = "awaiting" in message or "pending" in message, "rejected" in message
+        granted = "gated-pending" if waits else "gated-rejected" if refused else "gated-not-accepted"
+        return granted if has_token else "no-token"
+    if code == "RepoNotFound" or status == 404:
+        return "not-found"
+    return "no-token" if status == 401 else "forbidden"

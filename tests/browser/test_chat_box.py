@@ -1,0 +1,70 @@
+"""Notebook 07's box in JupyterLab and headless Chromium, after the last cell, with the tiny Llama.
+
+Run with ``make test-browser``; it needs Debian's ``chromium``. Screenshots: ``test-artifacts/browser``.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from browser_lab import ARTIFACTS, jupyter_lab, open_and_run_all
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).parent.parent.parent
+LAST_CELL = "tensors that the adapter changed in the merged files"  # a row of the last table
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_model_dir):
+    """Notebook 07, and the adapter that 06 trains for it."""
+    folder = tmp_path_factory.mktemp("lab")
+    command = [sys.executable, "-m", "llama_sft_helpers.cli", "run", "--profile", "ci-tiny", "--only", "06"]
+    environment = {**os.environ, "SFT_OUTPUT_DIR": str(folder / "out")}
+    subprocess.run([*command, "--out", str(folder / "run")], env=environment, check=True, timeout=600)
+    shutil.copy(ROOT / "notebooks" / "07_evaluation.ipynb", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    """Notebook 07 in JupyterLab, all its cells run."""
+    output = next(folder.rglob("training_summary.json")).parent
+    with (
+        jupyter_lab(folder, {"SFT_OUTPUT_DIR": str(output), "SFT_PROFILE": "ci-tiny"}) as address,
+        open_and_run_all(f"{address}/lab/tree/07_evaluation.ipynb?reset") as page,
+    ):
+        yield page
+
+
+def test_a_message_typed_while_cells_run_arrives_whole_and_is_answered(page):
+    field = page.get_by_placeholder("An instruction, then Enter")
+    field.wait_for(timeout=300_000)
+    field.press_sequentially("Name three fruits.")
+    field.press("Enter")
+    answered(page, "Name three fruits.")
+    page.screenshot(path=ARTIFACTS / "5-chat-while-running.png")
+
+
+def test_the_box_answers_after_the_last_cell(page):
+    page.get_by_role("cell", name=LAST_CELL).wait_for(state="attached", timeout=300_000)
+    field = page.get_by_placeholder("An instruction, then Enter")
+    field.press_sequentially("What is 17 + 25?")
+    page.get_by_role("button", name="Send", exact=True).click()
+    answered(page, "What is 17 + 25?")
+    assert "no attribute" not in page.content()
+    page.screenshot(path=ARTIFACTS / "6-chat-after-the-last-cell.png")
+
+
+def answered(page, question):
+    """Wait for the question as it was typed, and for an answer that is more than the dots."""
+    said = page.locator("p", has_text=f"you: {question}")
+    said.wait_for(timeout=300_000)
+    assert said.inner_text() == f"you: {question}"
+    answer = said.locator("xpath=following-sibling::p[1]")
+    page.wait_for_function("node => !node.innerText.endsWith('…')", arg=answer.element_handle())
+    assert answer.inner_text().startswith("tuned: ")
+    assert "[" not in answer.inner_text(), answer.inner_text()
