@@ -247,13 +247,13 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
 ) -> None:
     """Talk to a trained adapter on its 8-bit base model; answers stream, and end at EOS."""
-    from llama_sft_helpers.data.rows import to_prompt_completion
+    from llama_sft_helpers.data.formats import render_prompt
     from llama_sft_helpers.evaluation.adapter import AdapterError
     from llama_sft_helpers.evaluation.chat import ChatError, run_chat, stream_answer
 
     def respond(instruction: str, tuned: bool) -> Generator[str, None, None]:
-        row = to_prompt_completion({"instruction": instruction, "output": "unused"})
-        return stream_answer(model, tokenizer, row["prompt"], tuned=tuned, max_new_tokens=max_new_tokens)
+        text = render_prompt(instruction, tokenizer, "chat" if tokenizer.chat_template else "plain")
+        return stream_answer(model, tokenizer, text, tuned=tuned, max_new_tokens=max_new_tokens)
 
     try:
         model, tokenizer = _load_adapter(adapter, base_model)
@@ -263,7 +263,7 @@ def chat(
 
 
 def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
-    """The adapter on a fresh 8-bit base, as notebook 07 loads it."""
+    """The adapter on a fresh 8-bit base, and the tokenizer with the template that training used."""
     import logging
     import warnings
 
@@ -277,6 +277,7 @@ def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
+    from llama_sft_helpers.data.formats import training_template
     from llama_sft_helpers.evaluation.adapter import AdapterError, check_adapter, find_base_model
     from llama_sft_helpers.profiles import device_map
 
@@ -289,9 +290,12 @@ def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
             device_map=device_map(),
             dtype="auto",
         )
-        tokenizer = AutoTokenizer.from_pretrained(base_model)
+        has_tokenizer = (folder / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else base_model)
     except (OSError, ValueError) as error:
         raise AdapterError(f"The base model {base_model!r} cannot be loaded: {error}") from error
+    if not has_tokenizer:
+        tokenizer.chat_template = training_template(tokenizer, "alpaca")
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     check_adapter(folder, model, base_model)
     return PeftModel.from_pretrained(model, folder), tokenizer

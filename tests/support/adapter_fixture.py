@@ -20,7 +20,7 @@ def train_adapter(profile, folder: Path, *, max_steps=None):
     from tiny_models import SEVEN, build_trainer, load_int8
     from transformers import AutoTokenizer, set_seed
 
-    from llama_sft_helpers.data import to_prompt_completion
+    from llama_sft_helpers.data import to_prompt_completion, training_template
 
     set_seed(42)
     rows = load_dataset(profile.dataset_id, split="train")
@@ -50,6 +50,7 @@ def train_adapter(profile, folder: Path, *, max_steps=None):
     trainer.train()
     seconds = time.monotonic() - start
     after = trainer.evaluate()["eval_loss"]
+    tokenizer.chat_template = training_template(tokenizer, "alpaca")
     trainer.save_model(str(folder / "adapter"))
     packages = ("torch", "transformers", "peft", "trl", "bitsandbytes")
     summary = {
