@@ -20,6 +20,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from provocations import read_only, small_disk
 
 from llama_sft_helpers.doctor import explain
 
@@ -27,23 +28,6 @@ pytestmark = pytest.mark.slow
 SEED = int(os.environ.get("DRILL_SEED", random.randrange(10**6)))
 TRAINING = Path(__file__).parents[1] / "support" / "drill_training.py"
 COMMAND = [sys.executable, "-m", "llama_sft_helpers.cli"]
-
-
-@contextlib.contextmanager
-def small_disk(folder, kib, options=()):
-    """A tmpfs of some KiB."""
-    folder.mkdir(exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", ",".join((f"size={kib}k", *options)), "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("needs root to mount a small tmpfs")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def read_only(folder):
-    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
 
 
 def leftovers(folder):
@@ -123,7 +107,7 @@ def test_the_disk_is_full_at_the_model_build(tmp_path):
 
     for kib in (8, 64, 256, 500, 600, 700, 750):
         with small_disk(tmp_path / f"disk-{kib}", kib) as disk:
-            with pytest.raises(demo_model.ModelBuildError, match="Nothing was left behind") as caught:
+            with pytest.raises(demo_model.ModelBuildError, match="Nothing was overwritten") as caught:
                 demo_model.ensure_model("tiny-llama", disk / "model")
             assert explain(caught.value).key == "disk-full"
             assert not (disk / "model").exists()

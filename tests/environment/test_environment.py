@@ -159,39 +159,48 @@ class TestWhatCannotBeImportedOrBuilt:
         assert "demo model" not in table(monkeypatch, demo_model_fix=lacks).index  # the hub's model
 
 
+NO_GPU = {"gpu": None, "gpu_gib": 0.0, "capability": None, "bf16": False, "driver_cuda": None}
+HIDDEN = {**NO_GPU, "driver_cuda": "13.0", "on_disk": with_package(torch="2.13.0+cu130")}
+T4 = {"gpu": "Tesla T4", "gpu_gib": 14.74, "capability": (7, 5), "bf16": False}
+# what is changed -> (component, status, words of the fix)
+PROBLEMS = [
+    *(
+        ({"on_disk": with_package(**{name: None})}, name, "missing", f'"{name}=={TESTED[name]}"')
+        for name in ("trl", "bitsandbytes", "transformers")
+    ),
+    # Colab's own datasets, which trl 1.x refuses; transformers has an upper bound on tokenizers
+    ({"on_disk": with_package(datasets="4.0.0")}, "datasets", "too old", TESTED["datasets"]),
+    ({"on_disk": with_package(tokenizers="0.99.0")}, "tokenizers", "too new", "tokenizers"),
+    ({"on_disk": with_package(torchao="0.10.0")}, "torchao", "too old", '--no-deps -U "torchao>='),
+    ({"in_memory": {"pyarrow": "18.1.0"}}, "pyarrow", "restart", "Restart session"),
+    ({**NO_GPU, "colab": False}, "GPU", "no GPU", "SFT_PROFILE=cpu-demo"),
+    ({**HIDDEN, "on_disk": with_package(torch="2.13.0+cpu")}, "GPU", "GPU hidden", "--force-reinstall"),
+    ({**HIDDEN, "driver_cuda": "11.4"}, "GPU", "GPU hidden", "driver: it runs CUDA up to 11.4"),
+    *(
+        ({**HIDDEN, "visible_devices": ids}, "GPU", "GPU hidden", f"_DEVICES='{ids}' hides it: unset")
+        for ids in ("", "-1", "7")
+    ),
+    # colab-l4's plan needs 19.7 GiB
+    ({**T4, "bf16": True}, "GPU memory", "too little", "export SFT_PROFILE=colab-t4"),
+    ({**T4, "gpu_gib": 23.0, "profile": "colab-l4"}, "bf16", "unsupported", "export SFT_PROFILE=colab-t4"),
+    ({"capability": (7, 0)}, "compute capability", "unsupported", "T4, L4, A100"),
+    ({"ram_gib": 4.0}, "RAM", "too little", "more memory"),
+]
+
+
+@pytest.mark.parametrize(("changes", "component", "status", "fix"), PROBLEMS)
+def test_one_thing_to_fix(monkeypatch, changes, component, status, fix):
+    row = problem(table(monkeypatch, **changes))
+    assert (row.name, row["status"]) == (component, status)
+    assert fix in row["fix"]
+
+
 class TestPackages:
-    @pytest.mark.parametrize("name", ["trl", "bitsandbytes", "transformers"])
-    def test_missing(self, monkeypatch, name):
-        row = problem(table(monkeypatch, on_disk=with_package(**{name: None})))
-        assert row["status"] == "missing"
-        assert row["fix"] == f'pip install -q "{name}=={TESTED[name]}"'
-
-    def test_older_than_another_package_needs(self, monkeypatch):
-        """Colab's own datasets, which trl 1.x refuses; the bound comes from trl's metadata."""
-        needs = [Requirement(line) for line in importlib.metadata.requires("trl")]
-        bound = next(item.specifier for item in needs if item.name == "datasets" and item.marker is None)
-        assert not bound.contains("4.0.0")
-        row = problem(table(monkeypatch, on_disk=with_package(datasets="4.0.0")))
-        assert row["status"] == "too old"
-        assert row["fix"] == f'pip install -q "datasets=={TESTED["datasets"]}"'
-
-    def test_newer_than_another_package_allows(self, monkeypatch):
-        """transformers 5.15 allows tokenizers up to 0.23."""
-        row = problem(table(monkeypatch, on_disk=with_package(tokenizers="0.99.0")))
-        assert (row.name, row["status"]) == ("tokenizers", "too new")
-
     def test_another_version_inside_the_bounds_is_no_problem(self, monkeypatch):
         summary = table(monkeypatch, on_disk=with_package(torch="2.11.0+cu128", ipywidgets="7.7.1"))
         assert summary["status"]["torch"] == "other version"
         assert summary["status"]["ipywidgets"] == "other version"
         assert not summary["status"].isin(MUST_FIX).any()
-
-    def test_torchao_that_peft_refuses(self, monkeypatch):
-        row = problem(table(monkeypatch, on_disk=with_package(torchao="0.10.0")))
-        assert row["status"] == "too old"
-        assert "--no-deps" in row["fix"]
-        wanted = Requirement(row["fix"].split('"')[1])
-        assert not wanted.specifier.contains("0.10.0")
 
     def test_torchao_bound_is_the_one_peft_has(self, monkeypatch):
         """peft itself, on a pretended version, refuses below the bound and accepts it."""
@@ -211,12 +220,6 @@ class TestPackages:
 
     def test_no_torchao_is_fine(self, monkeypatch):
         assert table(monkeypatch)["status"]["torchao"] == "not there"
-
-    def test_upgraded_on_disk_but_imported_before(self, monkeypatch):
-        row = problem(table(monkeypatch, in_memory={"pyarrow": "18.1.0"}))
-        assert row["status"] == "restart"
-        assert "18.1.0 in memory" in row["installed"]
-        assert "Restart session" in row["fix"]
 
     def test_stale_import_is_seen_in_a_real_process(self, tmp_path):
         """A real package that is imported and then upgraded on disk, in a process of its own."""
@@ -317,9 +320,6 @@ class TestVersions:
         check_imports()
 
 
-NO_GPU = {"gpu": None, "gpu_gib": 0.0, "capability": None, "bf16": False, "driver_cuda": None}
-
-
 class TestGpu:
     def test_cpu_runtime_chosen_by_mistake(self, monkeypatch):
         monkeypatch.delenv("SFT_PROFILE")
@@ -339,46 +339,15 @@ class TestGpu:
         summary = table(monkeypatch, profile=None, colab=False, **NO_GPU)
         assert not summary["status"].isin(MUST_FIX).any()
 
-    def test_profile_that_needs_one(self, monkeypatch):
-        row = problem(table(monkeypatch, colab=False, **NO_GPU))
-        assert row["status"] == "no GPU"
-        assert "SFT_PROFILE=cpu-demo" in row["fix"]
-
-    def test_torch_built_for_the_cpu(self, monkeypatch):
-        changes = {**NO_GPU, "driver_cuda": "12.8", "on_disk": with_package(torch="2.13.0+cpu")}
-        row = problem(table(monkeypatch, **changes))
-        assert row["status"] == "GPU hidden"
-        assert row["fix"] == f'pip install --force-reinstall "torch=={TESTED["torch"]}"'
-
-    def test_driver_older_than_torch_needs(self, monkeypatch):
-        changes = {**NO_GPU, "driver_cuda": "11.4", "on_disk": with_package(torch="2.13.0+cu128")}
-        row = problem(table(monkeypatch, **changes))
-        assert row["status"] == "GPU hidden"
-        assert "driver" in row["fix"]
-        assert "11.4" in row["fix"]
-
-    @pytest.mark.parametrize("devices", ["", "-1", "7"])
-    def test_a_variable_hides_the_gpu(self, monkeypatch, devices):
-        changes = {**NO_GPU, "driver_cuda": "13.0", "on_disk": with_package(torch="2.13.0+cu130")}
-        row = problem(table(monkeypatch, visible_devices=devices, **changes))
-        assert row["status"] == "GPU hidden"
-        assert f"CUDA_VISIBLE_DEVICES='{devices}' hides it: unset" in row["fix"]
-        on_purpose = table(monkeypatch, "ci-tiny", visible_devices=devices, **changes)
-        assert on_purpose.loc["GPU", ["installed", "status"]].tolist() == [
-            "hidden by CUDA_VISIBLE_DEVICES",
-            "not there",
-        ]
+    def test_a_gpu_that_is_hidden_on_purpose_needs_no_fix(self, monkeypatch):
+        shown = table(monkeypatch, "ci-tiny", visible_devices="", **HIDDEN).loc["GPU"]
+        assert (shown["installed"], shown["status"]) == ("hidden by CUDA_VISIBLE_DEVICES", "not there")
 
     def test_the_variable_is_measured(self, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         assert machine.measure().visible_devices == ""
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
         assert machine.measure().visible_devices is None
-
-    def test_too_little_memory_names_a_profile_that_fits(self, monkeypatch):
-        row = problem(table(monkeypatch, gpu="Tesla T4", gpu_gib=14.74))
-        assert (row.name, row["status"]) == ("GPU memory", "too little")
-        assert row["fix"] == "export SFT_PROFILE=colab-t4"  # colab-l4's plan needs 19.7 GiB
 
     def test_memory_needed_is_the_plan(self, monkeypatch):
         from transformers import LlamaConfig
@@ -391,17 +360,8 @@ class TestGpu:
         planned = plan_memory(config, profile)["gib"].sum()
         assert table(monkeypatch)["tested"]["GPU memory"].startswith(f"{planned:.1f} GiB")
 
-    def test_t4_has_no_bfloat16(self, monkeypatch):
-        changes = {"gpu": "Tesla T4", "gpu_gib": 14.74, "capability": (7, 5), "bf16": False}
-        assert not table(monkeypatch, profile="colab-t4", **changes)["status"].isin(MUST_FIX).any()
-        shown = table(monkeypatch, profile="colab-l4", **{**changes, "gpu_gib": 23.0})
-        row = problem(shown)
-        assert (row.name, row["status"]) == ("bf16", "unsupported")
-        assert row["fix"] == "export SFT_PROFILE=colab-t4"
-
-    def test_gpu_without_int8_units(self, monkeypatch):
-        row = problem(table(monkeypatch, capability=(7, 0)))
-        assert (row.name, row["installed"]) == ("compute capability", "7.0")
+    def test_a_t4_with_its_own_profile(self, monkeypatch):
+        assert not table(monkeypatch, profile="colab-t4", **T4)["status"].isin(MUST_FIX).any()
 
     def test_gpu_is_measured_by_torch(self, monkeypatch):
         facts = types.SimpleNamespace(name="NVIDIA L4", total_memory=22 * 2**30, major=8, minor=9)
@@ -534,9 +494,6 @@ class TestDiskAndMemory:
     def test_small_model_needs_little_disk(self, monkeypatch):
         summary = table(monkeypatch, profile="ci-tiny", free_disk_gib=2.0)
         assert summary["status"]["free disk"] == "ok"
-
-    def test_too_little_ram(self, monkeypatch):
-        assert problem(table(monkeypatch, ram_gib=4.0)).name == "RAM"
 
     def test_measured_against_the_system(self):
         import psutil

@@ -21,14 +21,19 @@ from llama_sft_helpers.doctor import explain
 PROVOKED: dict[str, list[str]] = defaultdict(list)  # failure -> tests that provoke it
 
 
-def provokes(key):
-    """Mark a test that provokes a failure: it returns the exceptions; each must be explained as ``key``."""
+def provokes(*keys):
+    """Mark a test that provokes a failure: it returns the exceptions; each must be explained as the key.
+
+    With several keys the test has a parameter ``key``, which names the one that is provoked.
+    """
 
     def decorate(function):
-        PROVOKED[key].append(function.__name__)
+        for one in keys:
+            PROVOKED[one].append(function.__name__)
 
         @functools.wraps(function)
         def test(*arguments, **keywords):
+            key = keywords.get("key", keys[0])
             exceptions = function(*arguments, **keywords)
             assert exceptions, "nothing was provoked"
             for exception in exceptions:
@@ -165,3 +170,21 @@ def point_client_at(endpoint, monkeypatch):
     without_pauses = types.SimpleNamespace(sleep=lambda seconds: None)
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", without_pauses)
+
+
+@contextlib.contextmanager
+def small_disk(folder, kib):
+    """A tmpfs of some KiB."""
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs root to mount a small tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def read_only(folder):
+    """Let nothing be written to a small disk any more."""
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
