@@ -1,6 +1,6 @@
 """Hold llama.cpp's answers against those of transformers: the same merged model, prompts and precision.
 
-Needs no GPU. The adapter is one that notebook 06 trained; the prompts are the ten of notebook 07. Its merged
+Needs no GPU. The adapter is one of notebook 06; the prompts are the ten of notebook 07. Its merged
 model is written in float32 and bfloat16 and as q8_0, llama.cpp answers by the `Modelfile` that 07 writes, and
 the first 16 greedy tokens are compared: with the merged model in the same precision, and with the 8-bit model
 that 07 shows. The tools are installed as 07 installs them:
