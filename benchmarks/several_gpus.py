@@ -82,6 +82,16 @@ class Bench:
             "command": shlex.join(["python", "benchmarks/several_gpus.py", *sys.argv[1:]]),
             "adapters": {},
         }
+        if args.add and args.out.is_file():
+            self.add_to(json.loads(args.out.read_text(encoding="utf-8")))
+
+    def add_to(self, earlier: dict[str, Any]) -> None:
+        """Keep an earlier report's other parts and its command; this run's comes beside it."""
+        about = {key: self.report[key] for key in ("card", "versions", "command")}
+        added = [*earlier.get("added", []), {"parts": self.args.part, **about}]
+        self.report = {**earlier, "added": added}
+        kept = [row for row in earlier["runs"] if row["part"] not in self.args.part]
+        self.runs = {Run(row["part"], row["processes"], row["output"]): row for row in kept}
 
     def left(self) -> float:
         """Seconds of the time allowed."""
@@ -137,7 +147,7 @@ class Bench:
         for processes in self.counts:
             table = write_engine_configs(
                 self.work / f"{name}-{processes}", profile=profile, model=peft_model, train_rows=rows,
-                eval_rows=rows[:4], processes=max(2, processes),
+                eval_rows=rows[:4], processes=max(2, processes), fsdp_version=self.args.fsdp_version,
             )  # fmt: skip
             self.report["printed_commands"] = table["command"].to_dict()
             self.report["effective_batch_rows"] = int(table["effective_batch_rows"].iloc[0])
@@ -344,6 +354,8 @@ def main() -> None:
     parser.add_argument("--first-gpu", type=int, default=0, help="the GPUs from this one on are used")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything; then what is there stays")
     parser.add_argument("--timeout", type=float, default=150.0, help="seconds for one launch")
+    parser.add_argument("--add", action="store_true", help="keep the other parts that --out holds")
+    parser.add_argument("--fsdp-version", type=int, choices=(1, 2), default=1)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--max-length", type=int, default=2048, help="tokens in a row; the fast part has two")
     parser.add_argument("--layers-70b", type=int, default=0, help="decoder layers of 70B's shape; 8")
