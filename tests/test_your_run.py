@@ -5,6 +5,7 @@ import json
 import nbformat
 import pytest
 from data_forms import FORMS, write_form
+from small_data import write_rows
 from typer.testing import CliRunner
 
 from llama_sft_helpers.cli import app
@@ -62,9 +63,9 @@ def test_what_cannot_be_trained_is_one_clear_error(options, told, tmp_path):
 
 @pytest.mark.slow
 def test_an_overfitted_run_keeps_everything_and_its_best_adapter(tmp_path):
-    source, columns, _ = write_form("csv", tmp_path / "data")
+    source = write_rows(tmp_path / "data" / "rows.jsonl", 12)
     options = ["--set", "epochs=12", "--set", "learning_rate=0.02", "--set", "max_new_tokens=2"]
-    summary, shown = train(source, columns, tmp_path / "out", *options)
+    summary, shown = train(source, None, tmp_path / "out", *options)
     folder = tmp_path / "out" / "your_run"
     assert "Overfitted: the loss was lowest after step" in shown
     assert "each row is seen 12 times. That is often" in shown

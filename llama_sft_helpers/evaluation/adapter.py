@@ -16,6 +16,11 @@ import torch
 from llama_sft_helpers.core.files import hash_files, write_text
 
 _WEIGHTS = "adapter_model.safetensors"
+# PEFT 0.21 selects tensors by the names of modules, which FSDP's version 1 changes, and finds none.
+_NO_LORA = (
+    "{path} holds no LoRA tensor: what was trained is not in it. PEFT 0.21.0 to 0.21.2 save such a file "
+    "under FSDP's version 1. Train again with peft<0.21."
+)
 
 
 class AdapterError(ValueError):
@@ -199,6 +204,8 @@ def _open_weights(folder: Path) -> Iterator[Any]:
         raise AdapterError(f"{folder} has no {_WEIGHTS}. Run notebook 06 again, or copy the whole folder.")
     try:
         with safe_open(str(path), framework="pt") as tensors:
+            if not any(".lora_" in name for name in tensors.keys()):  # noqa: SIM118
+                raise AdapterError(_NO_LORA.format(path=path))
             yield tensors
     except SafetensorError as error:
         raise AdapterError(

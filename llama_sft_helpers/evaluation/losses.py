@@ -108,7 +108,9 @@ def summarize_row_losses(model: Any, encoded: Sequence[EncodedRow], batch_size: 
 
 def _eos_ids(model: Any) -> list[int]:
     found = model.config.eos_token_id
-    return found if isinstance(found, list) else [found]
+    if found is None:  # Some checkpoints name it for generation only.
+        found = model.generation_config.eos_token_id
+    return found if isinstance(found, list) else [found] if found is not None else []
 
 
 def _forward(model: Any, rows: Sequence[EncodedRow]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -124,7 +126,7 @@ def _forward(model: Any, rows: Sequence[EncodedRow]) -> Iterator[tuple[torch.Ten
 def _scored_logits(model: Any, rows: Sequence[EncodedRow]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [rows, tokens - 1, vocabulary] and the labels they predict [rows, tokens - 1]."""
     length = max(len(row["input_ids"]) for row in rows)
-    input_ids = torch.full((len(rows), length), _eos_ids(model)[0])
+    input_ids = torch.full((len(rows), length), (_eos_ids(model) or [0])[0])
     mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED)
     for index, row in enumerate(rows):

@@ -8,6 +8,7 @@ llama.cpp gets a process of its own because its threads and PyTorch's do not sha
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -93,6 +94,8 @@ def ask(modelfile: str | Path, instructions: list[str]) -> list[dict[str, Any]]:
     said, folder = read_modelfile(modelfile), Path(modelfile).parent
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.verbosity = str(folder / said["from"]), 2048, 0
+    if threads := os.environ.get("OMP_NUM_THREADS"):  # llama.cpp's threads do not look at it themselves
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
     if "adapter" in said:
         lora = xllamacpp.CommonAdapterLoraInfo()
         lora.path, lora.scale = str(folder / said["adapter"]), 1.0

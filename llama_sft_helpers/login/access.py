@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,59 +19,11 @@ if TYPE_CHECKING:
 
 HUB_SECONDS = 8.0
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
-REQUESTS_PAGE = "https://huggingface.co/settings/gated-repos"
-STATUS_PAGE = "https://status.huggingface.co"
 
 _Result = TypeVar("_Result")
-
-# reason -> (what is the case, page to open, what to do there); {repo} is the model, {detail} the hub's words
-_REMEDIES = {
-    "no-token": (
-        "{repo} is gated, and no token was found",
-        TOKENS_PAGE,
-        "make a token of type Read, then log in above (or keep it as the Colab secret HF_TOKEN)",
-    ),
-    "invalid-token": (
-        "the hub does not accept the token ({detail})",
-        TOKENS_PAGE,
-        "it is mistyped, expired or revoked: make a new one of type Read and log in again",
-    ),
-    "gated-not-accepted": (
-        "this account has not accepted the licence of {repo}",
-        "https://huggingface.co/{repo}",
-        "fill in the form on the model's page while logged in with the same account",
-    ),
-    "gated-pending": (
-        "the request for {repo} waits for its authors",
-        REQUESTS_PAGE,
-        "wait for their mail (Meta: mostly within hours); until then use SFT_PROFILE=cpu-demo, an open model",
-    ),
-    "gated-rejected": (
-        "the authors of {repo} refused the request",
-        REQUESTS_PAGE,
-        "the decision is theirs; use SFT_PROFILE=cpu-demo, an open model",
-    ),
-    "token-lacks-gated-permission": (
-        "the account may be allowed, but this fine-grained token may not read gated models",
-        TOKENS_PAGE,
-        "edit the token and tick 'Read access to contents of all public gated repos you can access'",
-    ),
-    "not-found": (
-        "the hub shows no model {repo} to this account ({detail})",
-        "https://huggingface.co/models?search={repo}",
-        "check the spelling; a private model also needs a token of an account that may see it",
-    ),
-    "forbidden": (
-        "the hub refuses access to {repo} ({detail})",
-        "https://huggingface.co/{repo}",
-        "read the notice on the model's page",
-    ),
-    "hub-unreachable": (
-        "no useful answer from the hub ({detail})",
-        STATUS_PAGE,
-        "check the network, HF_ENDPOINT and proxies, and try again; nothing is known about the token yet",
-    ),
-}
+_REMEDIES: dict[str, dict[str, str]] = tomllib.loads(
+    Path(__file__).with_name("reasons.toml").read_text(encoding="utf-8")
+)
 REASONS = tuple(_REMEDIES)
 
 
@@ -85,19 +38,20 @@ class AccessError(ValueError):
     """
 
     def __init__(self, reason: str, repo_id: str, detail: str = "") -> None:
-        case, page, action = (text.format(repo=repo_id, detail=detail) for text in _REMEDIES[reason])
-        super().__init__(f"{reason}: {case}.\nPage: {page}\nNext: {action}.")
-        self.reason, self.repo_id, self.page, self.action = reason, repo_id, page, action
+        self.reason, self.repo_id = reason, repo_id
+        case, self.page, self.action = _filled(reason, repo_id, detail)
+        super().__init__(f"{reason}: {case}.\nPage: {self.page}\nNext: {self.action}.")
+
+
+def _filled(reason: str, repo_id: str, detail: str) -> list[str]:
+    return [text.format(repo=repo_id, detail=detail) for text in _REMEDIES[reason].values()]
 
 
 def summarize_reasons(repo_id: str) -> pd.DataFrame:
     """Every reason that ``check_access`` tells apart: columns reason, case, page, action."""
     import pandas as pd
 
-    rows = [
-        (reason, *(text.format(repo=repo_id, detail="the hub's words") for text in texts))
-        for reason, texts in _REMEDIES.items()
-    ]
+    rows = [(reason, *_filled(reason, repo_id, "the hub's words")) for reason in REASONS]
     return pd.DataFrame(rows, columns=["reason", "case", "page", "action"])
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +125,18 @@ def _log_in(token: str, repo_id: str, keep: Callable[..., None]) -> tuple[str, s
 
 def _keep(token: str, keep: Callable[..., None]) -> None:
     """Keep the token in the cache, where every library finds it, and let no older variable hide it."""
+    from huggingface_hub import get_session
+
     older = {name: os.environ.pop(name) for name in TOKEN_VARIABLES if name in os.environ}
+    session = get_session()
+    before, session.timeout = session.timeout, access.HUB_SECONDS  # by default the client waits for ever
     try:
-        with _client_timeout(access.HUB_SECONDS):
-            keep(token=token)
+        keep(token=token)  # in this thread: it may ask for Colab's secret, which works in the main one only
     except BaseException:
         os.environ.update(older)
         raise
+    finally:
+        session.timeout = before
 
 
 def _describe(found: FoundToken) -> str:
@@ -145,20 +149,3 @@ def _status(text: str, state: str) -> str:
     color = {"ok": "#00694e", "error": "#a33d00"}.get(state, "inherit")
     shown = html.escape(text).replace("\n", "<br>")
     return f'<span role="status" aria-live="polite" data-state="{state}" style="color:{color}">{shown}</span>'
-
-
-@contextmanager
-def _client_timeout(seconds: float) -> Iterator[None]:
-    """Give the hub client, which waits for ever by default, a time-out.
-
-    ``login`` may ask for Colab's secret, and that works in the main thread only.
-    """
-    from huggingface_hub import get_session
-
-    session = get_session()
-    before = session.timeout
-    session.timeout = seconds
-    try:
-        yield
-    finally:
-        session.timeout = before

@@ -65,6 +65,14 @@ def test_a_model_that_is_not_the_file_is_noticed(trained, folder, base):
         check_adapter_loaded(model, folder)
 
 
+def test_a_file_without_lora_names_peft_and_fsdp(trained, folder, base):
+    save_file({}, weights(folder))  # what PEFT 0.21 saves under FSDP version 1
+    for check in (lambda: check_adapter(folder, base, find_base_model(folder)),
+                  lambda: check_adapter_loaded(trained.model, folder)):  # fmt: skip
+        with pytest.raises(AdapterError, match=r"holds no LoRA tensor.* PEFT 0\.21\.0 .*with peft<0\.21"):
+            check()
+
+
 def test_a_missing_folder_says_to_run_06_and_names_the_path(tmp_path, base):
     with pytest.raises(AdapterError, match=r"Run notebook 06 first") as caught:
         check_adapter(tmp_path / "none", base, "x")

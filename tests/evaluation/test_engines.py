@@ -26,7 +26,7 @@ def peft_model(config=LlamaConfig):
     return get_peft_model(AutoModelForCausalLM.from_config(config(**SIZES)), LORA)
 
 
-def write(folder, profile="ci-tiny", rows=ROWS, processes=2, model=None, **overrides):
+def write(folder, profile="ci-tiny", rows=ROWS, processes=2, *, model=None, fsdp_version=1, **overrides):
     if isinstance(profile, str):
         from llama_sft_helpers.profiles import read_profile
 
@@ -38,6 +38,7 @@ def write(folder, profile="ci-tiny", rows=ROWS, processes=2, model=None, **overr
         train_rows=rows,
         eval_rows=ROWS[:2],
         processes=processes,
+        fsdp_version=fsdp_version,
     )
 
 
@@ -93,6 +94,19 @@ def test_the_layers_that_fsdp_shares_out_are_the_models(tmp_path):
     assert settings["bnb_4bit_quant_storage"] == settings["dtype"]  # one type in FSDP's flat tensor
 
 
+@pytest.mark.parametrize(
+    ("peft", "fsdp_version", "needs"),
+    [("0.20.0", 1, ""), ("0.21.0", 1, "peft<0.21"), ("0.21.2", 1, "peft<0.21"), ("0.21.0", 2, "")],
+)
+def test_what_would_save_no_lora_says_what_it_needs(tmp_path, monkeypatch, peft, fsdp_version, needs):
+    monkeypatch.setattr("llama_sft_helpers.evaluation.engines.version", lambda name: peft)
+    table = write(tmp_path, fsdp_version=fsdp_version)
+    assert table["needs"].to_dict() == {"ddp-int8": "", "fsdp-nf4": needs}
+    assert read(tmp_path / "accelerate_fsdp-nf4.yaml")["fsdp_config"]["fsdp_version"] == fsdp_version
+    reentrant = read(tmp_path / "sft_fsdp-nf4.yaml")["gradient_checkpointing_kwargs"]["use_reentrant"]
+    assert reentrant is (fsdp_version == 1)
+
+
 def test_a_float16_profile_is_written_for_bfloat16(tmp_path):
     write(tmp_path, "colab-t4")
     settings = read(tmp_path / "sft_ddp-int8.yaml")
@@ -115,6 +129,21 @@ def test_what_cannot_be_run_is_refused(tmp_path):
         write(tmp_path, rows=[])
     with pytest.raises(ValueError, match=r"batch of 4 rows .* cannot be shared by processes=3"):
         write(tmp_path, processes=3)
+
+
+def test_the_readme_says_what_two_gpus_gave():
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    for name, bound in {"ddp": 0.1, "fsdp": 0.6}.items():
+        result = json.loads((root / f"benchmarks/results/several_gpus_{name}.json").read_text())
+        runs = {row["output"]: row for row in result["runs"]}
+        for row in result["scaling"]:
+            one, two = (runs[f"{row['part']}-{n}"] for n in (1, 2))
+            cells = [f"{run['tokens_per_second']:,.0f}" for run in (one, two)]
+            cells += [f"{max(run['peak_gib']):.1f}" for run in (one, two)]
+            assert f"| {' | '.join(cells)} |" in text
+            assert row["largest_loss_difference"] < bound / 100
+        assert f"within {bound} %" in text
 
 
 @pytest.mark.slow

@@ -58,10 +58,13 @@ def test_llama_cpp_gets_the_template_the_stop_and_the_adapter(tmp_path, monkeypa
             return {"choices": [choice]}
 
     fake = SimpleNamespace(
-        CommonParams=lambda: SimpleNamespace(model=SimpleNamespace()),
+        CommonParams=lambda: SimpleNamespace(
+            model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace()
+        ),
         CommonAdapterLoraInfo=SimpleNamespace,
         Server=Server,
     )
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setitem(sys.modules, "xllamacpp", fake)
     answers = ask(write(tmp_path, adapter_file="a.gguf"), ["one", "two"])
     assert answers == [{"text": "hi", "tokens": [7, 2], "stopped": True}] * 2
@@ -69,5 +72,6 @@ def test_llama_cpp_gets_the_template_the_stop_and_the_adapter(tmp_path, monkeypa
         PROMPT.replace("{{ .Prompt }}", n) for n in ("one", "two")
     ]
     assert (asked[0]["stop"], asked[0]["max_tokens"], asked[0]["temperature"]) == (["<|im_end|>"], 48, 0)
+    assert given[0].cpuparams.n_threads == 3
     assert given[0].model.path == str(tmp_path / "./m.gguf")
     assert given[0].lora_adapters[0].path == str(tmp_path / "./a.gguf")
