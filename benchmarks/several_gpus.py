@@ -86,11 +86,12 @@ class Bench:
             self.add_to(json.loads(args.out.read_text(encoding="utf-8")))
 
     def add_to(self, earlier: dict[str, Any]) -> None:
-        """Keep an earlier report's other parts and its command; this run's comes beside it."""
+        """Keep an earlier report's command, other parts and runs of one process; ours come beside them."""
         about = {key: self.report[key] for key in ("card", "versions", "command")}
         added = [*earlier.get("added", []), {"parts": self.args.part, **about}]
         self.report = {**earlier, "added": added}
-        kept = [row for row in earlier["runs"] if row["part"] not in self.args.part]
+        ours = self.args.part
+        kept = [row for row in earlier["runs"] if row["part"] not in ours or row["processes"] == 1]
         self.runs = {Run(row["part"], row["processes"], row["output"]): row for row in kept}
 
     def left(self) -> float:
@@ -235,11 +236,14 @@ class Bench:
         losses = self.runs[resumed].get("losses", [])
         found |= {"updates_after_resuming": len(losses)}
         found["largest_loss_difference"] = difference(losses, whole[SAVED:])
+        before = self.runs[killed].get("losses", [])
+        found["largest_loss_difference_from_the_killed"] = difference(losses, before[SAVED:])
 
     def check_adapters(self, part: str) -> None:
         """Load what the part's finished runs saved with ``PeftModel``, in a process that sees no GPU."""
         done = [run for run, row in self.runs.items() if row.get("exit") == 0 and run.part == part]
         folders = [str(self.work / run.folder / run.output) for run in done]
+        folders = [folder for folder in folders if Path(folder).is_dir()]  # not those of an earlier report
         if not folders:
             return
         command = [
@@ -354,7 +358,7 @@ def main() -> None:
     parser.add_argument("--first-gpu", type=int, default=0, help="the GPUs from this one on are used")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything; then what is there stays")
     parser.add_argument("--timeout", type=float, default=150.0, help="seconds for one launch")
-    parser.add_argument("--add", action="store_true", help="keep the other parts that --out holds")
+    parser.add_argument("--add", action="store_true", help="keep --out's other parts and one-process runs")
     parser.add_argument("--fsdp-version", type=int, choices=(1, 2), default=1)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--max-length", type=int, default=2048, help="tokens in a row; the fast part has two")

@@ -3,14 +3,15 @@
 Run with ``make test-browser``; it needs Debian's ``chromium``. Screenshots: ``test-artifacts/browser``.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from adapter_fixture import train_adapter
 from browser_lab import ARTIFACTS, jupyter_lab, open_and_run_all
+
+from llama_sft_helpers.profiles import load_profile
+from llama_sft_helpers.training import hash_files, write_training_summary
 
 pytestmark = pytest.mark.browser
 
@@ -19,12 +20,12 @@ LAST_CELL = "tensors that the adapter changed in the merged files"  # a row of t
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_model_dir):
-    """Notebook 07, and the adapter that 06 trains for it."""
+def folder(tmp_path_factory):
+    """Notebook 07, and in ``out`` the adapter that it finds."""
     folder = tmp_path_factory.mktemp("lab")
-    command = [sys.executable, "-m", "llama_sft_helpers.cli", "run", "--profile", "ci-tiny", "--only", "06"]
-    environment = {**os.environ, "SFT_OUTPUT_DIR": str(folder / "out")}
-    subprocess.run([*command, "--out", str(folder / "run")], env=environment, check=True, timeout=600)
+    summary = train_adapter(load_profile("ci-tiny"), folder / "out").summary
+    summary["adapter_sha256"] = hash_files(folder / "out" / "adapter")
+    write_training_summary(folder / "out" / "training_summary.json", summary)
     shutil.copy(ROOT / "notebooks" / "07_evaluation.ipynb", folder)
     return folder
 
@@ -32,17 +33,24 @@ def folder(tmp_path_factory, tiny_model_dir):
 @pytest.fixture(scope="module")
 def page(folder):
     """Notebook 07 in JupyterLab, all its cells run."""
-    output = next(folder.rglob("training_summary.json")).parent
     with (
-        jupyter_lab(folder, {"SFT_OUTPUT_DIR": str(output), "SFT_PROFILE": "ci-tiny"}) as address,
+        jupyter_lab(folder, {"SFT_OUTPUT_DIR": str(folder / "out"), "SFT_PROFILE": "ci-tiny"}) as address,
         open_and_run_all(f"{address}/lab/tree/07_evaluation.ipynb?reset") as page,
     ):
+        page.set_default_timeout(300_000)
         yield page
 
 
-def test_a_message_typed_while_cells_run_arrives_whole_and_is_answered(page):
+def field_of(page):
+    """The box's field; JupyterLab draws a cell once it is scrolled to."""
     field = page.get_by_placeholder("An instruction, then Enter")
-    field.wait_for(timeout=300_000)
+    field.wait_for(state="attached")
+    field.scroll_into_view_if_needed()
+    return field
+
+
+def test_a_message_typed_while_cells_run_arrives_whole_and_is_answered(page):
+    field = field_of(page)
     field.press_sequentially("Name three fruits.")
     field.press("Enter")
     answered(page, "Name three fruits.")
@@ -50,9 +58,8 @@ def test_a_message_typed_while_cells_run_arrives_whole_and_is_answered(page):
 
 
 def test_the_box_answers_after_the_last_cell(page):
-    page.get_by_role("cell", name=LAST_CELL).wait_for(state="attached", timeout=300_000)
-    field = page.get_by_placeholder("An instruction, then Enter")
-    field.press_sequentially("What is 17 + 25?")
+    page.get_by_role("cell", name=LAST_CELL).wait_for(state="attached")
+    field_of(page).press_sequentially("What is 17 + 25?")
     page.get_by_role("button", name="Send", exact=True).click()
     answered(page, "What is 17 + 25?")
     assert "no attribute" not in page.content()
@@ -62,7 +69,7 @@ def test_the_box_answers_after_the_last_cell(page):
 def answered(page, question):
     """Wait for the question as it was typed, and for an answer that is more than the dots."""
     said = page.locator("p", has_text=f"you: {question}")
-    said.wait_for(timeout=300_000)
+    said.wait_for()
     assert said.inner_text() == f"you: {question}"
     answer = said.locator("xpath=following-sibling::p[1]")
     page.wait_for_function("node => !node.innerText.endsWith('…')", arg=answer.element_handle())
