@@ -13,7 +13,6 @@ from llama_sft_helpers.core.plots import COLOURS, MARKERS, new_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BYTES = 16  # float32: a trainable parameter, its gradient and Adam's two means
 _SWEEP_COLUMNS = ("targets", "r", "parameters", "held_out_loss")
 # How many (target sets, learning rates, ranks) to try, from all down to the least that the claims need. What
 # is dropped first tells least: a rank between two others, then the outer rates, then the middle set.
@@ -129,13 +128,11 @@ def plot_sweep(sweep: pd.DataFrame, base_loss: float) -> Axes:
     axes.axhline(base_loss, color="0.4", linestyle="--", label="base model, no adapter")
     axes.set_xscale("log")
     axes.margins(y=0.12)
-    top = axes.secondary_xaxis(
-        "top", functions=(lambda count: count * BYTES / 2**20, lambda mib: mib * 2**20 / BYTES)
-    )
-    top.set_xlabel(f"weights, gradients and Adam's means (MiB, {BYTES} bytes a parameter)")
-    axes.set_title("The same short training, by rank and target modules")
+    axes.set_title("Held-out loss after the same short training: lower is better")
     axes.set(xlabel="trainable parameters", ylabel="held-out loss (nats a token)")
-    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16), title="target_modules")
+    axes.legend(
+        ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14), title="target modules; r beside each point"
+    )
     return axes
 
 
