@@ -289,7 +289,7 @@ class TestVersions:
         source = {cell["id"]: "".join(cell["source"]) for cell in cells}
         names = {"PACKAGES": ["torch"], "pd": pandas, "sys": sys, "importlib": importlib}
         names["same_version"] = same_version
-        exec(source["01-017"] + "\n" + source["01-018"], names)
+        exec(source["01-017"], names)
         return names["stale"]
 
     def test_notebook_01_goes_on_with_torch_from_pypi(self, torch_from_pypi):
