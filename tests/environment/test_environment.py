@@ -293,7 +293,7 @@ class TestVersions:
         return names["stale"]
 
     def test_notebook_01_goes_on_with_torch_from_pypi(self, torch_from_pypi):
-        assert self.stale_import_cells().empty
+        assert self.stale_import_cells() == []
 
     def test_notebook_01_stops_at_an_older_torch_in_memory(self, torch_from_pypi):
         torch_from_pypi["torch"] = "2.12.0"
