@@ -42,7 +42,7 @@ def page(folder):
 
 
 def field_of(page):
-    """The box's field; JupyterLab draws a cell once it is scrolled to."""
+    """The box's field, scrolled into view."""
     field = page.get_by_placeholder("An instruction, then Enter")
     field.wait_for(state="attached")
     field.scroll_into_view_if_needed()
