@@ -148,7 +148,7 @@ class Bench:
         for processes in self.counts:
             table = write_engine_configs(
                 self.work / f"{name}-{processes}", profile=profile, model=peft_model, train_rows=rows,
-                eval_rows=rows[:4], processes=max(2, processes), fsdp_version=self.args.fsdp_version,
+                eval_rows=rows[:4], processes=max(2, processes),
             )  # fmt: skip
             self.report["printed_commands"] = table["command"].to_dict()
             self.report["effective_batch_rows"] = int(table["effective_batch_rows"].iloc[0])
@@ -359,7 +359,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything; then what is there stays")
     parser.add_argument("--timeout", type=float, default=150.0, help="seconds for one launch")
     parser.add_argument("--add", action="store_true", help="keep --out's other parts and one-process runs")
-    parser.add_argument("--fsdp-version", type=int, choices=(1, 2), default=1)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--max-length", type=int, default=2048, help="tokens in a row; the fast part has two")
     parser.add_argument("--layers-70b", type=int, default=0, help="decoder layers of 70B's shape; 8")

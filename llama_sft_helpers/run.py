@@ -86,10 +86,11 @@ def run_notebooks(
         picked = pick_profile(profile_name)
         changes = {**environment_settings(), **(settings or {})}
         profile = load_profile(picked, **changes)
-        with _environment(
-            SFT_PROFILE=picked, SFT_SETTINGS=json.dumps(changes), SFT_OUTPUT_DIR=str(out), MPLBACKEND=None
-        ):
-            pages = _execute_all(paths, out, cell_timeout_seconds)
+        environment = dict(
+            os.environ, SFT_PROFILE=picked, SFT_SETTINGS=json.dumps(changes), SFT_OUTPUT_DIR=str(out)
+        )
+        environment.pop("MPLBACKEND", None)  # figures belong in the notebooks
+        pages = _execute_all(paths, out, cell_timeout_seconds, environment)
         _write(out / "index.html", _index_page(profile.name, pages))
     for folder in [out / _RESULTS[path.stem] for path in paths if path.stem in _RESULTS]:
         _report(folder)
@@ -163,25 +164,9 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextmanager
-def _environment(**values: str | None) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    _set_environment(values)
-    try:
-        yield
-    finally:
-        _set_environment(before)
-
-
-def _set_environment(values: dict[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
-def _execute_all(paths: list[Path], out: Path, timeout: int | None) -> list[tuple[str, float]]:
+def _execute_all(
+    paths: list[Path], out: Path, timeout: int | None, environment: dict[str, str]
+) -> list[tuple[str, float]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -195,12 +180,14 @@ def _execute_all(paths: list[Path], out: Path, timeout: int | None) -> list[tupl
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for path in paths:
             start = time.monotonic()
-            _execute(path, out, timeout, progress)
+            _execute(path, out, timeout, environment, progress)
             pages.append((path.stem, time.monotonic() - start))
     return pages
 
 
-def _execute(path: Path, out: Path, timeout: int | None, progress: Progress) -> None:
+def _execute(
+    path: Path, out: Path, timeout: int | None, environment: dict[str, str], progress: Progress
+) -> None:
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
@@ -218,7 +205,7 @@ def _execute(path: Path, out: Path, timeout: int | None, progress: Progress) -> 
     try:
         with tempfile.TemporaryFile() as kernel_log:
             try:
-                _execute_interruptibly(client, kernel_log)
+                _execute_interruptibly(client, env=environment, stderr=kernel_log)
             except DeadKernelError as error:
                 raise RunError(
                     f"{path.name}: the kernel died; most often the machine ran out of memory."
@@ -235,10 +222,10 @@ def _execute(path: Path, out: Path, timeout: int | None, progress: Progress) -> 
         _write_notebook(notebook, out / path.name)
 
 
-def _execute_interruptibly(client: Any, kernel_log: IO[bytes]) -> None:
+def _execute_interruptibly(client: Any, **kernel: Any) -> None:
     """Execute in a second thread: in the main one, nbclient takes a Ctrl-C for the kernel's death."""
     loop = asyncio.new_event_loop()
-    task = loop.create_task(_execute_and_stop(client, kernel_log))
+    task = loop.create_task(_execute_and_stop(client, **kernel))
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -273,9 +260,9 @@ def _cancel_rest(loop: asyncio.AbstractEventLoop) -> None:
         loop.run_until_complete(asyncio.wait(rest))
 
 
-async def _execute_and_stop(client: Any, kernel_log: IO[bytes]) -> None:
+async def _execute_and_stop(client: Any, **kernel: Any) -> None:
     try:
-        await client.async_execute(stderr=kernel_log)
+        await client.async_execute(**kernel)
     finally:
         manager = client.km  # nbclient has stopped it, unless this was cancelled while it started
         if manager is not None and manager.has_kernel:

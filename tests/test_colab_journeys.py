@@ -25,8 +25,8 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {path.stem[:2]: path for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
 MODEL = "meta-llama/Meta-Llama-3-8B"
 TOKEN = "hf_PlantedTokenThatMustNeverShow7Qz9"
-LOADS_A_MODEL = ["03", "04", "05", "06", "07", "08"]
-PASSES_ON = ["06", "07"]
+LOADS_A_MODEL = ["03", "04", "05", "06", "07", "08", "09"]
+PASSES_ON = ["06", "07", "09"]
 
 FAKE_COLAB = {
     "google/colab/__init__.py": "",
@@ -138,9 +138,9 @@ def code_cells(number):
 
 
 def starting_point(number):
-    """The first cell, those that look for Drive, profile, token and adapter, and their imports."""
+    """The first cell, the form, those that look for Drive, profile, token and adapter, and their imports."""
     cells = list(code_cells(number).values())
-    wanted = r"\b(connect_drive|load_profile|use_token|find_base_model)\("
+    wanted = r"^# @title|\b(connect_drive|load_profile|use_token|find_base_model)\("
     acting = [source for source in cells[1:] if re.search(wanted, source)]
     acting = [re.sub(r"^pd\.set_option.*$", "", source, flags=re.MULTILINE) for source in acting]
     used = {n.id for source in acting for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)}
@@ -206,7 +206,7 @@ class TestToken:
         with account.machine("ci-tiny") as machine:
             answers = {name: machine.run(source) for name, source in code_cells("01").items()}
         assert answers["001"] == "[]"  # installed, and nothing to restart: the first cell says nothing
-        assert "2.7" in answers["031b"]  # 16.06 GB at 100 MB/s are 161 s, 2.68 minutes
+        assert "2.7" in answers["031b"]  # 16.06 GB at 100 MB/s are 161 s
 
 
 class TestDrive:

@@ -1,6 +1,9 @@
 """``llama-sft train`` and notebook 09: from every form of data to an adapter with its template."""
 
 import json
+import os
+import zipfile
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -11,8 +14,13 @@ from typer.testing import CliRunner
 from llama_sft_helpers.cli import app
 from llama_sft_helpers.data import to_prompt_completion
 
-# a hub name is read by load_dataset as it is, see tests/data/test_sources.py
-LOCAL = [form for form in FORMS if form != "hub"]
+ORIGINAL = Path(__file__).parent.parent / "notebooks" / "09_your_run.ipynb"
+# Runs when the kernel's Python starts: a hub that holds one data set.
+HUB = """
+import datasets
+rows = datasets.Dataset.from_parquet({path!r})
+datasets.load_dataset = lambda name, split: {{("me/own", "train"): rows}}[name, split]
+"""
 SHORT = ["--set", "max_steps=2", "--set", "eval_rows=4", "--set", "max_new_tokens=2"]
 
 
@@ -27,16 +35,25 @@ def train(source, columns, out, *options):
 
 
 @pytest.mark.parametrize(
-    "form", [LOCAL[0], *(pytest.param(form, marks=pytest.mark.slow) for form in LOCAL[1:])]
+    "form", [FORMS[0], *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[1:])]
 )
-def test_a_file_becomes_an_adapter_that_keeps_its_template(form, tmp_path, tiny_model_dir):
+def test_a_file_becomes_an_adapter_that_keeps_its_template(form, tmp_path, tiny_model_dir, monkeypatch):
     from transformers import AutoTokenizer
 
     source, columns, layout = write_form(form, tmp_path / "data")
+    if form == "hub":
+        (tmp_path / "sitecustomize.py").write_text(HUB.format(path=str(source)))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+        source = "me/own"
     summary, shown = train(source, columns, tmp_path / "out", "--model", str(tiny_model_dir), *SHORT)
     assert summary["data"] == str(source)
     assert summary["prompt_format"] == ("plain" if layout == "prompt-completion" else "alpaca")
     assert f"layout: {layout}" in shown
+    card = (tmp_path / "out" / "your_run" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert ("datasets:\n- me/own" in card, "The data are the trainer's own" in card) == (
+        form == "hub",
+        form != "hub",
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "your_run" / "adapter")
     if layout == "prompt-completion":
         assert tokenizer.chat_template is None
@@ -73,3 +90,26 @@ def test_an_overfitted_run_keeps_everything_and_its_best_adapter(tmp_path):
     assert f"{summary['eval_loss_after']:.6f}"[:7] in log
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert (folder / "adapter.zip").is_file()
+
+
+def test_the_export_has_card_merged_model_and_modelfile_and_a_second_run_writes_them_anew(
+    tmp_path, monkeypatch
+):
+    """The tiny model's tokenizer is unknown to llama.cpp: the profile stops before the GGUF file."""
+    chosen = ORIGINAL.read_text(encoding="utf-8").replace(
+        'export = \\"adapter\\"', 'export = \\"adapter and GGUF\\"'
+    )
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / ORIGINAL.name).write_text(chosen, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    source = write_rows(tmp_path / "data" / "rows.jsonl", 12)
+    for _ in range(2):
+        _, shown = train(source, None, tmp_path / "out", *SHORT)
+    folder = tmp_path / "out" / "your_run"
+    assert "convert_hf_to_gguf" in shown
+    assert (folder / "merged" / "model.safetensors").is_file()
+    assert "FROM ./model-q8_0.gguf" in (folder / "Modelfile").read_text(encoding="utf-8")
+    with zipfile.ZipFile(folder / "adapter.zip") as archive:
+        card = archive.read("README.md").decode()
+    assert card == (folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "r=16, alpha=16" in card

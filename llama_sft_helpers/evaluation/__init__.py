@@ -31,6 +31,7 @@ CONTENTS = {
     "write_merged_shards": "shards",  # merge file by file, where the model does not fit
     "check_merged_shards": "shards",  # each merged weight is PEFT's own
     "write_model_card": "publishing",  # the model card
+    "keep_model_card": "publishing",  # as it was, while PEFT saves an adapter beside it
     "write_modelfile": "serving",  # Ollama's file: model, training's prompt, where an answer ends
     "hash_rows": "publishing",  # SHA-256 of the data, for the card
     "check_repo_id": "publishing",  # a name that the hub and the licence allow

@@ -19,7 +19,7 @@ _WEIGHTS = "adapter_model.safetensors"
 # PEFT 0.21 selects tensors by the names of modules, which FSDP's version 1 changes, and finds none.
 _NO_LORA = (
     "{path} holds no LoRA tensor: what was trained is not in it. PEFT 0.21.0 to 0.21.2 save such a file "
-    "under FSDP's version 1. Train again with peft<0.21."
+    "under FSDP's version 1. Train again with version 2, as notebook 07 writes it, or with peft<0.21."
 )
 
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from packaging.version import Version
 
 if TYPE_CHECKING:
     from llama_sft_helpers.profiles import Profile
@@ -30,7 +28,6 @@ def write_engine_configs(
     train_rows: Iterable[Mapping[str, str]],
     eval_rows: Iterable[Mapping[str, str]],
     processes: int = 2,
-    fsdp_version: Literal[1, 2] = 1,
 ) -> pd.DataFrame:
     """Write the run as files that ``accelerate launch`` and trl read.
 
@@ -44,11 +41,9 @@ def write_engine_configs(
         train_rows: Rows with ``prompt`` and ``completion``.
         eval_rows: Held-out rows with the same.
         processes: GPUs (CPU processes where there is none).
-        fsdp_version: PyTorch's FSDP. Under version 1, PEFT 0.21.0 to 0.21.2 save no LoRA tensor.
 
     Returns:
-        Index name (``ddp-int8``, ``fsdp-nf4``): ``effective_batch_rows``, ``command`` (run it in the folder),
-        ``needs`` (what must be installed instead of what is, before the command runs; empty if nothing).
+        Index name (``ddp-int8``, ``fsdp-nf4``): ``effective_batch_rows``, ``command`` (run it in the folder).
 
     Raises:
         ValueError: ``processes`` is less than 2 or does not divide the effective batch, or there are no
@@ -66,11 +61,7 @@ def write_engine_configs(
     layer = type(model.get_base_model().get_decoder().layers[0]).__name__
     pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "ddp-int8": (_INT8, _ddp(profile, processes)),
-        "fsdp-nf4": (
-            # PEFT's own example of 4-bit weights under version 1 checkpoints with `use_reentrant`
-            {**_NF4, "gradient_checkpointing_kwargs": {"use_reentrant": fsdp_version == 1}},
-            _fsdp(profile, processes, layer, fsdp_version),
-        ),
+        "fsdp-nf4": (_NF4, _fsdp(profile, processes, layer)),
     }
     table: dict[str, dict[str, Any]] = {}
     for name, (quantization, accelerate) in pairs.items():
@@ -79,7 +70,6 @@ def write_engine_configs(
         _write_yaml(folder / files["accelerate"], accelerate)
         rows = shared["per_device_train_batch_size"] * shared["gradient_accumulation_steps"] * processes
         table[name] = {"effective_batch_rows": rows, "command": _LAUNCH.format(**files)}
-        table[name]["needs"] = _needs(name, fsdp_version)
     return pd.DataFrame(table).T.rename_axis("name")
 
 
@@ -94,13 +84,8 @@ _NF4 = {
     "bnb_4bit_quant_storage": "bfloat16",
     "dtype": "bfloat16",
     "use_cpu": False,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
 }
-
-
-def _needs(name: str, fsdp_version: int) -> str:
-    """PEFT from 0.21 on looks for LoRA under names that FSDP's version 1 has changed, and saves none."""
-    changed = name == "fsdp-nf4" and fsdp_version == 1
-    return "peft<0.21" if changed and Version(version("peft")) >= Version("0.21") else ""
 
 
 def _sft_settings(profile: Profile, peft_config: Any, processes: int) -> dict[str, Any]:
@@ -173,20 +158,11 @@ def _ddp(profile: Profile, processes: int) -> dict[str, Any]:
     }
 
 
-_FSDP: dict[int, dict[str, Any]] = {
-    1: {
-        "fsdp_version": 1,
-        "fsdp_sharding_strategy": "FULL_SHARD",
-        "fsdp_sync_module_states": True,
-        "fsdp_use_orig_params": False,
-    },
-    2: {"fsdp_version": 2, "fsdp_reshard_after_forward": True},
-}
-
-
-def _fsdp(profile: Profile, processes: int, layer: str, fsdp_version: int) -> dict[str, Any]:
+def _fsdp(profile: Profile, processes: int, layer: str) -> dict[str, Any]:
     settings = {
-        **_FSDP[fsdp_version],
+        # Version 1 changes the modules' names, under which PEFT 0.21 then finds no LoRA to save.
+        "fsdp_version": 2,
+        "fsdp_reshard_after_forward": True,
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "fsdp_transformer_layer_cls_to_wrap": layer,
         "fsdp_cpu_ram_efficient_loading": True,

@@ -88,6 +88,22 @@ def write_model_card(
     return path
 
 
+@contextlib.contextmanager
+def keep_model_card(folder: str | Path) -> Iterator[None]:
+    """Leave a card as it is while an adapter is saved beside it: PEFT writes its versions into any it finds.
+
+    Args:
+        folder: The adapter's folder, which need not be there yet.
+    """
+    path = Path(folder) / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        yield
+    finally:
+        if text is not None:
+            write_text(path, text)
+
+
 def _is_own_card(text: str) -> bool:
     """Whether the mark is there and its hash is that of the text around it; or it is PEFT's unfilled form."""
     if "[More Information Needed]" in text and "# Model Card for Model ID" in text:
@@ -117,7 +133,8 @@ def _data_licence(dataset_id: str) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
+    """``owner/name``, unless it is the path of a file or folder that lies here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
 def _shown(name: str) -> str:
@@ -253,7 +270,7 @@ def check_repo_id(repo_id: str, base_model_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise PublishError(f"{repo_id!r} is no repository name; expected your-name/model-name.") from error
-    if not _is_hub_id(repo_id):
+    if "/" not in repo_id:
         raise PublishError(f"{repo_id!r} is no repository name; expected your-name/model-name.")
     name = repo_id.rpartition("/")[2]
     if is_llama3(base_model_id) and not re.match(r"llama[-_. ]?3", name, flags=re.IGNORECASE):

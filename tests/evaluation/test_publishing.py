@@ -1,6 +1,7 @@
 """The model card and the upload, against the real client and a hub on loopback."""
 
 import ast
+import dataclasses
 import os
 import re
 import subprocess
@@ -18,7 +19,14 @@ from peft import LoraConfig
 
 from llama_sft_helpers.core.files import FilesError
 from llama_sft_helpers.core.llama import is_llama3
-from llama_sft_helpers.evaluation import PublishError, check_repo_id, hash_rows, hub_errors, write_model_card
+from llama_sft_helpers.evaluation import (
+    PublishError,
+    check_repo_id,
+    hash_rows,
+    hub_errors,
+    keep_model_card,
+    write_model_card,
+)
 from llama_sft_helpers.profiles import read_profile
 from llama_sft_helpers.training import read_training_summary
 
@@ -151,6 +159,30 @@ def test_a_card_is_renewed_but_a_foreign_or_edited_one_is_left_alone(tmp_path):
             write(tmp_path)
         assert path.read_text(encoding="utf-8") == text
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_card_is_kept_while_an_adapter_is_saved_beside_it(tmp_path, tiny_model):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model, LoraConfig(target_modules=["q_proj"]))
+    card = write(tmp_path / "adapter").read_text(encoding="utf-8")
+    with keep_model_card(tmp_path / "adapter"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8") == card
+    with keep_model_card(tmp_path / "new"):
+        model.save_pretrained(tmp_path / "new")
+    write(tmp_path / "new")
+
+
+def test_a_file_in_a_folder_is_no_data_set_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    profile = dataclasses.replace(read_profile("colab-a100"), dataset_id="sample_data/my.csv")
+    assert "- sample_data/my.csv" in write(tmp_path / "hub", profile=profile).read_text(encoding="utf-8")
+    (tmp_path / "sample_data").mkdir()
+    (tmp_path / "sample_data" / "my.csv").touch()
+    text = write(tmp_path / "own", profile=profile).read_text(encoding="utf-8")
+    assert "datasets:" not in text
+    assert "the trainer's own" in text
 
 
 def test_a_summary_is_read_or_explained(tmp_path):
