@@ -60,7 +60,7 @@ def field_of(page):
 
 def test_run_all_does_not_wait_for_a_token(page):
     assert "No token found" in status_of(page, "idle")
-    page.get_by_role("cell", name=LAST_CELL).wait_for(state="attached")
+    page.get_by_role("rowheader", name=LAST_CELL).wait_for(state="attached")
     page.screenshot(path=ARTIFACTS / "1-no-token.png")
 
 
@@ -89,7 +89,7 @@ def test_right_token_with_the_button(page, hub, folder):
 def test_saved_notebook_holds_no_token(page, folder):
     notebook = folder / "02_login.ipynb"
     page.keyboard.press("Control+s")
-    assert wait_for(lambda: f"<td>{LAST_CELL}</td>" in notebook.read_text(encoding="utf-8"), 20)
+    assert wait_for(lambda: f"<th>{LAST_CELL}</th>" in notebook.read_text(encoding="utf-8"), 20)
     saved = notebook.read_text(encoding="utf-8")
     for text in (saved, page.content(), (ARTIFACTS / "jupyterlab.log").read_text()):
         for token in (WRONG, RIGHT):
