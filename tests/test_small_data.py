@@ -183,8 +183,18 @@ def test_a_risen_loss_is_a_finding_with_advice():
     row = training.summarize_training_result(history(1.4, 1.2, 1.9), before=1.5, eval_rows=2).iloc[0]
     assert row["verdict"] == "not as hoped"
     assert row["hoped_for"] == "below 1.5000"
-    assert "Overfitted: the loss was lowest after step 8 (1.2000) and rose to 1.9000" in row["advice"]
+    assert (
+        "Overfitted: the loss was lowest after step 8 (1.2000) and 1.9000 by step 12; max_steps=8"
+        in row["advice"]
+    )
     assert "Rows held out: 2." in row["advice"]
+
+
+def test_a_rise_within_a_hundredth_is_level_and_no_overfitting():
+    losses = history(1.4, 1.2, 1.21)
+    row = training.summarize_training_result(losses, 1.5, 200, "run/checkpoint-8").iloc[0]
+    assert row["advice"].startswith("Level in the end, within 1%: the loss was lowest after step 8 (1.2000)")
+    assert "max_steps" not in row["advice"]
 
 
 def test_what_is_kept_of_an_overfitted_run_is_said():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 FEW_ROWS = 30  # held-out rows below which a difference may well be luck
+LEVEL = 0.01  # a held-out loss that rose by less than this share of itself is taken for level
 
 
 def finding(name: str, hoped_for: str, measured: str, holds: bool, advice: Sequence[str]) -> pd.DataFrame:

@@ -113,9 +113,11 @@ def check_adapter_loaded(model: torch.nn.Module, folder: str | Path) -> None:
     """
     from peft import get_peft_model_state_dict
 
-    loaded = get_peft_model_state_dict(model)
     with _open_weights(Path(folder)) as tensors:
         saved = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    # left to itself PEFT looks on the hub whether the vocabulary has grown, for a local model too
+    embeddings = any("embed_tokens" in name or "lm_head" in name for name in saved)
+    loaded = get_peft_model_state_dict(model, save_embedding_layers=embeddings)
     if odd := sorted(set(loaded) ^ set(saved)):
         raise AdapterError(
             f"{len(odd)} LoRA tensors are in the file or in the model only, the first: {odd[0]}."

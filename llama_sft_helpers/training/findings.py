@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from llama_sft_helpers.core.findings import FEW_ROWS, finding
+from llama_sft_helpers.core.findings import FEW_ROWS, LEVEL, finding
 
 
 def summarize_training_result(
@@ -43,9 +43,12 @@ def summarize_training_result(
     if lowest < end and step < last:
         kept = "The adapter of that step is saved." if best_is_saved else ""
         kept = kept or (f"Its checkpoint is kept: {best_checkpoint}." if best_checkpoint else "")
+        rose = end - lowest > LEVEL * lowest
+        name = "Overfitted" if rose else f"Level in the end, within {LEVEL:.0%}"
+        enough = f"; max_steps={step} would do" if rose else ""
         advice.append(
-            f"Overfitted: the loss was lowest after step {step} ({lowest:.4f}) and rose to {end:.4f} by step "
-            f"{last}; max_steps={step} would do. {kept}".rstrip()
+            f"{name}: the loss was lowest after step {step} ({lowest:.4f}) and {end:.4f} by step "
+            f"{last}{enough}. {kept}".rstrip()
         )
     if eval_rows < FEW_ROWS:
         advice.append(f"Rows held out: {eval_rows}. With so few, either direction may be luck.")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from llama_sft_helpers.core.findings import LEVEL
 from llama_sft_helpers.core.plots import BLUE, RED, new_axes
 
 if TYPE_CHECKING:
@@ -196,7 +197,9 @@ def plot_overfitting(log_history: Sequence[Mapping[str, Any]]) -> Axes:
     ax.plot(*zip(*held_out.values(), strict=True), "o--", color=RED, label="held out")
     step = min(held_out, key=lambda step: held_out[step][1])
     ax.axvline(held_out[step][0], color="black", linewidth=1, label=f"lowest: step {step}")
-    ending = "then rose: overfitting" if step < max(held_out) else "the last: no overfitting"
+    lowest, (_, end) = held_out[step][1], held_out[max(held_out)]
+    rose = "then rose: overfitting" if end - lowest > LEVEL * lowest else f"level since, within {LEVEL:.0%}"
+    ending = rose if step < max(held_out) else "the last one measured"
     ax.set(title=f"Held-out loss was lowest at step {step}, {ending}")
     ax.set(xlabel="epoch", ylabel="cross-entropy (nats per token)")
     ax.legend(frameon=False)

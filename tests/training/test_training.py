@@ -418,7 +418,12 @@ def test_other_errors_pass_through():
 
 
 @pytest.mark.parametrize(
-    ("eval_losses", "step", "ending"), [([2.0, 1.0, 1.5], 4, "overfitting"), ([2.0, 1.0, 0.5], 6, "no overf")]
+    ("eval_losses", "step", "ending"),
+    [
+        ([2.0, 1.0, 1.5], 4, "overfitting"),
+        ([2.0, 1.0, 1.005], 4, "level since"),
+        ([2.0, 1.0, 0.5], 6, "the last one measured"),
+    ],
 )
 def test_the_overfitting_picture_marks_the_best_step(eval_losses, step, ending):
     history = [{"step": n, "epoch": n / 4, "loss": float(n)} for n in range(1, 7)]
