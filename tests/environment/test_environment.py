@@ -241,24 +241,6 @@ def test_torchao_bound_is_the_one_peft_has(monkeypatch):
     ask.cache_clear()
 
 
-# --- What is in memory and what is on disk ---
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "equal"),
-    [
-        ("2.11.0", "2.11.0+cu130", True),
-        ("2.11.0+cu128", "2.11.0+cu130", True),
-        ("2.11", "2.11.0", True),
-        ("2.11.0", "2.11.1", False),
-        ("2.11.0", "2.11.0rc1", False),
-        ("18.1.0", "26.0.1", False),
-    ],
-)
-def test_the_local_part_is_no_difference(one, other, equal):
-    assert same_version(one, other) is same_version(other, one) is equal
-
-
 def stale_import_cell():
     """What the code under "A stale import" in notebook 01 finds of torch."""
     cells = json.loads((ROOT / "notebooks" / "01_environment.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -267,55 +249,50 @@ def stale_import_cell():
     return names["stale"]
 
 
-def test_torch_from_pypi_needs_no_restart_and_a_newer_one_does(monkeypatch):
-    """Torch's wheel on PyPI: 2.11.0 in its metadata, 2.11.0+cu130 in the module."""
-    real, on_pypi = importlib.metadata.version, {"torch": "2.11.0"}
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: on_pypi.get(name) or real(name))
-    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
-    assert versions.version_in_memory("torch") == "2.11.0+cu130"
-    assert stale_import_cell() == []
-    check_imports()
-    on_pypi["torch"] = "2.12.0"
-    with pytest.raises(AssertionError, match="Restart the session: torch"):
-        stale_import_cell()
-    with pytest.raises(EnvironmentCheckError, match=r"torch 2.11.0\+cu130 \(now 2.12.0 on disk\)"):
+class TestVersions:
+    @pytest.mark.parametrize(
+        ("one", "other", "equal"),
+        [
+            ("2.11.0", "2.11.0+cu130", True),
+            ("2.11.0+cu128", "2.11.0+cu130", True),
+            ("2.11", "2.11.0", True),
+            ("2.11.0", "2.11.1", False),
+            ("2.11.0", "2.11.0rc1", False),
+            ("18.1.0", "26.0.1", False),
+        ],
+    )
+    def test_the_local_part_is_no_difference(self, one, other, equal):
+        assert same_version(one, other) is same_version(other, one) is equal
+
+    def test_torch_from_pypi_needs_no_restart_and_a_newer_one_does(self, monkeypatch):
+        """Torch's wheel on PyPI: 2.11.0 in its metadata, 2.11.0+cu130 in the module."""
+        real, on_pypi = importlib.metadata.version, {"torch": "2.11.0"}
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: on_pypi.get(name) or real(name))
+        monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+        assert versions.version_in_memory("torch") == "2.11.0+cu130"
+        assert stale_import_cell() == []
         check_imports()
+        on_pypi["torch"] = "2.12.0"
+        with pytest.raises(AssertionError, match="Restart the session: torch"):
+            stale_import_cell()
+        with pytest.raises(EnvironmentCheckError, match=r"torch 2.11.0\+cu130 \(now 2.12.0 on disk\)"):
+            check_imports()
 
+    def test_a_replaced_import_is_named_with_both_versions_and_the_way_out(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "peft", types.SimpleNamespace(__version__="0.1"))
+        on_disk = importlib.metadata.version("peft")
+        with pytest.raises(EnvironmentCheckError, match="Restart session") as caught:
+            check_imports()
+        assert f"had imported peft 0.1 (now {on_disk} on disk) before" in str(caught.value)
+        row = problem(summarize_environment().set_index("component"))
+        assert (row.status, row.installed) == ("restart", f"{on_disk} on disk, 0.1 in memory")
 
-def test_a_replaced_import_is_named_with_both_versions_and_the_way_out(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", types.SimpleNamespace(__version__="0.1"))
-    on_disk = importlib.metadata.version("peft")
-    with pytest.raises(EnvironmentCheckError, match="Restart session") as caught:
+    def test_what_is_not_imported_or_not_installed_needs_no_restart(self, monkeypatch):
+        for name in PACKAGES:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setitem(sys.modules, "torchao", types.SimpleNamespace(__version__="0.10.0"))
+        monkeypatch.setattr(versions, "version_on_disk", lambda name: None if name == "torchao" else "9")
         check_imports()
-    assert f"had imported peft 0.1 (now {on_disk} on disk) before" in str(caught.value)
-    row = problem(summarize_environment().set_index("component"))
-    assert (row.status, row.installed) == ("restart", f"{on_disk} on disk, 0.1 in memory")
-
-
-def test_what_is_not_imported_or_not_installed_needs_no_restart(monkeypatch):
-    for name in PACKAGES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "torchao", types.SimpleNamespace(__version__="0.10.0"))
-    monkeypatch.setattr(versions, "version_on_disk", lambda name: None if name == "torchao" else "9")
-    check_imports()
-
-
-# --- GPU, disk and memory ---
-
-
-def test_memory_needed_is_the_plan(table):
-    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    config = LlamaConfig(**shape, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)
-    planned = plan_memory(config, read_profile("colab-a100"))["gib"].sum()
-    assert table()["tested"]["GPU memory"].startswith(f"{planned:.1f} GiB")
-
-
-def test_the_gpu_is_torchs_first(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert (machine.measure().gpu, device_map()) == (None, {"": "cpu"})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: [T4][index])
-    assert (machine.measure().gpu, device_map()) == (T4, {"": 0})
 
 
 LEFT = """
@@ -325,83 +302,94 @@ print(needs._left_to_download_gib("meta-llama/gated"))
 """
 
 
-def test_what_is_left_is_what_the_hub_says(table, monkeypatch):
-    files = [
-        types.SimpleNamespace(file_size=n * 2**30, will_download=new) for n, new in ((3, True), (9, False))
-    ]
-    monkeypatch.setattr(needs, "_dry_run", lambda model_id: files)
-    assert table(free_disk_gib=15.0)["tested"]["free disk"].startswith("4.0 GiB")
+class TestSizes:
+    def test_memory_needed_is_the_plan(self, table):
+        shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+        config = LlamaConfig(**shape, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)
+        planned = plan_memory(config, read_profile("colab-a100"))["gib"].sum()
+        assert table()["tested"]["GPU memory"].startswith(f"{planned:.1f} GiB")
 
+    def test_the_gpu_is_torchs_first(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert (machine.measure().gpu, device_map()) == (None, {"": "cpu"})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: [T4][index])
+        assert (machine.measure().gpu, device_map()) == (T4, {"": 0})
 
-def test_the_client_asks_a_hub_for_the_files_that_from_pretrained_reads(tmp_path):
-    sizes = {
-        "model-00001-of-00002.safetensors": 5 * 2**30,
-        "model-00002-of-00002.safetensors": 2**30,
-        "config.json": 2**20,
-        "original/consolidated.00.pth": 16 * 2**30,
-        "original/params.json": 2**30,
-        "README.md": 2**30,
-    }
-    commit = "0" * 40
-    files = [{"type": "file", "path": n, "size": s, "oid": "1" * 40} for n, s in sizes.items()]
+    def test_what_is_left_is_what_the_hub_says(self, table, monkeypatch):
+        files = [
+            types.SimpleNamespace(file_size=n * 2**30, will_download=new)
+            for n, new in ((3, True), (9, False))
+        ]
+        monkeypatch.setattr(needs, "_dry_run", lambda model_id: files)
+        assert table(free_disk_gib=15.0)["tested"]["free disk"].startswith("4.0 GiB")
 
-    def head(request, name):
-        known = {"X-Repo-Commit": commit, "ETag": f'"{name}"', "X-Linked-Size": str(sizes[name])}
-        return Answer(200, "", known)
+    def test_the_client_asks_a_hub_for_the_files_that_from_pretrained_reads(self, tmp_path):
+        sizes = {
+            "model-00001-of-00002.safetensors": 5 * 2**30,
+            "model-00002-of-00002.safetensors": 2**30,
+            "config.json": 2**20,
+            "original/consolidated.00.pth": 16 * 2**30,
+            "original/params.json": 2**30,
+            "README.md": 2**30,
+        }
+        commit = "0" * 40
+        files = [{"type": "file", "path": n, "size": s, "oid": "1" * 40} for n, s in sizes.items()]
 
-    with FakeHub() as hub:
-        info = Answer(200, {"id": MODEL, "sha": commit, "siblings": []})
-        hub.route("GET", rf"/api/models/{MODEL}/revision/main")(lambda request: info)
-        hub.route("GET", rf"/api/models/{MODEL}/tree/{commit}")(lambda request: Answer(200, files))
-        hub.route("HEAD", rf"/{MODEL}/resolve/{commit}/(.+)")(head)
-        done = python(LEFT, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
-    left, unknown = done.stdout.split()
-    assert float(left) == pytest.approx(6 + 2**-10)  # the shards and config.json
-    assert unknown == "None"
-    assert "%|" not in done.stderr  # no progress bars
+        def head(request, name):
+            known = {"X-Repo-Commit": commit, "ETag": f'"{name}"', "X-Linked-Size": str(sizes[name])}
+            return Answer(200, "", known)
 
+        with FakeHub() as hub:
+            info = Answer(200, {"id": MODEL, "sha": commit, "siblings": []})
+            hub.route("GET", rf"/api/models/{MODEL}/revision/main")(lambda request: info)
+            hub.route("GET", rf"/api/models/{MODEL}/tree/{commit}")(lambda request: Answer(200, files))
+            hub.route("HEAD", rf"/{MODEL}/resolve/{commit}/(.+)")(head)
+            done = python(LEFT, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
+        left, unknown = done.stdout.split()
+        assert float(left) == pytest.approx(6 + 2**-10)  # the shards and config.json
+        assert unknown == "None"
+        assert "%|" not in done.stderr  # no progress bars
 
-def test_colab_is_not_asked_for_its_secret(monkeypatch):
-    """Its dialog works in the main thread only, and notebook 01 needs no token."""
-    monkeypatch.undo()  # the hub is silent here as well
-    given = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model_id, token, **_: given.append(token))
-    needs._dry_run(MODEL)
-    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
-    needs._dry_run(MODEL)
-    assert given == [None, False]
+    def test_colab_is_not_asked_for_its_secret(self, monkeypatch):
+        """Its dialog works in the main thread only, and notebook 01 needs no token."""
+        monkeypatch.undo()  # the hub is silent here as well
+        given = []
+        monkeypatch.setattr(
+            "huggingface_hub.snapshot_download", lambda model_id, token, **_: given.append(token)
+        )
+        needs._dry_run(MODEL)
+        monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+        needs._dry_run(MODEL)
+        assert given == [None, False]
 
+    def test_a_hub_that_refuses_or_hangs_leaves_the_plan(self, monkeypatch):
+        monkeypatch.setattr(needs, "_dry_run", lambda model_id: 1 / 0)
+        assert needs._left_to_download_gib(MODEL) is None
+        monkeypatch.setattr(needs, "_HUB_SECONDS", 0.2)
+        monkeypatch.setattr(needs, "_dry_run", lambda model_id: time.sleep(5))
+        started = time.monotonic()
+        assert needs._left_to_download_gib(MODEL) is None
+        assert time.monotonic() - started < 2
 
-def test_a_hub_that_refuses_or_hangs_leaves_the_plan(monkeypatch):
-    monkeypatch.setattr(needs, "_dry_run", lambda model_id: 1 / 0)
-    assert needs._left_to_download_gib(MODEL) is None
-    monkeypatch.setattr(needs, "_HUB_SECONDS", 0.2)
-    monkeypatch.setattr(needs, "_dry_run", lambda model_id: time.sleep(5))
-    started = time.monotonic()
-    assert needs._left_to_download_gib(MODEL) is None
-    assert time.monotonic() - started < 2
+    def test_a_model_in_a_folder_is_not_downloaded(self, tmp_path):
+        folder = tmp_path / "Meta-Llama-3-8B"
+        folder.mkdir()
+        assert needs.needed_disk_gib(read_profile("colab-a100", model_id=str(folder))) == 1.0
 
-
-def test_a_model_in_a_folder_is_not_downloaded(tmp_path):
-    folder = tmp_path / "Meta-Llama-3-8B"
-    folder.mkdir()
-    assert needs.needed_disk_gib(read_profile("colab-a100", model_id=str(folder))) == 1.0
-
-
-def test_too_little_disk_for_the_download_less_what_is_in_the_clients_cache(table, monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    row = problem(table(free_disk_gib=15.0))
-    assert (row.Index, row.status) == ("free disk", "too little")
-    assert row.tested.startswith("16.0 GiB")  # 8,030,261,248 x 2 bytes = 14.96 GiB, and results
-    assert str(tmp_path) in row.fix
-    blobs = tmp_path / "hub" / "models--meta-llama--Meta-Llama-3-8B" / "blobs"
-    blobs.mkdir(parents=True)
-    with (blobs / "shard").open("wb") as file:
-        file.truncate(10 * 2**30)  # sparse: takes no space
-    assert table(free_disk_gib=15.0)["tested"]["free disk"].startswith("6.0 GiB")
-
-
-# --- Real programs named nvidia-smi and nvcc, in a folder that is the whole PATH ---
+    def test_too_little_disk_for_the_download_less_what_is_in_the_clients_cache(
+        self, table, monkeypatch, tmp_path
+    ):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        row = problem(table(free_disk_gib=15.0))
+        assert (row.Index, row.status) == ("free disk", "too little")
+        assert row.tested.startswith("16.0 GiB")  # 8,030,261,248 x 2 bytes = 14.96 GiB, and results
+        assert str(tmp_path) in row.fix
+        blobs = tmp_path / "hub" / "models--meta-llama--Meta-Llama-3-8B" / "blobs"
+        blobs.mkdir(parents=True)
+        with (blobs / "shard").open("wb") as file:
+            file.truncate(10 * 2**30)  # sparse: takes no space
+        assert table(free_disk_gib=15.0)["tested"]["free disk"].startswith("6.0 GiB")
 
 
 @pytest.fixture
@@ -422,78 +410,72 @@ def cuda_versions():
     return here.driver_cuda, here.toolkit_cuda
 
 
-@pytest.mark.parametrize("heading", ["CUDA Version: 12.4", "CUDA UMD Version: 12.4"])
-def test_tools_that_answer(tool, heading):
-    tool("nvidia-smi", f"echo '| NVIDIA-SMI 550.54  Driver Version: 550.54  {heading} |'")
-    tool("nvcc", "echo 'Cuda compilation tools, release 12.5, V12.5.82'")
-    assert cuda_versions() == ("12.4", "12.5")
+class TestTools:
+    @pytest.mark.parametrize("heading", ["CUDA Version: 12.4", "CUDA UMD Version: 12.4"])
+    def test_tools_that_answer(self, tool, heading):
+        tool("nvidia-smi", f"echo '| NVIDIA-SMI 550.54  Driver Version: 550.54  {heading} |'")
+        tool("nvcc", "echo 'Cuda compilation tools, release 12.5, V12.5.82'")
+        assert cuda_versions() == ("12.4", "12.5")
+
+    def test_tools_that_are_missing_or_broken(self, tool):
+        assert cuda_versions() == (None, None)
+        tool("nvidia-smi", "echo 'NVIDIA-SMI has failed because it could not talk to the driver'; exit 9")
+        assert cuda_versions() == (None, None)
+        status = summarize_environment().set_index("component")["status"]
+        assert status[["CUDA driver", "CUDA toolkit"]].tolist() == ["not there"] * 2
+
+    def test_tools_that_hang(self, tool, monkeypatch):
+        monkeypatch.setattr(machine, "_TOOL_SECONDS", 0.3)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("this would hang as well"))
+        for name in ("nvidia-smi", "nvcc"):
+            tool(name, "exec /bin/sleep 60")
+        monkeypatch.delenv("SFT_PROFILE")
+        started = time.monotonic()
+        summary = summarize_environment().set_index("component")
+        assert time.monotonic() - started < 5
+        assert summary["installed"]["CUDA driver"] == "no answer"
+        assert summary["status"][["CUDA driver", "CUDA toolkit"]].tolist() == ["GPU hidden", "not there"]
 
 
-def test_tools_that_are_missing_or_broken(tool):
-    assert cuda_versions() == (None, None)
-    tool("nvidia-smi", "echo 'NVIDIA-SMI has failed because it could not talk to the driver'; exit 9")
-    assert cuda_versions() == (None, None)
-    status = summarize_environment().set_index("component")["status"]
-    assert status[["CUDA driver", "CUDA toolkit"]].tolist() == ["not there"] * 2
+class TestMessages:
+    def test_every_problem_in_one_message_most_important_first(self, table):
+        on_disk = with_package(bitsandbytes=None, datasets="4.0.0")
+        summary = table(on_disk=on_disk, in_memory={"peft": "0.1"}, free_disk_gib=3.0, **NO_GPU)
+        with pytest.raises(EnvironmentCheckError, match=r"^5 things to fix") as caught:
+            check_environment(summary=summary.reset_index())
+        message = str(caught.value)
+        order = ["GPU: no GPU", "free disk:", "bitsandbytes: missing", "datasets: too old", "peft: restart"]
+        positions = [message.index(start) for start in order]
+        assert positions == sorted(positions)
+        assert all(fix in message for fix in problems(summary)["fix"])
 
+    def test_the_commands_json_on_a_machine_without_a_gpu(self):
+        """The command in a process of its own: only JSON on standard output."""
+        command = [sys.executable, "-m", "llama_sft_helpers.cli", "check", "--json"]
+        environ = os.environ | {"SFT_PROFILE": "", "CUDA_VISIBLE_DEVICES": ""}
+        answer = subprocess.run(command, capture_output=True, text=True, env=environ)
+        report = json.loads(answer.stdout)
+        assert answer.returncode == (0 if report["ok"] else 1)
+        # without the packages of requirements-models.txt, as on Colab, the demo model is one thing to fix
+        assert all(problem.startswith("demo model: missing") for problem in report["problems"])
+        assert {row["component"] for row in report["components"]} > set(PACKAGES)
+        assert all(list(row) == checks.COLUMNS for row in report["components"])
 
-def test_tools_that_hang(tool, monkeypatch):
-    monkeypatch.setattr(machine, "_TOOL_SECONDS", 0.3)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("this would hang as well"))
-    for name in ("nvidia-smi", "nvcc"):
-        tool(name, "exec /bin/sleep 60")
-    monkeypatch.delenv("SFT_PROFILE")
-    started = time.monotonic()
-    summary = summarize_environment().set_index("component")
-    assert time.monotonic() - started < 5
-    assert summary["installed"]["CUDA driver"] == "no answer"
-    assert summary["status"][["CUDA driver", "CUDA toolkit"]].tolist() == ["GPU hidden", "not there"]
+    def test_the_command_prints_a_table(self):
+        result = CliRunner().invoke(app, ["check"], env={"COLUMNS": "200"})
+        assert result.exit_code == 0
+        assert all(name in result.output for name in PACKAGES)
 
-
-# --- What is said of it ---
-
-
-def test_every_problem_in_one_message_most_important_first(table):
-    on_disk = with_package(bitsandbytes=None, datasets="4.0.0")
-    summary = table(on_disk=on_disk, in_memory={"peft": "0.1"}, free_disk_gib=3.0, **NO_GPU)
-    with pytest.raises(EnvironmentCheckError, match=r"^5 things to fix") as caught:
-        check_environment(summary=summary.reset_index())
-    message = str(caught.value)
-    order = ["GPU: no GPU", "free disk:", "bitsandbytes: missing", "datasets: too old", "peft: restart"]
-    positions = [message.index(start) for start in order]
-    assert positions == sorted(positions)
-    assert all(fix in message for fix in problems(summary)["fix"])
-
-
-def test_the_commands_json_on_a_machine_without_a_gpu():
-    """The command in a process of its own: only JSON on standard output."""
-    command = [sys.executable, "-m", "llama_sft_helpers.cli", "check", "--json"]
-    environ = os.environ | {"SFT_PROFILE": "", "CUDA_VISIBLE_DEVICES": ""}
-    answer = subprocess.run(command, capture_output=True, text=True, env=environ)
-    report = json.loads(answer.stdout)
-    assert answer.returncode == (0 if report["ok"] else 1)
-    # without the packages of requirements-models.txt, as on Colab, the demo model is one thing to fix
-    assert all(problem.startswith("demo model: missing") for problem in report["problems"])
-    assert {row["component"] for row in report["components"]} > set(PACKAGES)
-    assert all(list(row) == checks.COLUMNS for row in report["components"])
-
-
-def test_the_command_prints_a_table():
-    result = CliRunner().invoke(app, ["check"], env={"COLUMNS": "200"})
-    assert result.exit_code == 0
-    assert all(name in result.output for name in PACKAGES)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["colab-a100"], "trl: missing"),
-        (["colab-a100", "--json"], '"ok": false'),
-        (["colab-a1000"], "Valid profiles: ci-tiny, colab-a100"),
-    ],
-)
-def test_the_commands_exit_code_when_something_must_be_fixed(table, arguments, says):
-    table(on_disk=with_package(trl=None))
-    result = CliRunner().invoke(app, ["check", "--profile", *arguments])
-    assert result.exit_code == 1
-    assert says in result.output
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (["colab-a100"], "trl: missing"),
+            (["colab-a100", "--json"], '"ok": false'),
+            (["colab-a1000"], "Valid profiles: ci-tiny, colab-a100"),
+        ],
+    )
+    def test_the_commands_exit_code_when_something_must_be_fixed(self, table, arguments, says):
+        table(on_disk=with_package(trl=None))
+        result = CliRunner().invoke(app, ["check", "--profile", *arguments])
+        assert result.exit_code == 1
+        assert says in result.output
