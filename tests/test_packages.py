@@ -10,7 +10,7 @@ from check_package import STEPS
 from repository import Repository
 
 CONTENTS = Repository(Path(__file__).parent.parent).contents
-HEAVY = {"torch", "transformers", "pandas", "matplotlib", "peft", "trl"}
+HEAVY = {"torch", "transformers", "pandas", "matplotlib", "peft", "trl", "huggingface_hub", "ipywidgets"}
 
 
 @pytest.mark.parametrize("package", CONTENTS)
