@@ -166,11 +166,11 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
 
 def test_unknown_names_and_unwritable_folders_are_named(tmp_path):
     with pytest.raises(
-        ModelBuildError, match=r"no local model 'gpt-5'. Valid names: smollm2-135m-instruct, tiny-llama"
+        ModelBuildError, match=r"no local model 'gpt-5'\. Valid names: smollm2-135m-instruct, t"
     ):
         ensure_model("gpt-5")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ModelBuildError, match="Cannot write the model to"):
+    with pytest.raises(ModelBuildError, match=r"Cannot write the model tiny-llama to .* may write to"):
         ensure_model("tiny-llama", tmp_path / "file" / "model")
 
 
