@@ -422,7 +422,7 @@ class TestNotebook:
         hub.delay_seconds = delay_seconds
         started = time.monotonic()
         _, outputs = run_notebook(HF_ENDPOINT=endpoint or hub.url)
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 50  # less than one answer of the slow hub
         assert all(text in outputs for text in shown)
 
     def test_token_shows_nowhere(self, hub, no_token, run_notebook, processes, caplog, capfd):  # noqa: PLR0917
