@@ -23,6 +23,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
+    import transformers
+
+    # There is no notebook to draw in.
+    monkeypatch.setattr(training, "LiveLossCallback", lambda *_, **__: transformers.TrainerCallback())
     monkeypatch.setenv("SFT_PROFILE", "ci-tiny")
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
@@ -68,10 +72,9 @@ def namespace(profile, count=64):
     from trl import SFTConfig, SFTTrainer
 
     return {
-        **vars(training),
-        **vars(memory),
+        "training": training,
+        "memory": memory,
         "get_peft_model_state_dict": peft.get_peft_model_state_dict,
-        "LiveLossCallback": lambda throughput: transformers.TrainerCallback(),  # no notebook to draw in
         "SFTConfig": SFTConfig,
         "SFTTrainer": SFTTrainer,
         "gc": gc,
@@ -144,7 +147,8 @@ def test_out_of_memory_is_caught_explained_and_retried_with_half_the_micro_batch
     cap = enough_for_half + 0.6 * (enough_for_full - enough_for_half)
 
     clean()
-    names = {**namespace(full, count=1024), "checkpoints": tmp_path / "capped", "torch": torch}
+    names = {**namespace(full, count=1024), "torch": torch, "before": None}
+    names["checkpoints"] = tmp_path / "capped"
     names["trainer"] = build(names, tmp_path / "capped")
     state = names["get_peft_model_state_dict"](names["model"])
     names["initial_adapter"] = {name: value.clone() for name, value in state.items()}
