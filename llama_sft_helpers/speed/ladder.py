@@ -89,7 +89,7 @@ def plot_ladder(
     ax.bar_label(bars, labels=labels, padding=3)
     ax.set_yticks(range(len(values)), [str(name) for name in values.index])
     ax.invert_yaxis()
-    ax.set_xlim(0, float(values.max()) * 1.25)
+    ax.set_xlim(0, float(values.max()) * 1.3)
     ax.set_xlabel(_ACROSS.get(column, column.replace("_", " ")))
     ax.set_title(f"{column.replace('_', ' ').replace(' gib', '')} by rung")
     return ax
