@@ -53,13 +53,13 @@ def _visible_calls(code: str) -> set[str]:
 
 
 def imports_come_from_packages(repo: Repository) -> Iterator[str]:
-    """A notebook imports from steps, ``profiles``, ``memory`` and ``doctor``, never from modules in them."""
+    """A notebook imports from steps and from what stands beside them, never from modules in them."""
     for path in repo.notebooks:
         for number, cell in cells(path):
             for _, name in own_imports(ast.parse(python(cell.source))):
                 parts = name.split(".")
-                if parts[1] not in {*STEPS, "profiles", "memory", "doctor"} or len(parts) > 3:
-                    text = f"imports {name}; a notebook imports from steps, profiles, memory and doctor"
+                if parts[1] not in {*STEPS, "profiles", "memory", "tables", "doctor"} or len(parts) > 3:
+                    text = f"imports {name}; import from steps, profiles, memory, tables and doctor"
                     yield repo.at(path, number, text)
 
 

@@ -145,7 +145,7 @@ def _clean_output(output: Any, alt: str | None, replacements: dict[str, str], ta
     data = output.get("data", {})
     data.pop("application/vnd.jupyter.widget-view+json", None)
     if alt and "image/png" in data:
-        output.metadata["image/png"] = {"alt": alt}
+        output.metadata.setdefault("image/png", {})["alt"] = alt  # beside the size of a figure of 2x pixels
     for holder, key in [(output, "text"), *((data, key) for key in data if key.startswith("text/"))]:
         if key in holder:
             text = holder[key]
