@@ -639,8 +639,8 @@ def test_the_picture_speaks_without_styles(tiny_tokenizer):
         batch["labels"][0, -1] = label
         page = data.render_loss_mask(batch, tiny_tokenizer).data
         assert html.unescape(re.sub(r"<[^>]+>", "", page)).endswith(f"Say:⏎«a b»{marked}")
-    page = data.render_tokens(tiny_tokenizer, {"two": "ab"}).data
-    ids = tiny_tokenizer("ab", add_special_tokens=False).input_ids
+    page = data.render_tokens(tiny_tokenizer, {"two": "a b"}).data
+    ids = tiny_tokenizer("a b", add_special_tokens=False).input_ids
     assert re.sub(r"<[^>]+>", "", page).count("|") == len(ids) - 1 > 0
 
 
