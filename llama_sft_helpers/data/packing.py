@@ -64,7 +64,12 @@ def plot_lengths(lengths: Iterable[int], max_length: int | None = None) -> Axes:
     if max_length is not None:
         label = f"max_length: {max_length} tokens"
         ax.axvline(max_length, color="black", linestyle="--", linewidth=1.6, label=label)
-    ax.set(title=f"Length of {len(tokens):,} rows", xlabel="tokens in a row (EOS counted)", ylabel="rows")
+    half = float(np.median(tokens))
+    ax.set(
+        title=f"Half of {len(tokens):,} rows have {half:.0f} tokens or fewer",
+        xlabel="tokens in a row (EOS counted)",
+        ylabel="rows",
+    )
     ax.legend(framealpha=1)
     return ax
 
