@@ -120,7 +120,7 @@ def cells_are_short(repo: Repository) -> Iterator[str]:
         for number, _ in late[1:] if path.stem == "01_environment" else late:
             yield repo.at(path, number, "imports late; move the import to the first cells")
         for length, (_, (number, _)) in zip(lengths, numbered, strict=True):
-            if length > 30:
+            if length > 30 and "cellView" not in cell.metadata:  # a folded cell is not read
                 yield repo.at(path, number, f"has {length} lines; split the cell, 30 are the limit")
 
 
