@@ -119,8 +119,8 @@ def cells_are_short(repo: Repository) -> Iterator[str]:
         # 01 checks the environment first: a broken package must not hide the table that names it.
         for number, _ in late[1:] if path.stem == "01_environment" else late:
             yield repo.at(path, number, "imports late; move the import to the first cells")
-        for length, (_, (number, _)) in zip(lengths, numbered, strict=True):
-            if length > 30:
+        for length, (_, (number, cell)) in zip(lengths, numbered, strict=True):
+            if length > 30 and "cellView" not in cell.metadata:  # a folded cell is not read
                 yield repo.at(path, number, f"has {length} lines; split the cell, 30 are the limit")
 
 
