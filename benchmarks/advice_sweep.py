@@ -169,6 +169,7 @@ def build_trainer(settings: Settings, run: Run, folder: str) -> Any:
 def train(settings: Settings, run: Run, deadline: float) -> dict[str, Any] | None:
     """One run's curve; None if the deadline (of ``time.time``) came before its end."""
     import datasets
+    import transformers
     from transformers import PrinterCallback, TrainerCallback
 
     class StopInTime(TrainerCallback):
@@ -179,6 +180,7 @@ def train(settings: Settings, run: Run, deadline: float) -> dict[str, Any] | Non
         return None
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(settings, run, folder)
@@ -215,11 +217,13 @@ def card(on_gpu: bool) -> str:
 def describe(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """The report without runs, or, with ``--add``, what the file holds of the same settings."""
     shared = dataclasses.asdict(settings) | {"model": Path(settings.model).name}
+    places = {settings.model: "FOLDER", str(args.out): args.out.name}  # not where they lie on this machine
+    words = [places.get(word, word) for word in sys.argv[1:]]
     report = {
         "card": card(args.on_gpu),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "command": shlex.join(["python", "benchmarks/advice_sweep.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/advice_sweep.py", *words]),
         "minutes": 0.0,
         "runs_at_a_time": args.at_a_time,
         "settings": shared,
