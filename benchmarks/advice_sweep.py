@@ -92,7 +92,7 @@ def tokenizer_and_rows(settings: Settings) -> tuple[Any, Any]:
     from llama_sft_helpers.profiles import load_profile
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    rows, _ = data.load_rows(load_profile("ci-tiny").dataset_id)
+    rows, _ = data.load_rows(load_profile("ci-tiny", model_id=settings.model).dataset_id)
     report = data.summarize_rows(rows, tokenizer, settings.max_length, settings.prompt_format)
     usable = rows.select(report.attrs["usable"])
     usable = data.format_rows(usable, tokenizer, settings.prompt_format)
