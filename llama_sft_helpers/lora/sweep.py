@@ -127,8 +127,9 @@ def plot_sweep(sweep: pd.DataFrame, base_loss: float) -> Axes:
             axes.annotate(f"r={r}", point, place, textcoords="offset points", ha="center")
     axes.axhline(base_loss, color="0.4", linestyle="--", label="base model, no adapter")
     axes.set_xscale("log")
-    axes.margins(y=0.12)
-    axes.set_title("Held-out loss after the same short training: lower is better")
+    axes.margins(0.12)
+    lowest = sweep.loc[sweep["held_out_loss"].idxmin()]
+    axes.set_title(f"Lowest held-out loss: {lowest['targets']} at r = {lowest['r']}")
     axes.set(xlabel="trainable parameters", ylabel="held-out loss (nats a token)")
     axes.legend(
         ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), title="target modules; r at each point"

@@ -239,7 +239,7 @@ def plot_update_spectrum(model: Any) -> Axes:
         style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markersize": 4, "linewidth": 1.2}
         axes.plot(shown, padded.quantile(0.5, dim=0), label=projection, **style)
     axes.axvline(r + 0.5, color="0.4", linestyle="--", linewidth=1, label=f"r = {r}: 0 beyond")
-    axes.set_title(f"The update has {r} singular values, one for each of r; median over the layers")
+    axes.set_title(f"Beyond r = {r} the update's singular values are 0 (median over the layers)")
     axes.set(xlabel="index of the singular value", ylabel="singular value (units of W)")
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -32,7 +32,7 @@ def plot_quantization_error(errors: pd.DataFrame) -> Axes:
         ax.plot(places, 100 * group["relative_error"], marker, ms=5, alpha=0.4, color=colour, label=kind)
     ax.set_xticks(range(len(modules)), modules, rotation=40, ha="right", rotation_mode="anchor")
     means = 100 * errors.groupby("format", sort=False)["relative_error"].mean()
-    about = ", ".join(f"{kind} about {mean:.1g} %" for kind, mean in means.items())
+    about = ", ".join(f"{kind} about {mean:.1g}%" for kind, mean in means.items())
     ax.set(yscale="log", ylabel="relative error (%)", title=f"Error of each matrix: {about}")
     ax.legend(loc="center right")
     _percent_ticks(ax)
