@@ -11,7 +11,6 @@ import html
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from llama_sft_helpers.doctor.cases import Case, read_chain
 from llama_sft_helpers.doctor.looks import LOOKS, surroundings
@@ -24,7 +23,7 @@ _UNKNOWN = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
     """A known failure: its key in the doctor's table, why it happened, what to do, and a library's page."""
 
@@ -34,11 +33,8 @@ class Explanation:
     fix: str
     link: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.title}\n  Cause: {self.cause}\n  Fix:   {self.fix}\n  See:   {self.link}"
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(str(self))
 
     def _repr_html_(self) -> str:
         _, title, cause, fix, link = map(html.escape, dataclasses.astuple(self))
