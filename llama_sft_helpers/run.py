@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -221,7 +221,8 @@ def _execute_interruptibly(client: Any, **kernel: Any) -> None:
         except BaseException:  # Ctrl-C or SIGTERM
             client.shutdown_kernel = "immediate"
             task = started.result()
-            task.get_loop().call_soon_threadsafe(task.cancel)
+            with suppress(RuntimeError):  # its loop has just ended by itself
+                task.get_loop().call_soon_threadsafe(task.cancel)
             raise
     execution.result()
 

@@ -255,7 +255,7 @@ app()
 # phase -> (the cells of 01, when it is reached)
 _PHASES = {
     "start": (["1"], _exists(".llama-sft-run.lock")),
-    "model build": (["1"], lambda process, out, models: bool(list(models.glob(".tiny-llama.*/model")))),
+    "model build": (["1"], lambda process, out, models: bool(list(models.glob(".tiny-llama.*/new")))),
     "kernel start": (["1"], lambda process, out, models: bool(_kernel_of(process))),
     "cell that sleeps": (["open('in_cell', 'w').close(); import time; time.sleep(60)"], _exists("in_cell")),
     "cell that computes": ([_TRAINING_CELL], _exists("in_cell")),
