@@ -60,6 +60,7 @@ def mount(mountpoint):
 import os
 from pathlib import Path
 import google.colab
+from llama_sft_helpers import profiles
 profiles._DRIVE = Path(os.environ["FAKE_CONTENT"]) / "drive"
 """,
 }
@@ -220,7 +221,7 @@ class TestDrive:
             self.write_adapter(machine)
         assert (account.folder / "MyDrive" / "llama-sft" / "ci-tiny" / "adapter").is_dir()
         with account.machine("ci-tiny") as machine:
-            assert "eval_loss_after" in run_starting_point(machine, "07")[-1]
+            assert "held-out loss after" in run_starting_point(machine, "07")[-1]
 
     def test_after_a_refusal_06_says_that_results_are_lost_and_07_names_the_ways_to_an_adapter(
         self, account, tiny_model_dir
@@ -293,16 +294,7 @@ class TestPublishedAdapter:
     @pytest.mark.slow
     def test_07_runs_to_its_end_with_one(self, account, tiny_model_dir, tmp_path):
         """06 trains it, the hub serves it, and 07 runs on a machine without anything of 06."""
-        command = [
-            sys.executable,
-            "-m",
-            "llama_sft_helpers.cli",
-            "run",
-            "--profile",
-            "ci-tiny",
-            "--only",
-            "06",
-        ]
+        command = [sys.executable, "-m", "llama_sft_helpers.cli", "run", "--only", "06"]
         places = {"SFT_OUTPUT_DIR": str(tmp_path / "out")}
         subprocess.run([*command, "--out", tmp_path / "demo"], check=True, env=os.environ | places)
         trained = next((tmp_path).rglob("adapter/adapter_model.safetensors")).parent
@@ -352,7 +344,8 @@ def run_light_first_cell(python, before, after, rounds=1):
     assert replaced == 1
     command = [python, "-c", PROBE.format(before=before, after=after), cell, str(rounds)]
     # elsewhere, as this checkout's folder would count as installed
-    answer = subprocess.run(command, capture_output=True, text=True, cwd=python.parent)
+    elsewhere = {"cwd": python.parent, "env": os.environ | {"PYTHONPATH": ""}}
+    answer = subprocess.run(command, capture_output=True, text=True, **elsewhere)
     return answer.stdout + answer.stderr, pyarrow.partition("==")[2]
 
 
