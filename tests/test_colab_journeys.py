@@ -332,40 +332,54 @@ def image_venv(tmp_path_factory):
     return venv / "bin" / "python"
 
 
-def run_light_first_cell(python, before, after, rounds=1):
-    """What the first cell prints, in a process that has imported something before; and pyarrow's new version.
+@pytest.fixture
+def colab_image(image_venv):
+    """The Python of a light environment with the image's pyarrow and pandas, and without this package."""
+    pip = [image_venv, "-m", "pip", "-q"]
+    subprocess.run([*pip, "install", *COLAB_HAS], check=True)
+    subprocess.run([*pip, "uninstall", "-y", "llama-sft-helpers"], check=True)
+    return image_venv
 
-    Its installation takes only this checkout and the pyarrow that it requires.
-    """
+
+def light_first_cell():
+    """The first cell; its installation takes only this checkout and the pyarrow that it requires."""
     lines = (ROOT / "requirements-colab.txt").read_text(encoding="utf-8").splitlines()
     pyarrow = next(line.split()[0] for line in lines if line.startswith("pyarrow=="))
-    install = f"%pip install -q --no-deps {ROOT} {pyarrow}"
-    cell, replaced = re.subn(r"%pip install -q .*", install, code_cells("01")["001"])
+    cell, replaced = re.subn(
+        r"%pip install -q .*", f"%pip install -q --no-deps {ROOT} {pyarrow}", code_cells("01")["001"]
+    )
     assert replaced == 1
-    command = [python, "-c", PROBE.format(before=before, after=after), cell, str(rounds)]
+    return cell, pyarrow.partition("==")[2]
+
+
+def probe(python, before="", after="", rounds=1):
+    cell, _ = light_first_cell()
+    program = PROBE.format(before=before, after=after)
+    command = [python, "-c", program, cell, str(rounds)]
     # elsewhere, as this checkout's folder would count as installed
-    elsewhere = {"cwd": python.parent, "env": os.environ | {"PYTHONPATH": ""}}
-    answer = subprocess.run(command, capture_output=True, text=True, **elsewhere)
-    return answer.stdout + answer.stderr, pyarrow.partition("==")[2]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=python.parent)
+    return answer.stdout + answer.stderr
 
 
 @pytest.mark.slow
-def test_the_first_cell_asks_for_a_restart_only_where_an_import_was_replaced(image_venv):
-    """In a light environment with the image's pyarrow and pandas, and without this package."""
-    pip = [image_venv, "-m", "pip", "-q"]
-    for before, stale in (
-        ("import pandas", True),
-        ("import pandas, pyarrow", False),
-        ("import numpy", False),
-    ):
-        if before != "import pandas, pyarrow":  # that one is the restart after the first
-            subprocess.run([*pip, "install", *COLAB_HAS], check=True)
-            subprocess.run([*pip, "uninstall", "-y", "llama-sft-helpers"], check=True)
-        printed, new = run_light_first_cell(image_venv, before, "import pandas, pyarrow.dataset", rounds=2)
-        # pandas brings pyarrow into memory; running the cell again without a restart says so again
-        says = f"EnvironmentCheckError This session had imported pyarrow 18.1.0 (now {new} on disk)"
-        assert printed.count(f"RESULT {says if stale else 'NoneType None'}") == 2, printed
-        # without a restart the old pyarrow in memory meets the new one's files
-        assert ("may indicate binary incompatibility" in printed) is stale, printed
-        assert f"ON DISK {new}" in printed
-        assert stale or "Error" not in printed
+def test_a_real_upgrade_under_an_import_asks_for_a_restart_and_after_it_for_nothing(colab_image):
+    python, new = colab_image, light_first_cell()[1]
+    stale = f"pyarrow 18.1.0 (now {new} on disk)"
+    # pandas brings pyarrow into memory; running the cell again without a restart says so again
+    first = probe(python, before="import pandas", after="import pyarrow.dataset", rounds=2)
+    assert first.count(f"RESULT EnvironmentCheckError This session had imported {stale}") == 2, first
+    assert f"ON DISK {new}" in first
+    # without a restart the old pyarrow in memory meets the new one's files
+    assert "may indicate binary incompatibility" in first.partition("ON DISK")[2], first
+    again = probe(python, before="import pandas, pyarrow", after="import pyarrow.dataset")
+    assert "RESULT NoneType None" in again, again
+    assert "Error" not in again
+
+
+@pytest.mark.slow
+def test_without_such_an_import_a_real_upgrade_asks_for_no_restart(colab_image):
+    python, new = colab_image, light_first_cell()[1]
+    answer = probe(python, before="import numpy", after="import pandas, pyarrow.dataset")
+    assert "RESULT NoneType None" in answer, answer
+    assert f"ON DISK {new}" in answer
+    assert "Error" not in answer
