@@ -31,9 +31,9 @@ class ChatError(RuntimeError):
 def stream_answer(
     model: Any, tokenizer: Any, prompt: str, *, tuned: bool = True, max_new_tokens: int = 256
 ) -> Generator[str, None, None]:
-    """Generate an answer and yield it piece by piece, until EOS or ``max_new_tokens``.
+    """Generate an answer greedily and yield it piece by piece, until EOS or ``max_new_tokens``.
 
-    Greedy. Closing the iterator early stops the generation at its next token.
+    Closing the iterator early stops the generation at its next token.
 
     Args:
         model: A ``PeftModel``.
@@ -126,15 +126,9 @@ def _print_answer(console: Console, pieces: Generator[str, None, None]) -> None:
 
 
 def chat_box(answer: Answer) -> Any:
-    """A box with a text field, a base/tuned toggle, and the conversation.
+    """An ``ipywidgets`` box with a text field, a base/tuned toggle, and the conversation.
 
-    Nothing blocks: the box answers when a message is sent.
-
-    Args:
-        answer: Called with the message and whether the tuned model is chosen; yields text.
-
-    Returns:
-        An ``ipywidgets`` box to display.
+    Nothing blocks: a message that is sent goes to ``answer``, with whether the tuned model is chosen.
     """
     import ipywidgets as widgets
 
@@ -145,25 +139,22 @@ def chat_box(answer: Answer) -> Any:
     choice = widgets.ToggleButtons(options=["tuned", "base"], layout=widgets.Layout(width="auto"))
     send = widgets.Button(description="Send", button_style="primary")
     page = widgets.HTML()
-    past: list[str] = []
 
     def respond(*_: Any) -> None:
         text = message.value.strip()
         if not text or send.disabled:
             return
         send.disabled, message.value = True, ""
-        said = f"<p><b>you</b>: {html.escape(text)}</p><p><b>{choice.value}</b>: "
-        reply = ""
-        page.value = f"{''.join(past)}{said}…</p>"
+        said = f"{page.value}<p><b>you</b>: {html.escape(text)}</p><p><b>{choice.value}</b>: "
+        page.value, reply = f"{said}…</p>", ""
         try:
             for piece in answer(text, choice.value == "tuned"):
                 reply += piece
-                page.value = "".join(past) + said + _as_html(reply)
+                page.value = said + _as_html(reply)
         except Exception as error:
             reply += f" [{error}]"
         finally:
-            past.append(f"{said}{_as_html(reply)}</p>")
-            page.value = "".join(past)
+            page.value = f"{said}{_as_html(reply)}</p>"
             send.disabled = False
 
     def on_enter(_widget: Any, content: Any, _buffers: Any) -> None:

@@ -17,8 +17,6 @@ import pandas as pd
 if TYPE_CHECKING:
     from llama_sft_helpers.profiles import Profile
 
-_LAUNCH = "accelerate launch --config_file {accelerate} -m trl.scripts.sft --config {sft}"
-
 
 def write_engine_configs(
     folder: str | Path,
@@ -38,7 +36,7 @@ def write_engine_configs(
         folder: An empty folder, as ``new_folder`` yields it.
         profile: The run's profile; ``processes`` must divide its effective batch.
         model: The ``PeftModel``: its adapter's settings, and its decoder layers, which FSDP shares out.
-        train_rows: Rows with ``prompt`` and ``completion``.
+        train_rows: Rows with ``prompt`` and ``completion``, or with ``input_ids`` and ``labels``.
         eval_rows: Held-out rows with the same.
         processes: GPUs (CPU processes where there is none).
 
@@ -59,25 +57,24 @@ def write_engine_configs(
         raise ValueError("There are no training rows to write; pass the rows that notebook 06 trained on.")
     _write_rows(folder / "data" / "test.jsonl", eval_rows)
     layer = type(model.get_base_model().get_decoder().layers[0]).__name__
-    pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-        "ddp-int8": (_INT8, _ddp(profile, processes)),
-        "fsdp-nf4": (_NF4, _fsdp(profile, processes, layer)),
-    }
-    table: dict[str, dict[str, Any]] = {}
+    ddp = _ddp(profile, processes)
+    pairs = {"ddp-int8": (_INT8, ddp), "fsdp-nf4": (_NF4, ddp | _fsdp(layer))}
+    rows = shared["per_device_train_batch_size"] * shared["gradient_accumulation_steps"] * processes
+    table = {}
     for name, (quantization, accelerate) in pairs.items():
-        files = {"sft": f"sft_{name}.yaml", "accelerate": f"accelerate_{name}.yaml"}
-        _write_yaml(folder / files["sft"], {**shared, **quantization, "output_dir": f"adapter-{name}"})
-        _write_yaml(folder / files["accelerate"], accelerate)
-        rows = shared["per_device_train_batch_size"] * shared["gradient_accumulation_steps"] * processes
-        table[name] = {"effective_batch_rows": rows, "command": _LAUNCH.format(**files)}
-    return pd.DataFrame(table).T.rename_axis("name")
+        sft, launch = f"sft_{name}.yaml", f"accelerate_{name}.yaml"
+        _write_yaml(folder / sft, {**shared, **quantization, "output_dir": f"adapter-{name}"})
+        _write_yaml(folder / launch, accelerate)
+        command = f"accelerate launch --config_file {launch} -m trl.scripts.sft --config {sft}"
+        table[name] = {"effective_batch_rows": rows, "command": command}
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("name")
 
 
 # Every adapter weight takes part in every step: DDP need not search the graph for those that do not.
-_INT8 = {"load_in_8bit": True, "ddp_find_unused_parameters": False}
+_INT8: dict[str, Any] = {"load_in_8bit": True, "ddp_find_unused_parameters": False}
 
 # FSDP shares out tensors of one type, so the 4-bit codes are stored in the type of everything else.
-_NF4 = {
+_NF4: dict[str, Any] = {
     "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4",
     "use_bnb_nested_quant": True,
@@ -158,7 +155,8 @@ def _ddp(profile: Profile, processes: int) -> dict[str, Any]:
     }
 
 
-def _fsdp(profile: Profile, processes: int, layer: str) -> dict[str, Any]:
+def _fsdp(layer: str) -> dict[str, Any]:
+    """What sets FSDP apart from DDP."""
     settings = {
         # Version 1 changes the modules' names, under which PEFT 0.21 then finds no LoRA to save.
         "fsdp_version": 2,
@@ -169,21 +167,18 @@ def _fsdp(profile: Profile, processes: int, layer: str) -> dict[str, Any]:
         "fsdp_offload_params": False,
         "fsdp_state_dict_type": "FULL_STATE_DICT",
     }
-    base = {**_ddp(profile, processes), "mixed_precision": "bf16"}
-    return {**base, "distributed_type": "FSDP", "fsdp_config": settings}
+    return {"distributed_type": "FSDP", "mixed_precision": "bf16", "fsdp_config": settings}
 
 
 _COLUMNS = ("prompt", "completion", "input_ids", "labels")  # a conversation comes as tokens already
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> int:
+    kept = ({key: row[key] for key in _COLUMNS if key in row} for row in rows)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
     path.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
-    with path.open("w", encoding="utf-8") as file:
-        for count, row in enumerate(rows, start=1):  # noqa: B007  (the count is the result)
-            kept = {key: row[key] for key in _COLUMNS if key in row}
-            file.write(json.dumps(kept, ensure_ascii=False) + "\n")
-    return count
+    path.write_text("".join(lines), encoding="utf-8")
+    return len(lines)
 
 
 def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:
