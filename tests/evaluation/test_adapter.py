@@ -62,7 +62,7 @@ def test_a_wrong_folder_is_told(tmp_path, tiny_model, tiny_model_dir):
 def test_an_adapter_of_another_profile_is_named(folder, tiny_model):
     (here := folder.parent / "cpu-demo").mkdir()
     folder.rename(here / "adapter")
-    with pytest.raises(AdapterError, match=r"cpu-demo is there: load_profile\('cpu-demo'\) finds it"):
+    with pytest.raises(AdapterError, match=r"cpu-demo/adapter is there: load_profile\('cpu-demo'\) finds it"):
         check_adapter(folder.parent / "colab-a100" / "adapter", tiny_model, "x")
 
 
