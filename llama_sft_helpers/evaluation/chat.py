@@ -40,10 +40,7 @@ def stream_answer(
         tokenizer: Its tokenizer.
         prompt: The whole prompt, template included.
         tuned: False switches the adapter off for this answer.
-        max_new_tokens: Longest answer, in tokens.
-
-    Yields:
-        Text, usually a word at a time.
+        max_new_tokens: Longest answer.
 
     Raises:
         ChatError: Generation failed.
@@ -84,12 +81,8 @@ def stream_answer(
 def run_chat(answer: Answer, *, tuned: bool = True, prompt: str | None = None) -> None:
     """Talk in a terminal: a line is an instruction; ``/base``, ``/tuned`` and ``/quit`` are commands.
 
-    Ctrl-C ends an answer, Ctrl-D or ``/quit`` the talk.
-
-    Args:
-        answer: Called with the message and whether the tuned model is chosen; yields text.
-        tuned: Whether to start with the adapter on.
-        prompt: One instruction to answer; None reads lines until the end of the input.
+    Ctrl-C ends an answer, Ctrl-D or ``/quit`` the talk. ``tuned`` says whether the adapter is on at first;
+    with a ``prompt``, this one instruction is answered and nothing is read.
     """
     from rich.console import Console
 

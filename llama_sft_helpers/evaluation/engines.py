@@ -25,20 +25,14 @@ def write_engine_configs(
     model: Any,
     train_rows: Iterable[Mapping[str, str]],
     eval_rows: Iterable[Mapping[str, str]],
-    processes: int = 2,
+    processes: int,
 ) -> pd.DataFrame:
-    """Write the run as files that ``accelerate launch`` and trl read.
+    """Write the run into an empty folder, as files that ``accelerate launch`` and trl read.
 
     Two pairs: DDP with int8 weights, where each GPU holds the whole model and takes a share of the rows; and
-    FSDP with nf4 weights, where each GPU holds a share of the model. Both keep the profile's effective batch.
-
-    Args:
-        folder: An empty folder, as ``new_folder`` yields it.
-        profile: The run's profile; ``processes`` must divide its effective batch.
-        model: The ``PeftModel``: its adapter's settings, and its decoder layers, which FSDP shares out.
-        train_rows: Rows with ``prompt`` and ``completion``, or with ``input_ids`` and ``labels``.
-        eval_rows: Held-out rows with the same.
-        processes: GPUs (CPU processes where there is none).
+    FSDP with nf4 weights, where each GPU holds a share of the model. Both keep the profile's effective batch,
+    which ``processes`` (GPUs, or CPU processes where there is none) must divide. Of the ``PeftModel`` they
+    take the adapter's settings and the class of its decoder layers; of the rows, text or tokens.
 
     Returns:
         Index name (``ddp-int8``, ``fsdp-nf4``): ``effective_batch_rows``, ``command`` (run it in the folder).
@@ -47,6 +41,8 @@ def write_engine_configs(
         ValueError: ``processes`` is less than 2 or does not divide the effective batch, or there are no
             training rows.
     """
+    import yaml  # type: ignore[import-untyped]
+
     folder = Path(folder)
     if processes < 2:
         raise ValueError(
@@ -63,8 +59,9 @@ def write_engine_configs(
     table = {}
     for name, (quantization, accelerate) in pairs.items():
         sft, launch = f"sft_{name}.yaml", f"accelerate_{name}.yaml"
-        _write_yaml(folder / sft, {**shared, **quantization, "output_dir": f"adapter-{name}"})
-        _write_yaml(folder / launch, accelerate)
+        trl = {**shared, **quantization, "output_dir": f"adapter-{name}"}
+        for file, content in ((sft, trl), (launch, accelerate)):
+            (folder / file).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         command = f"accelerate launch --config_file {launch} -m trl.scripts.sft --config {sft}"
         table[name] = {"effective_batch_rows": rows, "command": command}
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("name")
@@ -179,9 +176,3 @@ def _write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines), encoding="utf-8")
     return len(lines)
-
-
-def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:
-    import yaml  # type: ignore[import-untyped]
-
-    path.write_text(yaml.safe_dump(dict(content), sort_keys=False), encoding="utf-8")

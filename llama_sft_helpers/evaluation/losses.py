@@ -31,13 +31,8 @@ def encode_rows(
 ) -> list[dict[str, list[int]]]:
     """Token ids and labels of prompt-completion rows, as ``SFTTrainer`` makes them.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        rows: Rows with ``prompt`` and ``completion``, or with ``input_ids`` and ``labels`` already.
-        max_length: Longer rows are cut, in tokens, and lose their EOS.
-
-    Returns:
-        For each row ``input_ids``, and ``labels``, which are -100 where the prompt stands.
+    Rows have ``prompt`` and ``completion``, or ``input_ids`` and ``labels`` already. Those longer than
+    ``max_length`` tokens are cut, and lose their EOS. Labels are -100 where the prompt stands.
 
     Raises:
         ValueError: A row has other columns.

@@ -50,21 +50,20 @@ def write_model_card(
 ) -> Path:
     """Write ``README.md``: what the adapter is, how to use it, what it was trained on, what was measured.
 
+    In the adapter's own folder, as a rule; the form that PEFT leaves there is replaced. A card that was
+    edited, or that somebody else wrote, is kept and its path returned, and a warning says that the new one
+    lies beside it, as ``README.new.md``.
+
     Args:
-        folder: Where the card goes, the adapter's own folder as a rule; made if missing. The form that PEFT
-            leaves there is replaced; a card that was edited, or that somebody else wrote, is kept, and a
-            warning says that the new one lies beside it as ``README.new.md``.
+        folder: Made if missing.
         profile: The run's profile.
         peft_config: The adapter's ``LoraConfig``.
         prompt: The prompt of training, as it is for the message ``{{ .Prompt }}``.
         training_summary: ``read_training_summary`` of the run.
         data_sha256: ``hash_rows`` of the training rows.
-        losses: ``evaluation.summarize_perplexity``.
-        generations: ``evaluation.summarize_generations``.
+        losses: ``summarize_perplexity``.
+        generations: ``summarize_generations``.
         device: Name of the GPU, or ``CPU``, that evaluated; the summary's own ``device`` names the trainer.
-
-    Returns:
-        The card's path.
 
     Raises:
         FilesError: The disk is full.

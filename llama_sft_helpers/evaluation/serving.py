@@ -35,13 +35,8 @@ def write_modelfile(
 ) -> Path:
     """Write a ``Modelfile``: the model, its prompt, where an answer ends, and greedy decoding as in 07.
 
-    Args:
-        path: The file to write.
-        model_file: The GGUF file's name, beside the ``Modelfile``.
-        prompt: The prompt of training, as it is for the message ``MESSAGE``.
-        stop: The text of the token that ends an answer.
-        max_new_tokens: Longest answer, in tokens.
-        adapter_file: The adapter's GGUF file, if it is not merged into the model.
+    The GGUF files of the model and, if it is not merged into that, of the adapter lie beside it. The prompt
+    is that of training for the message ``MESSAGE``; ``stop`` is the text of the token that ends an answer.
 
     Raises:
         ValueError: The prompt has no place for the message, or holds what ends a template.

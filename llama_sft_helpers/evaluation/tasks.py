@@ -103,8 +103,7 @@ def summarize_tasks(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
 
 def share_interval(part: int, total: int) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson, 1927, https://doi.org/10.2307/2276774)."""
-    z = 1.96
-    share, extra = part / total, z * z / total
+    share, extra = part / total, 1.96**2 / total
     middle = (share + extra / 2) / (1 + extra)
     half = math.sqrt(extra * (share * (1 - share) + extra / 4)) / (1 + extra)
     return middle - half, middle + half
