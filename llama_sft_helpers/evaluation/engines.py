@@ -25,14 +25,17 @@ def write_engine_configs(
     model: Any,
     train_rows: Iterable[Mapping[str, str]],
     eval_rows: Iterable[Mapping[str, str]],
-    processes: int,
+    processes: int | None = None,
 ) -> pd.DataFrame:
     """Write the run into an empty folder, as files that ``accelerate launch`` and trl read.
 
     Two pairs: DDP with int8 weights, where each GPU holds the whole model and takes a share of the rows; and
-    FSDP with nf4 weights, where each GPU holds a share of the model. Both keep the profile's effective batch,
-    which ``processes`` (GPUs, or CPU processes where there is none) must divide. Of the ``PeftModel`` they
-    take the adapter's settings and the class of its decoder layers; of the rows, text or tokens.
+    FSDP with nf4 weights, where each GPU holds a share of the model. Both keep the profile's effective batch.
+    Of the ``PeftModel`` they take the adapter's settings and the class of its decoder layers; of the rows,
+    text or tokens.
+
+    ``processes`` counts GPUs (CPU processes where there is none): by default the fewest from 2 on that can
+    share the effective batch evenly. A batch of one row becomes one row for each of two.
 
     Returns:
         Index name (``ddp-int8``, ``fsdp-nf4``): ``effective_batch_rows``, ``command`` (run it in the folder).
@@ -44,6 +47,8 @@ def write_engine_configs(
     import yaml  # type: ignore[import-untyped]
 
     folder = Path(folder)
+    if processes is None:
+        processes = _fewest_processes(profile)
     if processes < 2:
         raise ValueError(
             f"processes is {processes}, expected at least 2; one process is what notebook 06 does."
@@ -123,10 +128,16 @@ def _sft_settings(profile: Profile, peft_config: Any, processes: int) -> dict[st
     }
 
 
+def _fewest_processes(profile: Profile) -> int:
+    """Two, or the next number that divides the effective batch: 3 for the 9 rows of ``colab-l4``."""
+    rows = profile.per_device_train_batch_size * profile.gradient_accumulation_steps
+    return next((number for number in range(2, rows + 1) if rows % number == 0), 2)
+
+
 def _share_batch(profile: Profile, processes: int) -> tuple[int, int]:
     """Rows in a micro-batch and micro-batches of each process: the largest that keep the effective batch."""
     most, accumulated = profile.per_device_train_batch_size, profile.gradient_accumulation_steps
-    share, rest = divmod(most * accumulated, processes)
+    share, rest = divmod(max(most * accumulated, 2), processes)
     if rest:
         raise ValueError(
             f"The effective batch of {most * accumulated} rows ({most} in a micro-batch x {accumulated} "
