@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 _TASKS = Path(__file__).with_name("tasks.jsonl")
-_BATCH = 8  # prompts at a time; LLM.int8() depends on it, so that before and after are scored alike
+_BATCH = 32  # prompts at a time; LLM.int8() depends on it, so that before and after are scored alike
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 # How an answer is checked; each takes the answer without the space around it and what is expected.
 _CHECKS: dict[str, Callable[[str, str], bool]] = {
@@ -35,7 +35,7 @@ def read_tasks() -> list[dict[str, str]]:
 def score_tasks(
     model: Any, tokenizer: Any, tasks: Sequence[Mapping[str, str]], prompt_of: Callable[[str], str]
 ) -> pd.DataFrame:
-    """Let a model answer the tasks, greedily and eight at a time, and check each answer.
+    """Let a model answer the tasks, greedily and in batches, and check each answer.
 
     Args:
         model: The model; for the base of a ``PeftModel`` call this inside ``model.disable_adapter()``.
