@@ -25,7 +25,6 @@ from llama_sft_helpers.evaluation import (
     check_repo_id,
     hash_rows,
     hub_errors,
-    keep_model_card,
     write_model_card,
 )
 from llama_sft_helpers.profiles import read_profile
@@ -47,16 +46,13 @@ LOSSES = pd.DataFrame(
     {"loss_nats": [1.5, 1.25], "low": [1.4, 1.2], "high": [1.6, 1.3], "perplexity": [4.48, 3.49]},
     index=["base", "tuned"],
 ).assign(rows=2, tokens=2000)
-ANSWERS = pd.DataFrame(
-    {
-        "prompt": ["Say | hi", "Code"],
-        "base": ["hello <script>", "```python\nprint()\n```"],
-        "base_tokens": [3, 12],
-        "base_stopped": [True, False],
-        "tuned": ["hi", "````x````"],
-        "tuned_tokens": [2, 5],
-        "tuned_stopped": [True, True],
-    }
+ANSWERS = pd.DataFrame({"prompt": ["Say | hi", "Code"]}).assign(
+    base=["hello <script>", "```python\nprint()\n```"],
+    base_tokens=[3, 12],
+    base_stopped=[True, False],
+    tuned=["hi", "````x````"],
+    tuned_tokens=[2, 5],
+    tuned_stopped=True,
 )
 
 
@@ -170,17 +166,6 @@ def test_an_edited_or_foreign_card_is_kept_and_the_new_one_lies_beside_it(tmp_pa
         assert device in (tmp_path / "README.new.md").read_text(encoding="utf-8")
     (tmp_path / "README.new.md").replace(path)
     write(tmp_path)  # no warning: it is this function's own again
-
-
-def test_a_card_is_kept_while_an_adapter_is_saved_beside_it(tmp_path, tiny_model):
-    model = get_peft_model(tiny_model, LoraConfig(target_modules=["q_proj"]))
-    card = read(tmp_path / "adapter")
-    with keep_model_card(tmp_path / "adapter"):
-        model.save_pretrained(tmp_path / "adapter")
-    assert (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8") == card
-    with keep_model_card(tmp_path / "new"):
-        model.save_pretrained(tmp_path / "new")
-    write(tmp_path / "new")
 
 
 @pytest.mark.parametrize(
