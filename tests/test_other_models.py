@@ -1,17 +1,12 @@
 """Models of Llama's shape that are not Llama 3: random tiny weights from disk through every step."""
 
-import json
-
 import pytest
 import torch
-from data_forms import write_form
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import ARCHITECTURES, SEVEN, load_int8, random_model, tiny_config
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeoXConfig, set_seed
-from typer.testing import CliRunner
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, set_seed
 
 from llama_sft_helpers import evaluation, lora, memory, quantization, training
-from llama_sft_helpers.cli import app
 from llama_sft_helpers.profiles import read_profile
 
 IDS = torch.arange(2 * 40).reshape(2, 40) * 7 % 1024
@@ -92,31 +87,3 @@ def test_other_architectures_are_refused_by_name(config, look):
     with pytest.raises(memory.UnsupportedModelError, match=message):
         look(config)
     memory.check_supported(tiny_config("qwen3"))
-
-
-CHAT = (
-    "{{ bos_token }}{% for turn in messages %}{{ turn.role }}: {{ turn.content }}"
-    "{{ eos_token if turn.role == 'assistant' }}\n{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("form", "template"), [("csv", None), ("jsonl", CHAT)])
-def test_06_07_and_09_run_on_a_qwen2_with_own_rows_and_with_chats(form, template, tmp_path, tiny_tokenizer):
-    source, columns, _ = write_form(form, tmp_path / "data")
-    model_type, changes = ARCHITECTURES["Qwen 2"]
-    ends = {"bos_token_id": tiny_tokenizer.bos_token_id, "eos_token_id": tiny_tokenizer.eos_token_id}
-    random_model(model_type, **changes, **ends).save_pretrained(tmp_path / "base")
-    tiny_tokenizer.chat_template = template
-    tiny_tokenizer.save_pretrained(tmp_path / "base")
-    out = tmp_path / "out"
-    command = ["run", "--profile", "ci-tiny", "--only", "06,07,09", "--out", out, "--data", source]
-    command += ["--model", tmp_path / "base", "--set", "max_steps=4", "--set", "max_new_tokens=4"]
-    command += ["--columns", columns] if columns else []
-    result = CliRunner().invoke(app, [str(word) for word in command])
-    assert result.exit_code == 0, result.output
-    for folder in (out, out / "your_run"):
-        summary = json.loads((folder / "training_summary.json").read_text(encoding="utf-8"))
-        assert summary["prompt_format"] == ("chat" if template else "alpaca")
-        saved = AutoTokenizer.from_pretrained(folder / "adapter")
-        assert (saved.chat_template == template) == bool(template)
