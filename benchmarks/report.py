@@ -15,9 +15,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from llama_sft_helpers.core.files import write_text
+from llama_sft_helpers.core.files import write_text  # noqa: E402
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
@@ -43,8 +44,8 @@ def source(of: str, packages: Iterable[str] = LIBRARIES) -> dict[str, Any]:
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    script = f"benchmarks/{Path(sys.argv[0]).name}"
-    return {"card": of, "versions": versions, "command": shlex.join(["python", script, *sys.argv[1:]])}
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return {"card": of, "versions": versions, "command": command.replace(f"{ROOT}/", "")}
 
 
 def write(path: Path | str, content: Mapping[str, Any]) -> None:

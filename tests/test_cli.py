@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -48,6 +49,23 @@ def test_plan_takes_length_batch_and_model(tiny_model_dir):
 
     assert gib() < gib("--max-length", 2048) < gib("--max-length", 2048, "--batch", 4)
     assert gib("--model", tiny_model_dir) < 1 < gib()
+
+
+def test_plan_prints_its_numbers_as_tables():
+    asked = ["--profile", "colab-t4", "--gpu-gib", 24]
+    printed, (code, planned) = invoke("plan", *asked), plan(*asked)
+    assert printed.exit_code == code == 0
+    total = sum(row["gib"] for row in planned["plan"])
+    assert f"colab-t4, int8: {total:.2f} GiB in all" in printed.stdout
+    for row in planned["plan"]:
+        assert re.search(rf"{re.escape(row['component'])} *│ *{row['gib']:.2f} ", printed.stdout), row
+    assert planned["fit"][0]["verdict"] in printed.stdout
+
+
+def test_an_unknown_quantization_is_one_clear_error():
+    refused = invoke("plan", "--profile", "colab-t4", "--quantization", "int3")
+    assert refused.exit_code == 1
+    assert re.match(r"error: .*int3.*int8, nf4", refused.stderr)
 
 
 @pytest.mark.parametrize(

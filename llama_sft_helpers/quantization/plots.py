@@ -32,7 +32,7 @@ def plot_quantization_error(errors: pd.DataFrame) -> Axes:
         ax.plot(places, 100 * group["relative_error"], marker, ms=5, alpha=0.4, color=colour, label=kind)
     ax.set_xticks(range(len(modules)), modules, rotation=40, ha="right", rotation_mode="anchor")
     means = 100 * errors.groupby("format", sort=False)["relative_error"].mean()
-    about = ", ".join(f"{kind} about {mean:.1g}%" for kind, mean in means.items())
+    about = ", ".join(f"{kind} about {mean:.2g}%" for kind, mean in means.items())
     ax.set(yscale="log", ylabel="relative error (%)", title=f"Error of each matrix: {about}")
     ax.legend(loc="center right")
     _percent_ticks(ax)
@@ -103,7 +103,7 @@ def plot_int8_product(x: torch.Tensor, w: torch.Tensor) -> Axes:
     return ax
 
 
-def plot_outliers(outliers: pd.DataFrame, at_most: int = 12) -> Axes:
+def plot_outliers(outliers: pd.DataFrame, at_most: int = 8) -> Axes:
     """Draw the layer inputs that have the most outlier channels.
 
     Args:
@@ -120,7 +120,7 @@ def plot_outliers(outliers: pd.DataFrame, at_most: int = 12) -> Axes:
     bars = ax.barh(names, 100 * few["channels_share"], color=BLUE)
     ax.bar_label(bars, labels=[str(count) for count in few["outlier_channels"]], padding=3)
     ax.set(
-        xlabel="outlier channels (% of the input's; number: count)",
+        xlabel="outlier channels (%; number: count)",
         title=f"The {len(few)} inputs with the most outliers; {none} have none",
     )  # fmt: skip
     ax.margins(x=0.15)
