@@ -15,13 +15,9 @@ if TYPE_CHECKING:
 
 
 def plot_quantization_error(errors: pd.DataFrame) -> Axes:
-    """Draw the relative error of every matrix by projection: one band for each format.
+    """Draw the relative error of every matrix, in % on a log scale: a dot a matrix, a colour a format.
 
-    Args:
-        errors: ``summarize_quantization_error``'s table, or several of them concatenated.
-
-    Returns:
-        Axes: projection against relative Frobenius error in %, log scale; a dot a matrix, a colour a format.
+    ``errors`` is ``summarize_quantization_error``'s table, or several of them concatenated.
     """
     ax = new_axes(4.2, 7.2)
     modules = list(errors["module"].unique())
@@ -40,15 +36,12 @@ def plot_quantization_error(errors: pd.DataFrame) -> Axes:
     return ax
 
 
-def plot_weight_grid(weight: torch.Tensor, row: int = 0) -> Axes:
-    """Draw one row of a weight on the 255 levels of its int8 grid.
+def plot_weight_grid(weight: torch.Tensor, row: int) -> Axes:
+    """Draw one row of a weight on the 255 levels of its int8 grid; an inset enlarges six steps around zero.
 
     Args:
         weight: Matrix before quantization, shape (d_out, d_in).
         row: Output feature to show.
-
-    Returns:
-        Axes: weights per level over the weight's value; an inset enlarges six steps around zero.
 
     Raises:
         ValueError: The matrix has no such row.
@@ -83,17 +76,13 @@ def plot_weight_grid(weight: torch.Tensor, row: int = 0) -> Axes:
     return ax
 
 
-def plot_outliers(outliers: pd.DataFrame, at_most: int = 12) -> Axes:
-    """Draw the layer inputs that have the most outlier channels.
+def plot_outliers(outliers: pd.DataFrame) -> Axes:
+    """Draw the twelve inputs of ``summarize_outliers``'s table that have the most outlier channels.
 
-    Args:
-        outliers: ``summarize_outliers``'s table.
-        at_most: Number of inputs to show; those without an outlier are left out.
-
-    Returns:
-        Axes: a bar for each input, its share of outlier channels in %; number: their count.
+    A bar is an input's share of outlier channels in %, the number beside it their count. Inputs without an
+    outlier are left out.
     """
-    few = outliers[outliers["outlier_channels"] > 0].nlargest(at_most, "channels_share")[::-1]
+    few = outliers[outliers["outlier_channels"] > 0].nlargest(12, "channels_share")[::-1]
     none = int((outliers["outlier_channels"] == 0).sum())
     ax = new_axes(1.6 + 0.26 * len(few), 7.2)
     names = [f"layer {row.layer}, {row.module}" for row in few.itertuples()]

@@ -1,9 +1,6 @@
 """Notebook 03's helpers, against bitsandbytes' own numbers, hand counts and float64."""
 
 import functools
-import json
-from importlib import resources
-from pathlib import Path
 
 import bitsandbytes as bnb
 import matplotlib as mpl
@@ -11,11 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, load_int8, load_nf4, tiny_config
+from tiny_models import ARCHITECTURES, load_int8, load_nf4, random_model, tiny_config
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig
 
 from llama_sft_helpers import quantization
 from llama_sft_helpers.core.bnb import dequantize
+from llama_sft_helpers.core.llama import load_llama3_config
 
 mpl.use("Agg")
 
@@ -33,9 +31,7 @@ def batch(tiny_tokenizer):
     return tiny_tokenizer(TEXTS, return_tensors="pt", padding=True)
 
 
-def llama3_config() -> LlamaConfig:
-    path = resources.files("llama_sft_helpers") / "configs" / "llama3_8b.json"
-    return LlamaConfig(**json.loads(path.read_text(encoding="utf-8")))
+LLAMA3_8B = LlamaConfig(**vars(load_llama3_config()))
 
 
 # --- quantize_absmax ---
@@ -72,30 +68,22 @@ def test_many_ties_are_rounded_as_bitsandbytes_rounds_them():
     assert codes[0].tolist() == np.rint(levels.numpy()).astype(int).tolist()  # half to even
 
 
-def test_codes_equal_those_of_a_loaded_model(tiny_model, tiny_model_int8):
-    for layer in (0, 1):
-        weight = tiny_model.model.layers[layer].mlp.down_proj.weight
-        loaded = tiny_model_int8.model.layers[layer].mlp.down_proj.weight
-        codes, absmax = quantization.quantize_absmax(weight)
-        assert torch.equal(codes, loaded.data)
-        assert torch.equal(absmax, loaded.SCB)
+WITH_NAN, TOO_LARGE = (torch.tensor([[1.0, value]]) for value in (float("nan"), 1e6))
 
 
 @pytest.mark.parametrize(
-    "weight",
-    [torch.ones(3), torch.ones(2, 2, dtype=torch.int8), torch.empty(0, 4), torch.ones(2, 3, 4)],
-    ids=["vector", "codes", "empty", "3-D"],
+    ("weight", "told"),
+    [
+        (torch.ones(3), "it takes a floating-point matrix"),
+        (torch.ones(2, 2, dtype=torch.int8), r"got a tensor of shape \(2, 2\) and type torch.int8"),
+        (torch.empty(0, 4), "it takes a floating-point matrix"),
+        (WITH_NAN, "beyond float16's 65504"),
+        (TOO_LARGE, "beyond float16's 65504"),
+    ],
+    ids=["vector", "codes", "empty", "NaN", "too large"],
 )
-def test_what_is_no_weight_matrix_is_refused(weight):
-    with pytest.raises(ValueError, match=r"got a tensor of shape .* it takes a floating-point matrix"):
-        quantization.quantize_absmax(weight)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-def test_values_beyond_float16_are_refused(value):
-    weight = torch.ones(2, 2)
-    weight[0, 1] = value
-    with pytest.raises(ValueError, match="65504"):
+def test_what_is_no_weight_matrix_is_refused(weight, told):
+    with pytest.raises(ValueError, match=told):
         quantization.quantize_absmax(weight)
 
 
@@ -116,16 +104,12 @@ def test_layers_of_the_int8_model(tiny_model_int8):
     assert table["gib"].sum() == pytest.approx(table["bytes"].sum() / 2**30)
 
 
-def test_layers_of_an_unquantized_model_count_every_parameter_once(tiny_model):
-    table = quantization.summarize_layers(tiny_model)
+@pytest.mark.parametrize(("kind", "dtype"), [("tiny_model", "float32"), ("tiny_model_nf4", "nf4")])
+def test_every_parameter_is_counted_once_and_weights_not_bytes(tiny_model, kind, dtype, request):
+    table = quantization.summarize_layers(request.getfixturevalue(kind))
     assert table["parameters"].sum() == sum(p.numel() for p in tiny_model.parameters())
-    assert set(table["why"]) == {"no quantization_config was given"}
-
-
-def test_nf4_counts_weights_not_bytes(tiny_model, tiny_model_nf4):
-    table = quantization.summarize_layers(tiny_model_nf4)
-    assert table["parameters"].sum() == sum(p.numel() for p in tiny_model.parameters())
-    assert "nf4" in set(table["dtype"])
+    assert dtype in set(table["dtype"])
+    assert (set(table["why"]) == {"no quantization_config was given"}) == (kind == "tiny_model")
 
 
 def test_scales_are_still_counted_after_a_forward_pass(tiny_model_int8, batch):
@@ -153,7 +137,7 @@ def test_a_module_without_parameters_is_refused():
 
 
 def test_llama3_8b_in_int8_is_8_46_gib():
-    table = quantization.summarize_memory(llama3_config())
+    table = quantization.summarize_memory(LLAMA3_8B)
     assert table.loc["int8", "total_gib"] == pytest.approx(8.46, rel=0.01)
     assert table.loc["int8", "projections_gib"] * 2**30 == 6_979_321_856
 
@@ -161,7 +145,7 @@ def test_llama3_8b_in_int8_is_8_46_gib():
 @pytest.mark.parametrize(
     "config",
     [
-        llama3_config(),
+        LLAMA3_8B,
         tiny_config(head_dim=32, attention_bias=True, mlp_bias=True),
         tiny_config("qwen3", attention_bias=True),
         *(tiny_config(kind, **changes) for kind, changes in ARCHITECTURES.values()),
@@ -208,8 +192,8 @@ def test_memory_of_no_llama_config_is_refused(config):
 # --- summarize_quantization_error ---
 
 
-def test_error_equals_a_float64_calculation(tiny_model, tiny_model_int8):
-    table = quantization.summarize_quantization_error(tiny_model, tiny_model_int8)
+def test_error_equals_a_float64_calculation(tiny_model, tiny_model_int8, tiny_model_dir):
+    table = quantization.summarize_quantization_error(str(tiny_model_dir), tiny_model_int8)
     assert len(table) == 14
     row = table[(table["layer"] == 1) & (table["module"] == "down_proj")].iloc[0]
     weight = tiny_model.model.layers[1].mlp.down_proj.weight.detach().double()
@@ -224,7 +208,7 @@ def test_error_equals_a_float64_calculation(tiny_model, tiny_model_int8):
 
 def test_nf4_error_equals_that_of_its_16_levels(tiny_model, tiny_model_dir):
     model = load_nf4(tiny_model_dir, double=False)
-    table = quantization.summarize_quantization_error(tiny_model, model)
+    table = quantization.summarize_quantization_error(tiny_model_dir, model)
     weight = tiny_model.model.layers[0].self_attn.q_proj.weight.detach()
     blocks = weight.double().reshape(-1, 64)
     absmax = blocks.abs().amax(1, keepdim=True)
@@ -234,49 +218,38 @@ def test_nf4_error_equals_that_of_its_16_levels(tiny_model, tiny_model_dir):
     assert table.iloc[0]["relative_error"] == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_checkpoint_and_model_give_the_same_errors(tiny_model_dir, tiny_model, tiny_model_int8):
-    from_folder = quantization.summarize_quantization_error(str(tiny_model_dir), tiny_model_int8)
-    from_model = quantization.summarize_quantization_error(tiny_model, tiny_model_int8)
-    pd.testing.assert_frame_equal(from_folder, from_model)
-
-
-def test_a_sharded_checkpoint_is_read(tiny_model, tiny_model_int8, tmp_path):
-    tiny_model.save_pretrained(tmp_path, max_shard_size="100KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    table = quantization.summarize_quantization_error(tmp_path, tiny_model_int8)
-    assert len(table) == 14
-
-
-def test_errors_are_the_same_through_a_peft_wrapper(tiny_model_dir, tiny_model_int8):
+def test_errors_are_the_same_from_shards_and_through_a_peft_wrapper(
+    tiny_model_dir, tiny_model, tiny_model_int8, tmp_path
+):
     from peft import LoraConfig, get_peft_model
 
+    tiny_model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
     before = quantization.summarize_quantization_error(tiny_model_dir, tiny_model_int8)
     model = get_peft_model(tiny_model_int8, LoraConfig(r=4, target_modules=["q_proj"]))
-    after = quantization.summarize_quantization_error(tiny_model_dir, model)
+    after = quantization.summarize_quantization_error(tmp_path, model)
     pd.testing.assert_frame_equal(before.drop(columns="name"), after.drop(columns="name"))
 
 
-def test_what_cannot_be_compared_is_refused(tiny_model, tiny_model_int8, tmp_path):
-    for reference, quantized, told in (
-        (tiny_model, tiny_model, r"no bitsandbytes layer\. Pass a model loaded with .*load_in_8bit"),
-        (tiny_model_int8, tiny_model_int8, "reference_model is quantized itself"),
-        (tmp_path, tiny_model_int8, r"not a folder with \.safetensors files"),
-        (tmp_path / "missing", tiny_model_int8, r"not a folder with \.safetensors files"),
-    ):
-        with pytest.raises(ValueError, match=told):
-            quantization.summarize_quantization_error(reference, quantized)
+def test_what_cannot_be_compared_is_refused(tiny_model, tiny_model_int8, tiny_model_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"no bitsandbytes layer in int8 or nf4 or fp4\. .*load_in_8bit"):
+        quantization.summarize_quantization_error(tiny_model_dir, tiny_model)
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ValueError, match=r"not a folder with \.safetensors files"):
+            quantization.summarize_quantization_error(folder, tiny_model_int8)
 
 
-def test_a_reference_of_another_model_is_refused(tiny_model_int8):
-    def other(**changes):
-        values = tiny_model_int8.config.to_dict() | changes
-        values.pop("quantization_config", None)
-        return AutoModelForCausalLM.from_config(LlamaConfig(**values))
-
-    with pytest.raises(ValueError, match="the reference has shape"):
-        quantization.summarize_quantization_error(other(intermediate_size=64), tiny_model_int8)
-    with pytest.raises(ValueError, match=r"holds no model\.layers\.1"):
-        quantization.summarize_quantization_error(other(num_hidden_layers=1), tiny_model_int8)
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"intermediate_size": 64}, "the reference has shape"),
+        ({"num_hidden_layers": 1}, r"holds no model\.layers\.1"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tiny_model_int8, tmp_path, change, told):
+    random_model(**change).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=told):
+        quantization.summarize_quantization_error(tmp_path, tiny_model_int8)
 
 
 def test_repacked_4_bit_codes_are_refused(tiny_model_nf4):
@@ -324,34 +297,27 @@ def test_q_k_and_v_read_the_same_input(tiny_model_int8, batch):
     assert (sets["gate_proj"] == sets["up_proj"]).all()
 
 
-def test_outliers_leave_hooks_and_mode_as_they_were(tiny_model_int8, batch):
+def test_outliers_leave_hooks_and_modes_as_they_were(tiny_model_int8, batch, monkeypatch):
+    def fail(*_, **__):
+        raise IndexError("a layer fails")
+
     tiny_model_int8.train()
     tiny_model_int8.lm_head.eval()
     quantization.summarize_outliers(tiny_model_int8, batch)
+    monkeypatch.setattr(tiny_model_int8.model.layers[1], "forward", fail)
+    with pytest.raises(IndexError, match="a layer fails"):
+        quantization.summarize_outliers(tiny_model_int8, batch)
     assert tiny_model_int8.model.training
     assert not tiny_model_int8.lm_head.training
     assert not any(module._forward_pre_hooks for module in tiny_model_int8.modules())
 
 
-def test_hooks_are_removed_when_the_forward_pass_fails(tiny_model_int8, batch, monkeypatch):
-    def fail(*_, **__):
-        raise IndexError("a layer fails")
-
-    monkeypatch.setattr(tiny_model_int8.model.layers[1], "forward", fail)
-    with pytest.raises(IndexError, match="a layer fails"):
-        quantization.summarize_outliers(tiny_model_int8, batch)
-    assert not any(module._forward_pre_hooks for module in tiny_model_int8.modules())
-
-
-def test_outliers_of_an_unquantized_model_are_refused(tiny_model, batch):
-    with pytest.raises(ValueError, match=r"no Linear8bitLt layer.*load_in_8bit"):
+def test_outliers_without_int8_layers_or_a_threshold_are_refused(tiny_model, tiny_model_int8, batch):
+    with pytest.raises(ValueError, match=r"no bitsandbytes layer in int8\. .*load_in_8bit"):
         quantization.summarize_outliers(tiny_model, batch)
-
-
-@pytest.mark.parametrize("threshold", [0, -1.0])
-def test_a_threshold_that_is_not_positive_is_refused(tiny_model_int8, batch, threshold):
-    with pytest.raises(ValueError, match="must be positive"):
-        quantization.summarize_outliers(tiny_model_int8, batch, threshold)
+    for threshold in (0, -1.0):
+        with pytest.raises(ValueError, match="must be positive"):
+            quantization.summarize_outliers(tiny_model_int8, batch, threshold)
 
 
 @pytest.mark.parametrize(
@@ -451,9 +417,9 @@ def test_error_figure_has_a_band_for_each_format(tiny_model_dir, tiny_model_int8
 
 
 def test_outlier_figure_shows_the_largest_counts(tiny_model_int8, batch):
-    table = quantization.summarize_outliers(tiny_model_int8, batch, threshold=1.5)
-    ax = quantization.plot_outliers(table, at_most=5)
-    largest = table.nlargest(5, "channels_share")
+    table = quantization.summarize_outliers(tiny_model_int8, batch, threshold=0.5)
+    ax = quantization.plot_outliers(table)
+    largest = table.nlargest(12, "channels_share")
     assert [int(text.get_text()) for text in ax.texts][::-1] == largest["outlier_channels"].tolist()
     names = [label.get_text() for label in ax.get_yticklabels()]
     assert names[-1] == f"layer {largest['layer'].iloc[0]}, {largest['module'].iloc[0]}"
@@ -479,15 +445,7 @@ def test_side_by_side_escapes_what_modules_print(tiny_model, tiny_model_int8):
     assert page.count("Linear8bitLt") == 7
 
 
-# --- the shipped config and the GPU ---
-
-
-def test_the_shipped_config_names_its_source():
-    path = Path(str(resources.files("llama_sft_helpers") / "configs" / "llama3_8b.json"))
-    assert "meta-llama/Meta-Llama-3-8B" in json.loads(path.read_text(encoding="utf-8"))["_source"]
-    config = llama3_config()
-    assert config.rope_parameters["rope_theta"] == 500_000
-    assert (config.bos_token_id, config.eos_token_id) == (128_000, 128_001)
+# --- the GPU ---
 
 
 @pytest.mark.gpu
