@@ -14,10 +14,10 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from llama_sft_helpers import data
 
@@ -55,37 +55,40 @@ def examples():
     return Dataset.from_list([data.to_prompt_completion(row) for row in ROWS])
 
 
-def stand_in(tokenizer):
-    return tiny_models.random_model(vocab_size=len(tokenizer), initializer_range=0.1)
+PACKED = {
+    "max_length": 1024,
+    "packing": True,
+    "packing_strategy": "bfd",
+    "per_device_train_batch_size": 1,
+}
 
 
-def build_trainer(model, tokenizer, rows, folder, **changes):
+def train_batches(tokenizer, rows, folder, **changes):
+    """The batches that SFTTrainer would train on."""
     tokenizer.pad_token = data.choose_pad_token(tokenizer)
     options = {"max_length": 2048, "per_device_train_batch_size": 8, **changes}
-    return tiny_models.build_trainer(model, folder, tokenizer, rows, **options)
+    model = tiny_models.random_model(vocab_size=len(tokenizer))
+    trainer = tiny_models.build_trainer(model, folder, tokenizer, rows, **options)
+    return list(trainer.get_train_dataloader())
+
+
+def documents_of(batch):
+    """Where each document of a packed batch starts and ends."""
+    starts = [n for n, position in enumerate(batch["position_ids"][0].tolist()) if position == 0]
+    return list(itertools.pairwise([*starts, batch["input_ids"].shape[1]]))
 
 
 # --- Llama 3's tokenizer ---
 
 
 def test_llama3_special_tokens_have_their_ids(llama3):
-    ids = {token: 128_000 + n for n, token in enumerate(special_tokens("3.0"))}
-    assert ids["<|begin_of_text|>"] == 128_000
-    assert ids["<|end_of_text|>"] == 128_001
-    assert ids["<|reserved_special_token_2|>"] == 128_004
-    assert ids["<|start_header_id|>"] == 128_006
-    assert ids["<|eot_id|>"] == 128_009
-    assert ids["<|reserved_special_token_250|>"] == 128_255
+    named = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_2|>", "<|eot_id|>"]
+    assert llama3.convert_tokens_to_ids(named) == [128_000, 128_001, 128_004, 128_009]
+    assert llama3.convert_tokens_to_ids(special_tokens("3.0")) == list(range(128_000, 128_256))
     assert len(llama3) == 128_256
-    assert {token: llama3.convert_tokens_to_ids(token) for token in ids} == ids
     later = special_tokens("3.1")
-    assert (later[4], later[5], later[8], later[10], later[255]) == (
-        "<|finetune_right_pad_id|>",
-        "<|reserved_special_token_2|>",
-        "<|eom_id|>",
-        "<|python_tag|>",
-        "<|reserved_special_token_247|>",
-    )
+    assert (later[4], later[8], later[10]) == ("<|finetune_right_pad_id|>", "<|eom_id|>", "<|python_tag|>")
+    assert later[255] == "<|reserved_special_token_247|>"
 
 
 def test_llama3_fast_tokenizer_agrees_with_tiktoken_on_every_row(llama3, tiktoken_llama3, examples):
@@ -131,14 +134,12 @@ def test_benchmark_measures_what_it_says(llama3, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["tokenize_52k.py", "--rows", "400", "--out", str(out)])
     assert tokenize_52k.main() == 0
     result = json.loads(out.read_text(encoding="utf-8"))
-    texts = [data.to_prompt_completion({**ROWS[n % len(ROWS)]}) for n in range(400)]
-    for n, example in enumerate(texts):  # the benchmark numbers the instructions
-        instruction = ROWS[n % len(ROWS)]["instruction"]
-        example["prompt"] = example["prompt"].replace(instruction, f"{instruction} ({n})", 1)
-    assert result["rows"] == 400
-    assert result["tokens"] == sum(
-        len(llama3(example["prompt"] + example["completion"]).input_ids) + 1 for example in texts
-    )
+    expected = 0
+    for n in range(400):  # the benchmark numbers the instructions
+        row = ROWS[n % len(ROWS)]
+        example = data.to_prompt_completion({**row, "instruction": f"{row['instruction']} ({n})"})
+        expected += len(llama3(example["prompt"] + example["completion"]).input_ids) + 1
+    assert (result["rows"], result["tokens"]) == (400, expected)
     assert result["total_seconds"] == pytest.approx(sum(result["seconds"].values()), abs=0.01)
 
 
@@ -162,6 +163,9 @@ def test_pad_token_of_llama_3_and_3_1_is_one_id(llama3):
     assert data.choose_pad_token(newer) == "<|finetune_right_pad_id|>" == names[4]
 
 
+SMOLLM2S = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<empty_output>"]
+
+
 @pytest.mark.parametrize(
     ("special", "roles", "expected"),
     [
@@ -169,21 +173,13 @@ def test_pad_token_of_llama_3_and_3_1_is_one_id(llama3):
         (["<s>", "</s>", "<pad>", "<x>"], {"eos_token": "</s>", "bos_token": "<s>"}, "<pad>"),
         (["</s>", "<reserved_0>", "<reserved_1>", "<x>"], {"eos_token": "</s>"}, "<reserved_0>"),
         (["<end>", "<unk>", "<user>", "<x>"], {"eos_token": "<end>", "pad_token": "<end>"}, "<x>"),
+        (SMOLLM2S, {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}, "<empty_output>"),
     ],
 )
 def test_pad_token_order(special, roles, expected):
     tokenizer = fake_tokenizer(special, unk_token="<unk>", **roles)
     tokenizer.chat_template = "{{ '<user>' }}"
     assert data.choose_pad_token(tokenizer) == expected
-
-
-def test_pad_token_of_smollm2():
-    """Its special tokens in their order; EOS is also its pad token."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<empty_output>"]
-    roles = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    assert (
-        data.choose_pad_token(fake_tokenizer(special, unk_token="<|endoftext|>", **roles)) == "<empty_output>"
-    )
 
 
 def test_no_free_pad_token_is_an_error():
@@ -212,22 +208,27 @@ def test_templates_are_alpacas():
         )
 
 
-def test_chats_get_the_same_template():
-    def chat(*texts):
-        roles = itertools.cycle(["user", "assistant"])
-        return {
-            "messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-        }
+def chat(*texts):
+    roles = itertools.cycle(["user", "assistant"])
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
-    assert data.to_prompt_completion(chat("Add.", "4")) == data.to_prompt_completion(
-        {"instruction": "Add.", "input": "", "output": "4"}
-    )
-    longer = chat("A prime?", "7", "A larger one?", "11")
-    assert data.to_prompt_completion(longer) == data.to_prompt_completion(
-        {"instruction": "A larger one?", "input": "User: A prime?\n\nAssistant: 7", "output": "11"}
-    )
-    system = {"messages": [{"role": "system", "content": "Be brief."}, *chat("Add.", "4")["messages"]]}
-    assert "### Input:\nSystem: Be brief.\n" in data.to_prompt_completion(system)["prompt"]
+
+@pytest.mark.parametrize(
+    ("turns", "alpaca"),
+    [
+        (chat("Add.", "4"), {"instruction": "Add.", "input": "", "output": "4"}),
+        (
+            chat("A prime?", "7", "A larger one?", "11"),
+            {"instruction": "A larger one?", "input": "User: A prime?\n\nAssistant: 7", "output": "11"},
+        ),
+        (
+            [{"role": "system", "content": "Be brief."}, *chat("Add.", "4")],
+            {"instruction": "Add.", "input": "System: Be brief.", "output": "4"},
+        ),
+    ],
+)
+def test_chats_get_the_same_template(turns, alpaca):
+    assert data.to_prompt_completion({"messages": turns}) == data.to_prompt_completion(alpaca)
 
 
 def test_prompt_completion_rows_stay_as_they_are():
@@ -255,21 +256,15 @@ def test_bad_rows_are_named_and_counted(reason):
     assert table.loc[reason, "first_indices"] == [3, 4]
     assert table["rows"].sum() == 2
     assert table.attrs["usable"] == [0, 1, 2]
-    with pytest.raises(data.DataError, match=rf"{reason}: 2 of 5 rows, first \[3, 4\]") as raised:
+    with pytest.raises(data.DataError, match=rf"{reason}: 2 of 5 rows, first \[3, 4\] \(") as raised:
         data.check_rows(rows)
-    assert (raised.value.reason, raised.value.row) == (reason, 3)
-    with pytest.raises(data.DataError, match=r"Row 7: ") as raised:
+    assert raised.value.reason == reason
+    with pytest.raises(data.DataError, match=r"Row 7: "):
         data.to_prompt_completion(BAD_ROWS[reason], 7)
-    assert raised.value.row == 7
 
 
 def test_duplicates_special_tokens_and_long_rows(tiny_tokenizer):
-    rows = [
-        GOOD,
-        {**GOOD, "output": "4 "},
-        {**GOOD, "output": "4<|end_of_text|>5"},
-        {**GOOD, "output": "4 " * 300},
-    ]
+    rows = [{**GOOD, "output": text} for text in ("4", "4 ", "4<|end_of_text|>5", "4 " * 300)]
     table = data.summarize_rows(rows, tiny_tokenizer, max_length=256)
     assert {name: found for name, found in table["first_indices"].items() if found} == {
         "duplicate": [1],
@@ -278,21 +273,12 @@ def test_duplicates_special_tokens_and_long_rows(tiny_tokenizer):
     }
 
 
-@pytest.mark.parametrize("extra", [0, 1])
-def test_row_of_exactly_max_length_fits(tiny_tokenizer, extra):
+def test_a_row_of_exactly_max_length_fits(tiny_tokenizer):
     example = data.to_prompt_completion(GOOD)
     size = len(tiny_tokenizer(example["prompt"] + example["completion"] + tiny_tokenizer.eos_token).input_ids)
-    table = data.summarize_rows([GOOD], tiny_tokenizer, max_length=size - extra)
-    assert table.loc["too-long", "rows"] == extra
-
-
-def test_a_plan_for_fewer_rows_than_a_batch_holds():
-    plan = data.plan_packing([10, 20], batch_size=8, max_length=64)
-    assert plan["batches"].tolist() == [1, 1, 1]
-    assert plan["padding_share"].tolist() == [0.25, 0.25, 0.0]  # both rows in 20 slots: 10 of 40 are padding
-    for batch_size in (0, -1):
-        with pytest.raises(ValueError, match=rf"batch_size={batch_size} .*expected at least 1"):
-            data.plan_packing([10, 20], batch_size, 64)
+    for missing in (0, 1):
+        table = data.summarize_rows([GOOD], tiny_tokenizer, max_length=size - missing)
+        assert table.loc["too-long", "rows"] == missing
 
 
 @pytest.mark.parametrize(
@@ -328,6 +314,8 @@ def test_unknown_columns_and_no_rows_are_errors():
         [{"role": "user"}],
         [{"role": "user", "content": "a"}],
         [{"role": "assistant", "content": "a"}],
+        [{"content": "a"}, *chat("b", "c")],
+        [{"role": None, "content": "a"}, *chat("b", "c")],
     ],
 )
 def test_chats_of_a_wrong_shape(messages):
@@ -336,73 +324,54 @@ def test_chats_of_a_wrong_shape(messages):
 
 
 def test_good_rows_of_all_layouts_pass(tiny_tokenizer):
-    data.check_rows(Dataset.from_list(ROWS), tiny_tokenizer, max_length=1024)
+    data.check_file(SHIPPED)
+    data.check_rows(data.load_rows(SHIPPED)[0], tiny_tokenizer, max_length=1024)
     data.check_rows([{"prompt": "a", "completion": "b"}], tiny_tokenizer)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    data.check_rows(Dataset.from_list([{"messages": turns}]), tiny_tokenizer)
+    data.check_rows(Dataset.from_list([{"messages": chat("a", "b")}]), tiny_tokenizer)
+
+
+def test_control_tokens_that_the_tokenizer_does_not_name_are_found_too(tiny_tokenizer):
+    """As Llama 3's: BOS and EOS are named, the other special tokens are only in its table."""
+    few = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="<|end_of_text|>"
+    )
+    assert "<|eot_id|>" not in few.all_special_tokens
+    rows = [{**GOOD, "output": f"hi {token}"} for token in ("<|eot_id|>", "<b>")]
+    assert data.summarize_rows(rows, few).loc["special-token", "first_indices"] == [0]
 
 
 # --- Files ---
 
 LINE = json.dumps(GOOD, ensure_ascii=False)
-BAD_FILES = {
-    "bad-json": ("a.jsonl", f"{LINE}\n{LINE[:-3]}\n{LINE}\n".encode()),
-    "missing-column": ("a.jsonl", f'{LINE}\n{{"instruction": "a"}}\n'.encode()),
-    "null-cell": ("a.jsonl", f'{LINE}\n{{"instruction": "a", "output": null}}\n'.encode()),
-    "cell-too-long": ("a.jsonl", f"{LINE}\n{json.dumps({**GOOD, 'output': 'x' * 2**20})}\n".encode()),
-    "wrong-encoding": (
-        "a.jsonl",
-        f"{LINE}\n".encode() + '{"instruction": "수도", "output": "a"}\n'.encode("cp949"),
-    ),
-    "lone-surrogate": ("a.jsonl", f'{LINE}\n{{"instruction": "a", "output": "\\ud800"}}\n'.encode()),
-    "wrong-type": ("a.jsonl", f"{LINE}\n[1, 2]\n".encode()),
-    "empty-output": ("a.csv", b"instruction,input,output\na,,b\nc,,\n"),
-    "bad-csv": ("a.csv", b"instruction,input,output\na,,b\nc,d\n"),
-}
+HANGUL = '{"instruction": "수도", "output": "a"}\n'.encode("cp949")
+BAD_FILES = [
+    ("bad-json", "a.jsonl", f"{LINE}\n{LINE[:-3]}\n{LINE}\n"),
+    ("missing-column", "a.jsonl", f'{LINE}\n{{"instruction": "a"}}\n'),
+    ("null-cell", "a.jsonl", f'{LINE}\n{{"instruction": "a", "output": null}}\n'),
+    ("cell-too-long", "a.jsonl", f"{LINE}\n{json.dumps({**GOOD, 'output': 'x' * 2**20})}\n"),
+    ("wrong-encoding", "a.jsonl", f"{LINE}\n".encode() + HANGUL),
+    ("wrong-encoding", "a.jsonl", b"\xef\xbb\xbf" + f"{LINE}\n".encode() + HANGUL),
+    ("lone-surrogate", "a.jsonl", f'{LINE}\n{{"instruction": "a", "output": "\\ud800"}}\n'),
+    ("wrong-type", "a.jsonl", f"{LINE}\n[1, 2]\n"),
+    ("empty-output", "a.csv", "instruction,input,output\na,,b\nc,,\n"),
+    ("bad-csv", "a.csv", "instruction,input,output\na,,b\nc,d\n"),
+    ("bad-csv", "a.csv", 'instruction,output\na,b\n"c,d\n'),
+    ("cell-too-long", "a.csv", f"instruction,output\na,b\nc,{'x' * 2**20}\n"),
+    ("wrong-encoding", "a.csv", "instruction,output\na,b\n수도,c\n".encode("cp949")),
+]
 
 
-@pytest.mark.parametrize("reason", BAD_FILES)
-def test_broken_files_name_the_line_and_the_row(tmp_path, reason):
-    name, content = BAD_FILES[reason]
+@pytest.mark.parametrize(("reason", "name", "content"), BAD_FILES)
+def test_broken_files_name_the_line_and_the_row(tmp_path, reason, name, content):
+    content = content.encode() if isinstance(content, str) else content
     path = tmp_path / name
     path.write_bytes(content)
-    line = 3 if name.endswith("csv") else 2
-    with pytest.raises(data.DataError, match=rf"\[{reason}\] {re.escape(name)}, line {line}\b") as raised:
+    where = "line 3" if name.endswith("csv") else "line 2"
+    where += ": byte 0xBC is not UTF-8" if reason == "wrong-encoding" else r" \(row 1\)"
+    with pytest.raises(data.DataError, match=rf"\[{reason}\] {name}, {where}") as raised:
         data.check_file(path)
-    assert (raised.value.reason, raised.value.row) == (reason, 1)
+    assert raised.value.reason == reason
     assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize(
-    ("reason", "content"),
-    [
-        ("cell-too-long", b"instruction,output\na,b\nc," + b"x" * 2**20 + b"\n"),
-        ("wrong-encoding", "instruction,output\na,b\n수도,c\n".encode("cp949")),
-        ("bad-csv", b'instruction,output\na,b\n"c,d\n'),
-    ],
-)
-def test_broken_csv_files(tmp_path, reason, content):
-    path = tmp_path / "a.csv"
-    path.write_bytes(content)
-    with pytest.raises(data.DataError, match=rf"\[{reason}\] a\.csv, line 3") as raised:
-        data.check_file(path)
-    assert raised.value.row == 1
-
-
-def test_other_files(tmp_path):
-    for name, content, reason in (
-        ("a.txt", "x", "unknown-file"),
-        ("a.jsonl", "\n \n", "no-rows"),
-        ("a.json", "[]", "no-rows"),
-        ("a.csv", "instruction,output\n", "no-rows"),
-    ):
-        path = tmp_path / name
-        path.write_text(content, encoding="utf-8")
-        with pytest.raises(data.DataError) as raised:
-            data.check_file(path)
-        assert raised.value.reason == reason
-    with pytest.raises(FileNotFoundError):
-        data.check_file(tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize("indent", [None, 0, 1, 4])
@@ -414,16 +383,7 @@ def test_an_array_names_the_line_on_which_the_row_begins(tmp_path, indent):
     # counted by a second way: the fourth line that opens an object, or the one line of all
     opening = [number for number, line in enumerate(path.read_text().split("\n"), 1) if line.strip() == "{"]
     line = opening[3] if indent is not None else 2
-    with pytest.raises(data.DataError, match=rf"\[wrong-type\] a\.json, line {line} \(row 3\)") as raised:
-        data.check_file(path)
-    assert raised.value.row == 3
-
-
-def test_the_second_row_of_an_indented_array_begins_on_line_8(tmp_path):
-    path = tmp_path / "a.json"
-    row = {**GOOD, "source": "x"}
-    path.write_text(json.dumps([row, {**row, "output": ""}], indent=2), encoding="utf-8")
-    with pytest.raises(data.DataError, match=r"line 8 \(row 1\): output is empty"):
+    with pytest.raises(data.DataError, match=rf"\[wrong-type\] a\.json, line {line} \(row 3\)"):
         data.check_file(path)
 
 
@@ -445,28 +405,20 @@ def test_a_broken_array_names_line_and_row(tmp_path, rest, line, row):
 
 def test_files_of_other_kinds_are_named_in_one_clear_line(tmp_path):
     Dataset.from_list([GOOD]).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_bytes((tmp_path / "a.parquet").read_bytes())
+    (tmp_path / "c.csv").write_bytes(b"PK\x03\x04\x14\x00\x06\x00\xde")
     (tmp_path / "folder.jsonl").mkdir()
-    for name, disguise in (("b.jsonl", "Parquet"), ("c.csv", "Parquet")):
-        (tmp_path / name).write_bytes((tmp_path / "a.parquet").read_bytes())
-        with pytest.raises(data.DataError, match=rf"\[unknown-file\] {name} is a {disguise} file") as raised:
+    for name, told in {
+        "a.parquet": r"a '\.parquet' file; expected one of \.csv, \.jsonl, \.json\. .*load_rows reads",
+        "b.jsonl": "a Parquet file, not text",
+        "c.csv": "a zip or Excel file, not text",
+        "folder.jsonl": "a folder; .*Pass a file in it",
+    }.items():
+        with pytest.raises(data.DataError, match=rf"^\[unknown-file\] {name} is {told}[^\n]*$"):
             data.check_file(tmp_path / name)
-        assert "UTF-8" not in str(raised.value)
-    (tmp_path / "d.csv").write_bytes(b"PK\x03\x04\x14\x00\x06\x00\xde")
-    with pytest.raises(data.DataError, match=r"d\.csv is a zip or Excel file, not text"):
-        data.check_file(tmp_path / "d.csv")
-    with pytest.raises(data.DataError, match=r"\[unknown-file\] folder\.jsonl is a folder"):
-        data.check_file(tmp_path / "folder.jsonl")
-    with pytest.raises(data.DataError) as raised:
-        data.check_file(tmp_path / "a.parquet")
-    said = str(raised.value)
-    assert said.startswith(
-        "[unknown-file] a.parquet is a '.parquet' file; expected one of .csv, .jsonl, .json."
-    )
-    assert 'load_dataset("parquet"' in said
-    assert "\n" not in said
 
 
-def test_good_files_pass_and_load_the_same(tmp_path):
+def test_good_files_pass_and_give_their_rows(tmp_path):
     rows = [GOOD, {**GOOD, "input": 'a "quoted", cell\nof two lines', "output": "수도\u2028x"}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     files = {
@@ -479,14 +431,7 @@ def test_good_files_pass_and_load_the_same(tmp_path):
         path = tmp_path / name
         path.write_text(content, encoding="utf-8")
         data.check_file(path)
-        loaded = load_dataset(
-            "csv" if name.endswith("csv") else "json",
-            data_files=str(path),
-            split="train",
-            cache_dir=str(tmp_path / "cache"),
-        )
-        prompts = [data.to_prompt_completion(row) for row in loaded]
-        assert prompts == [data.to_prompt_completion(row) for row in rows], name
+        assert data.load_rows(path)[0].to_list() == rows, name
 
 
 # --- The boundary ---
@@ -528,10 +473,9 @@ def hand_made(encode, bos, eos, examples):
 
 
 def test_labels_of_real_batches_equal_a_hand_made_mask(llama3, tiktoken_llama3, examples, tmp_path):
-    trainer = build_trainer(stand_in(llama3), llama3, examples, tmp_path)
     expected = hand_made(tiktoken_llama3.encode_ordinary, [128_000], 128_001, examples)
     seen = set()
-    for batch in trainer.get_train_dataloader():
+    for batch in train_batches(llama3, examples, tmp_path):
         data.check_eos_is_trained(batch, llama3)
         table = data.summarize_loss_mask(batch, llama3)
         for row, (ids, labels, mask) in enumerate(
@@ -542,29 +486,18 @@ def test_labels_of_real_batches_equal_a_hand_made_mask(llama3, tiktoken_llama3, 
             assert labels[:size].tolist() == expected[key]
             assert (labels[size:] == -100).all()
             assert (ids[size:] == 128_004).all()
-            assert labels[size - 1] == 128_001
             scored = sum(label != -100 for label in expected[key])
-            counted = (size - scored, scored - 1, 1, len(ids) - size, scored, True)
-            assert tuple(table.loc[row]) == counted
+            assert tuple(table.loc[row]) == (size - scored, scored - 1, 1, len(ids) - size, scored, True)
             seen.add(key)
     assert len(seen) == len(examples) >= 200
-    assert trainer.model.get_input_embeddings().num_embeddings == 128_256
 
 
 def test_packed_labels_equal_the_same_mask(llama3, tiktoken_llama3, examples, tmp_path):
-    options = {
-        "max_length": 1024,
-        "packing": True,
-        "packing_strategy": "bfd",
-        "per_device_train_batch_size": 2,
-    }
-    trainer = build_trainer(stand_in(llama3), llama3, examples, tmp_path, **options)
     expected = hand_made(tiktoken_llama3.encode_ordinary, [128_000], 128_001, examples)
     found = 0
-    for batch in trainer.get_train_dataloader():
+    for batch in train_batches(llama3, examples, tmp_path, **PACKED | {"per_device_train_batch_size": 2}):
         data.check_eos_is_trained(batch, llama3)
-        starts = [n for n, position in enumerate(batch["position_ids"][0].tolist()) if position == 0]
-        for start, end in itertools.pairwise([*starts, batch["input_ids"].shape[1]]):
+        for start, end in documents_of(batch):
             ids = tuple(batch["input_ids"][0, start:end].tolist())
             assert batch["labels"][0, start:end].tolist() == expected[ids]
             found += 1
@@ -589,16 +522,12 @@ def test_pad_equal_to_eos_loses_every_eos_in_the_plain_collator(llama3, examples
     data.check_eos_is_trained(plain_batch(llama3, "<|reserved_special_token_2|>", rows), llama3)
 
 
-def test_cut_rows_are_refused(tiny_tokenizer, examples, tmp_path):
-    trainer = build_trainer(stand_in(tiny_tokenizer), tiny_tokenizer, examples, tmp_path, max_length=128)
-    cut = [
-        ~data.summarize_loss_mask(batch, tiny_tokenizer)["eos_scored"]
-        for batch in trainer.get_train_dataloader()
-    ]
-    tokens = [len(tiny_tokenizer(row["prompt"] + row["completion"]).input_ids) + 1 for row in examples]
-    prompts = [len(tiny_tokenizer(row["prompt"]).input_ids) for row in examples]
-    expected = sum(size > 128 and prompt < 128 for size, prompt in zip(tokens, prompts, strict=True))
-    assert int(pd.concat(cut).sum()) == expected > 100
+def test_cut_rows_are_counted(tiny_tokenizer, examples, tmp_path):
+    batches = train_batches(tiny_tokenizer, examples, tmp_path, max_length=128)
+    cut = [~data.summarize_loss_mask(batch, tiny_tokenizer)["eos_scored"] for batch in batches]
+    sizes = data.count_tokens(examples[:], tiny_tokenizer)
+    pairs = zip(sizes["tokens"], sizes["prompt_tokens"], strict=True)
+    assert int(pd.concat(cut).sum()) == sum(size > 128 > prompt for size, prompt in pairs) > 100
 
 
 def test_batch_without_mask_or_positions_is_refused(tiny_tokenizer):
@@ -672,23 +601,15 @@ def test_expected_padding_equals_brute_force(batch_size):
 
 
 def test_padding_is_counted_in_real_batches_as_predicted(tiny_tokenizer, examples, tmp_path):
-    model = stand_in(tiny_tokenizer)
-    counted = examples.map(data.count_tokens, batched=True, fn_kwargs={"tokenizer": tiny_tokenizer})
-    lengths = counted["tokens"]
+    lengths = data.count_tokens(examples[:], tiny_tokenizer)["tokens"]
     plan = data.plan_packing(lengths, batch_size=8, max_length=1024)
     changes = {
         "padded": {},
         "sorted": {"train_sampling_strategy": "group_by_length"},
-        "packed": {
-            "packing": True,
-            "packing_strategy": "bfd",
-            "per_device_train_batch_size": 1,
-            "max_length": 1024,
-        },
+        "packed": PACKED,
     }
     loaders = {
-        name: list(build_trainer(model, tiny_tokenizer, examples, tmp_path, **change).get_train_dataloader())
-        for name, change in changes.items()
+        name: train_batches(tiny_tokenizer, examples, tmp_path, **change) for name, change in changes.items()
     }
     table = data.summarize_packing(loaders, plan)
     assert table["tokens"].tolist() == [sum(lengths)] * 3
@@ -699,33 +620,29 @@ def test_padding_is_counted_in_real_batches_as_predicted(tiny_tokenizer, example
     assert table.loc["padded", "padding_share"] > 4 * table.loc["sorted", "padding_share"]
 
 
+def test_a_plan_for_fewer_rows_than_a_batch_holds():
+    plan = data.plan_packing([10, 20], batch_size=8, max_length=64)
+    assert plan["batches"].tolist() == [1, 1, 1]
+    assert plan["padding_share"].tolist() == [0.25, 0.25, 0.0]  # both rows in 20 slots: 10 of 40 are padding
+    for batch_size in (0, -1):
+        with pytest.raises(ValueError, match=rf"batch_size={batch_size} .*expected at least 1"):
+            data.plan_packing([10, 20], batch_size, 64)
+
+
 @pytest.fixture
 def packed_batch(tiny_tokenizer, examples, tmp_path):
-    options = {
-        "max_length": 1024,
-        "packing": True,
-        "packing_strategy": "bfd",
-        "per_device_train_batch_size": 1,
-    }
-    rows = examples.select(range(40))
-    trainer = build_trainer(stand_in(tiny_tokenizer), tiny_tokenizer, rows, tmp_path, **options)
-    batches = list(trainer.get_train_dataloader())
-    return max(batches, key=lambda batch: int((batch["position_ids"] == 0).sum()))
+    batches = train_batches(tiny_tokenizer, examples.select(range(40)), tmp_path, **PACKED)
+    return max(batches, key=lambda batch: len(documents_of(batch)))
 
 
-def test_packed_documents_do_not_see_each_other(tiny_model_dir, packed_batch):
+def test_packed_documents_do_not_see_each_other(tiny_model, packed_batch):
     """The pretrained tiny model; the loss alone is the one that the model itself computes."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
-    table = data.summarize_isolation(model, packed_batch)
-    starts = [n for n, position in enumerate(packed_batch["position_ids"][0].tolist()) if position == 0]
-    assert len(table) == len(starts) >= 3
-    for document, (start, end) in enumerate(
-        itertools.pairwise([*starts, packed_batch["input_ids"].shape[1]])
-    ):
+    table = data.summarize_isolation(tiny_model, packed_batch)
+    assert len(table) == len(documents_of(packed_batch)) >= 3
+    for document, (start, end) in enumerate(documents_of(packed_batch)):
+        part = {key: packed_batch[key][:, start:end] for key in ("input_ids", "labels")}
         with torch.no_grad():
-            own = model(
-                input_ids=packed_batch["input_ids"][:, start:end], labels=packed_batch["labels"][:, start:end]
-            )
+            own = tiny_model(**part)
         assert table.loc[document, "alone"] == pytest.approx(own.loss.item(), abs=1e-5)
     data.check_isolation(table)
     with pytest.raises(data.TokenError, match="it sees its neighbours"):
@@ -787,26 +704,3 @@ def test_notebook_runs_on_llama_3s_own_tokenizer(tmp_path, monkeypatch):
     shown = json.dumps(notebook, ensure_ascii=False)
     assert "<|reserved_special_token_2|>', 128004" in shown
     assert "375 of 375 rows are used, 0 are left out" in shown
-
-
-def test_control_tokens_that_the_tokenizer_does_not_name_are_found_too(tiny_tokenizer):
-    """As Llama 3's: BOS and EOS are named, the other special tokens are only in its table."""
-    from transformers import PreTrainedTokenizerFast
-
-    few = PreTrainedTokenizerFast(
-        tokenizer_object=tiny_tokenizer.backend_tokenizer,
-        bos_token="<|begin_of_text|>",
-        eos_token="<|end_of_text|>",
-    )
-    assert "<|eot_id|>" not in few.all_special_tokens
-    rows = [{"instruction": "Say", "input": "", "output": f"hi {token}"} for token in ("<|eot_id|>", "<b>")]
-    report = data.summarize_rows(rows, few)
-    assert report.loc["special-token", "first_indices"] == [0]
-
-
-def test_a_chat_turn_without_a_role_is_a_wrong_type(tiny_tokenizer):
-    turns = [{"content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
-    report = data.summarize_rows(
-        [{"messages": turns}, {"messages": [{"role": None, "content": "x"}, *turns[1:]]}]
-    )
-    assert report.loc["wrong-type", "rows"] == 2

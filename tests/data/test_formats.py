@@ -22,6 +22,12 @@ TALK = [
 ]
 
 
+def encode(row, tokenizer):
+    """The ids and labels that a row is trained with."""
+    (encoded,) = data.format_rows(Dataset.from_list([row]), tokenizer, "chat")
+    return encoded
+
+
 def chat(*turns):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
@@ -49,7 +55,7 @@ def by_hand(tokenizer, turns):
 @pytest.mark.parametrize("turns", [TALK, TALK[1:3], TALK[:5], [*TALK, ("user", "Thanks!")]])
 def test_all_assistant_turns_are_scored_and_nothing_else(smollm2, turns):
     ids, scored = by_hand(smollm2, turns)
-    encoded = data.encode_chat(chat(*turns), smollm2)
+    encoded = encode(chat(*turns), smollm2)
     assert encoded["input_ids"] == ids
     assert encoded["labels"] == [token if mark else -100 for token, mark in zip(ids, scored, strict=True)]
 
@@ -74,7 +80,7 @@ def test_a_template_that_changes_earlier_turns_or_forgets_eos_is_refused(smollm2
     for template in (last_only, "{% for m in messages %}{{ m.content }}{% endfor %}"):
         smollm2.chat_template = template
         with pytest.raises(data.DataError, match=r"Turn \d cannot be found.*prompt_format='alpaca'"):
-            data.encode_chat(chat(*TALK), smollm2)
+            encode(chat(*TALK), smollm2)
 
 
 def test_the_format_is_chosen_from_data_and_tokenizer(smollm2, tiny_tokenizer):
@@ -117,20 +123,17 @@ def test_alpacas_saved_template_writes_the_training_prompt_token_for_token(name,
         assert ids(talk["messages"][:-1], add_generation_prompt=True) == tokenizer(prompt).input_ids
 
 
-def test_the_models_own_template_is_kept_for_chat_and_none_for_plain(smollm2):
-    assert data.training_template(smollm2, "chat") == smollm2.chat_template
-    assert data.training_template(smollm2, "plain") is None
-
-
 def test_a_prompt_has_the_tokens_that_stand_before_the_answer_in_training(smollm2, tiny_tokenizer):
     bos_first = "{{ bos_token }}" + smollm2.chat_template.replace("<|im_end|>", "<|end_of_text|>")
     for tokenizer, template in ((smollm2, smollm2.chat_template), (tiny_tokenizer, bos_first)):
         tokenizer.chat_template = template
         for row in (chat(*TALK), chat(*TALK[1:3]), {"instruction": "Add.", "input": "2 2", "output": "4"}):
-            encoded = data.encode_chat(row, tokenizer)
+            encoded = encode(row, tokenizer)
             last = len(encoded["labels"]) - encoded["labels"][::-1].index(-100)
             prompt = tokenizer(data.render_prompt(row, tokenizer, "chat")).input_ids
             assert prompt == encoded["input_ids"][:last]
+    assert data.training_template(smollm2, "chat") == smollm2.chat_template
+    assert data.training_template(smollm2, "plain") is None
     assert data.render_prompt("Add.", smollm2, "plain") == "Add."
     alpaca = data.to_prompt_completion({"instruction": "Add.", "output": "4"})["prompt"]
     assert data.render_prompt("Add.", smollm2, "alpaca") == alpaca

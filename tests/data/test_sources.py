@@ -4,7 +4,7 @@ import datasets
 import pytest
 from data_forms import CHATS, FORMS, OWN, PAIRED, write_form
 
-from llama_sft_helpers.data import DataError, load_rows
+from llama_sft_helpers.data import DataError, check_file, load_rows
 
 ALPACA = [{"instruction": row["question"], "output": row["answer"]} for row in OWN]
 EXPECTED = {"alpaca": ALPACA, "messages": CHATS, "prompt-completion": PAIRED}
@@ -54,9 +54,9 @@ def test_of_a_folder_the_training_files_are_read_in_order(tmp_path):
         ("a.csv", "", None, "no-rows"),
         ("a.csv", "instruction,output\n", None, "no-rows"),
         ("a.json", "[]", None, "no-rows"),
+        ("a.jsonl", "\n \n", None, "no-rows"),
         ("a.jsonl", "{", None, "bad-json.*line 1"),
         ("a.jsonl", "[1]", None, "line 1.*expected an object"),
-        ("a.jsonl", '{"output": "1"}\n{"output": 2}', None, r"wrong-type.*'output', row 1"),
         ("a.txt", "x", None, "unknown-file"),
     ],
 )
@@ -65,6 +65,16 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, columns, expected
     path.write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=expected):
         load_rows(path, columns)
+    if columns is None:
+        with pytest.raises(DataError, match=expected):
+            check_file(path)
+
+
+def test_a_column_of_two_kinds_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"output": "1"}\n{"output": 2}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"wrong-type.*'output', row 1"):
+        load_rows(path)
 
 
 def test_a_missing_file_is_named_and_an_empty_folder_too(tmp_path, monkeypatch):
