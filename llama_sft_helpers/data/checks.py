@@ -58,11 +58,7 @@ def summarize_rows(
 
 
 def check_rows(dataset: Any, tokenizer: Any = None, max_length: int | None = None) -> None:
-    """Raise if ``summarize_rows`` finds anything.
-
-    Raises:
-        DataError: With the count and the first indices of every problem found.
-    """
+    """Raise ``DataError`` with count and first indices of every problem that ``summarize_rows`` finds."""
     table = summarize_rows(dataset, tokenizer, max_length)
     found = table[table["rows"] > 0]
     lines = [

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from llama_sft_helpers.core.batches import IGNORED
 from llama_sft_helpers.data.rows import (
-    COLUMNS,
     DataError,
     Row,
     alpaca_parts,
@@ -72,10 +71,7 @@ def encode_chat(row: Row, tokenizer: Any) -> dict[str, list[int]]:
 
     A turn's text is what the template writes between the prompt for it and its EOS, EOS included; what
     follows the last EOS is left out. System and tool turns are written as the template does, and not scored.
-
-    Args:
-        row: ``messages`` (and ``tools``, if any), or a row of another layout as one question and answer.
-        tokenizer: A fast tokenizer with a chat template.
+    The row's ``tools``, if any, are handed to the template.
 
     Raises:
         DataError: No assistant turn, or a template that rewrites earlier turns or ends a turn without EOS.
@@ -110,19 +106,18 @@ def to_messages(row: Row) -> list[dict[str, Any]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def render_prompt(row: Row | str, tokenizer: Any, prompt_format: str) -> str:
-    """The text that a model is given to answer a row, or an instruction: what training had before the answer.
+def render_prompt(text: str, tokenizer: Any, prompt_format: str) -> str:
+    """What a model is given to answer an instruction: what stood before the answer in training.
 
-    ``tokenizer(text)`` gives training's token ids: a BOS that the template writes is left to the tokenizer
+    ``tokenizer(prompt)`` gives training's token ids: a BOS that the template writes is left to the tokenizer
     where that writes one too.
     """
-    if isinstance(row, str):
-        names = COLUMNS["prompt-completion" if prompt_format == "plain" else "alpaca"]
-        row = dict(zip(names, (row, "unused"), strict=True))
-    if prompt_format != "chat":
-        return to_prompt_completion(row)["prompt"]
-    text = _render(tokenizer, to_messages(row)[:-1], row.get("tools"), ask=True)
-    return text.removeprefix(tokenizer.bos_token) if _writes_bos(tokenizer) else text
+    if prompt_format == "plain":
+        return text
+    if prompt_format == "alpaca":
+        return to_prompt_completion({"instruction": text, "output": "unused"})["prompt"]
+    prompt = _render(tokenizer, [{"role": "user", "content": text}], None, ask=True)
+    return prompt.removeprefix(tokenizer.bos_token) if _writes_bos(tokenizer) else prompt
 
 
 def training_template(tokenizer: Any, prompt_format: str) -> str | None:

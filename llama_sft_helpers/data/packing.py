@@ -78,17 +78,13 @@ def _lengths_array(lengths: Iterable[int]) -> np.ndarray[Any, np.dtype[np.int64]
 
 
 def plan_packing(lengths: Iterable[int], batch_size: int, max_length: int) -> pd.DataFrame:
-    """Predict the padding of three ways to batch rows.
+    """Predict the padding of three ways to batch rows of these lengths, in tokens.
 
     ``padded``: the expected longest of ``batch_size`` rows drawn at random, by order statistics: at most the
     k-th shortest length with probability C(k, B) / C(n, B). ``sorted``: up to 50 batches of rows are drawn at
     random and sorted (``train_sampling_strategy="group_by_length"``); the mean of up to 20 such draws.
-    ``packed``: documents stand end to end in blocks; none, but at least ceil(tokens / max_length) blocks.
-
-    Args:
-        lengths: Tokens of each row.
-        batch_size: Rows in a batch.
-        max_length: Longest row, and the block size, in tokens; longer rows are cut.
+    ``packed``: documents stand end to end in blocks of ``max_length``; none, but at least ceil(tokens /
+    max_length) blocks. Longer rows are cut.
 
     Returns:
         strategy (index), batches (packed: blocks), tokens, padding_share (of all slots).
@@ -145,13 +141,11 @@ def plot_packing(seq_lengths: Sequence[Sequence[int]], max_length: int) -> Axes:
     drawn = seq_lengths[:_BLOCKS_DRAWN]
     ax = new_axes(1.4 + 0.22 * len(drawn))
     for block, documents in enumerate(drawn):
-        left = np.cumsum([0, *documents])[:-1]
+        *left, end = np.cumsum([0, *documents])
         colors = [(BLUE, ORANGE)[n % 2] for n in range(len(documents))]
         ax.barh(block, documents, left=left, color=colors, edgecolor="white", linewidth=0.3, height=0.8)
-        free = max_length - sum(documents)
-        ax.barh(
-            block, free, left=sum(documents), color="white", edgecolor="#999999", hatch="////", height=0.8
-        )
+        hatched: dict[str, Any] = {"color": "white", "edgecolor": "#999999", "hatch": "////", "height": 0.8}
+        ax.barh(block, max_length - end, left=end, **hatched)
     ax.set_yticks(range(len(drawn)))
     ax.invert_yaxis()
     count = sum(map(len, seq_lengths))
@@ -196,11 +190,7 @@ def summarize_isolation(model: Any, batch: Batch) -> pd.DataFrame:
 
 
 def check_isolation(table: pd.DataFrame, column: str = "packed") -> None:
-    """Raise if a loss of ``summarize_isolation``'s table, in this column, is not that of its document alone.
-
-    Raises:
-        TokenError: With the document that differs most.
-    """
+    """Raise ``TokenError`` if this loss of ``summarize_isolation`` is not that of each document alone."""
     difference = (table[column] - table["alone"]).abs()
     if not (difference <= _ISOLATED).all():
         worst = difference.fillna(np.inf).idxmax()

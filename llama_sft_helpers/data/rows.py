@@ -129,9 +129,9 @@ def row_problems(row: Row, layout: str, prompt_format: str = "alpaca") -> Iterat
             yield "cell-too-long", f"{name} has {len(cell):,} characters"
         elif found := _SURROGATE.search(cell):
             yield "lone-surrogate", f"{name} holds U+{ord(found[0]):04X}"
-    answer = list(cells.values())[-1]
-    if isinstance(answer, str) and not answer.strip():
-        yield "empty-output", f"{list(cells)[-1]} is empty"
+    for name, answer in list(cells.items())[-1:]:  # a chat of tool calls alone has none
+        if isinstance(answer, str) and not answer.strip():
+            yield "empty-output", f"{name} is empty"
 
 
 def _dialogue_fault(messages: Any, prompt_format: str) -> tuple[str, str] | None:
@@ -147,7 +147,8 @@ def _dialogue_fault(messages: Any, prompt_format: str) -> tuple[str, str] | None
         return None if "assistant" in roles[1:] else ("wrong-type", f"the roles {roles} hold no answer")
     if roles[-2:] != ["user", "assistant"]:
         return "wrong-type", f"messages end with the roles {roles[-2:]}, expected user, assistant"
-    return None
+    calls = any(message.get("tool_calls") for message in messages)
+    return ("wrong-type", "messages call a tool, which only a chat template can write") if calls else None
 
 
 def _cells(row: Row, layout: str) -> dict[str, Any]:

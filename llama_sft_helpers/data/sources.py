@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ _BINARY = {
 }
 
 
-def load_rows(source: str | Path, columns: str | Mapping[str, str] | None = None) -> tuple[Dataset, str]:
+def load_rows(source: str | Path, columns: str | None = None) -> tuple[Dataset, str]:
     """Read the rows of a CSV, JSONL, JSON or Parquet file, of a folder of them, or of a data set on the hub.
 
     CSV and JSON cells are taken as they stand: pandas and Arrow would make a number of ``2``, a date of
@@ -34,8 +34,7 @@ def load_rows(source: str | Path, columns: str | Mapping[str, str] | None = None
 
     Args:
         source: A file, a folder, or ``owner/name`` on the hub, whose split ``train`` is taken.
-        columns: The data's own names and what they are here, ``{"question": "instruction"}`` or
-            ``"question=instruction,answer=output"``.
+        columns: The data's own names and what they are here: ``"question=instruction,answer=output"``.
 
     Returns:
         The rows, and their layout by their columns: ``alpaca`` (``instruction``, ``output``, perhaps
@@ -48,7 +47,7 @@ def load_rows(source: str | Path, columns: str | Mapping[str, str] | None = None
     rows = _read(str(source))
     if not len(rows):
         raise DataError("no-rows", f"{source} holds no rows.")
-    rows = _rename(rows, _parse_columns(columns), str(source))
+    rows = _rename(rows, columns or "", source)
     return rows, find_layout(rows.column_names)
 
 
@@ -100,35 +99,24 @@ def _one_kind(path: Path, name: str, cells: list[Any]) -> list[Any]:
     return cells
 
 
-def _parse_columns(columns: str | Mapping[str, str] | None) -> dict[str, str]:
-    if not isinstance(columns, str):
-        return dict(columns or {})
-    pairs = [pair.partition("=") for pair in columns.split(",") if pair.strip()]
-    if wrong := [own for own, _, name in pairs if not own.strip() or not name.strip()]:
-        raise DataError(
-            "missing-column",
-            f"columns={columns!r}: {wrong[0]!r} is no pair; expected question=instruction,answer=output.",
-        )
-    return {own.strip(): name.strip() for own, _, name in pairs}
-
-
-def _rename(rows: Dataset, columns: Mapping[str, str], source: str) -> Dataset:
-    there = rows.column_names
-    if missing := [own for own in columns if own not in there]:
-        raise DataError(
-            "missing-column", f"{source} has no column {', '.join(map(repr, missing))}. Its columns: {there}."
-        )
-    taken = [name for own, name in columns.items() if name in there and name not in columns and name != own]
-    return rows.remove_columns(taken).rename_columns({o: n for o, n in columns.items() if o != n})
+def _rename(rows: Dataset, columns: str, source: str | Path) -> Dataset:
+    pairs = [[name.strip() for name in pair.split("=")] for pair in columns.split(",") if pair.strip()]
+    if wrong := [pair for pair in pairs if len(pair) != 2 or not all(pair)]:
+        fault = f"columns={columns!r}: {'='.join(wrong[0])!r} is no pair"
+        raise DataError("missing-column", f"{fault}; expected question=instruction,answer=output.")
+    there, names = rows.column_names, dict(pairs)
+    if missing := [own for own in names if own not in there]:
+        fault = f"{source} has no column {', '.join(map(repr, missing))}"
+        raise DataError("missing-column", f"{fault}. Its columns: {there}.")
+    taken = [name for own, name in names.items() if name in there and name not in names and name != own]
+    return rows.remove_columns(taken).rename_columns({o: n for o, n in names.items() if o != n})
 
 
 def check_file(path: str | Path) -> None:
     """Read a CSV, JSON or JSONL file cell by cell and name the first that is broken.
 
     Raises:
-        DataError: Names the first row that is broken, and how: ``bad-json``, ``bad-csv``,
-            ``wrong-encoding``, ``missing-column``, ``null-cell``, ``cell-too-long``, ``lone-surrogate``, ...;
-            ``unknown-file`` for a folder or a file of another kind.
+        DataError: Names the first row that is broken, and how; or a folder or a file of another kind.
         FileNotFoundError: There is no such file.
     """
     path, layout = Path(path), ""

@@ -30,10 +30,7 @@ class SplitPlan:
 def plan_split(profile: Profile, usable: int, total: int) -> SplitPlan:
     """Plan a split: the profile's ``eval_rows`` held out, but at most a tenth of the rows, and at least one.
 
-    Args:
-        profile: Its ``train_rows`` (0 takes all) and ``eval_rows`` are read.
-        usable: Rows that can be trained on (``summarize_rows(...).attrs["usable"]``).
-        total: Rows before unusable ones were left out.
+    Of the ``total`` rows the ``usable`` are split; ``train_rows`` of 0 takes all that are not held out.
 
     Raises:
         DataError: ``no-rows`` if no row can be used, ``too-few-rows`` if only one can: a row that is trained
@@ -42,9 +39,9 @@ def plan_split(profile: Profile, usable: int, total: int) -> SplitPlan:
     if usable < 2:
         raise DataError(
             "no-rows" if usable == 0 else "too-few-rows",
-            f"{usable} of {total} rows can be used, expected at least 2: one to "
-            "train on and one held out. Add rows, or look at what summarize_rows says about those left out "
-            f"(too-long: the profile's max_length is {profile.max_length} tokens).",
+            f"{usable} of {total} rows can be used, expected at least 2: one to train on and one held out. "
+            "Add rows, or look at what summarize_rows says about those left out (too-long: the profile's "
+            f"max_length is {profile.max_length} tokens).",
         )
     held_out = min(profile.eval_rows, max(1, usable // HELD_OUT_SHARE))
     train = min(profile.train_rows or usable, usable - held_out)
@@ -72,10 +69,7 @@ class StepPlan:
 def plan_steps(profile: Profile, rows: int, tokens: int) -> StepPlan:
     """Plan the updates of a run: the profile's ``epochs`` over its rows, or else its ``max_steps``.
 
-    Args:
-        profile: Batch, accumulation, packing, ``epochs`` and ``max_steps`` are read.
-        rows: Rows to train on.
-        tokens: Tokens of all of them; with packing the blocks are counted by these.
+    With packing the blocks are counted by the ``tokens`` of all rows.
 
     Raises:
         ValueError: No row or no token.

@@ -111,10 +111,7 @@ def check_boundary(rows: Any, tokenizer: Any) -> None:
     """Prove that prompt tokens + completion tokens = tokens of the whole, for every row.
 
     A row of a ``Dataset`` or list has ``prompt`` and ``completion``. EOS is put behind the completion, as
-    SFTTrainer does.
-
-    Raises:
-        TokenError: With the first row where a token reaches across the boundary, and its tokens.
+    SFTTrainer does. ``TokenError`` shows the first row where a token reaches across the boundary.
     """
     for start in range(0, len(rows), _CHUNK_ROWS):
         chunk = [rows[index] for index in range(start, min(start + _CHUNK_ROWS, len(rows)))]
@@ -166,11 +163,7 @@ def render_loss_mask(batch: Batch, tokenizer: Any, rows: Sequence[int]) -> HTML:
 
 
 def check_eos_is_trained(batch: Batch, tokenizer: Any) -> None:
-    """Raise unless every row of a collated batch ends in an EOS with a label.
-
-    Raises:
-        TokenError: With the rows that would not teach the model to stop.
-    """
+    """Raise ``TokenError`` unless every row of a collated batch ends in an EOS with a label."""
     scored = summarize_loss_mask(batch, tokenizer)["eos_scored"]
     if lost := scored.index[~scored].tolist():
         raise TokenError(

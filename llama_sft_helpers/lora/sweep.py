@@ -78,13 +78,7 @@ def plan_sweep(
 
 
 def plot_sweep(sweep: pd.DataFrame, base_loss: float) -> Axes:
-    """Held-out loss against trainable parameters, one line a target set, each point labelled with its r.
-
-    The loss of the base model is a line of its own.
-
-    Raises:
-        ValueError: A column is missing, or nothing was trained.
-    """
+    """Held-out loss against trainable parameters: one line a target set, with its r, and the base model's."""
     _check_sweep(sweep)
     axes: Any = new_axes(4.4, 7.5)
     for i, (targets, rows) in enumerate(sweep.groupby("targets", sort=False)):

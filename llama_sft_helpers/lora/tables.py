@@ -72,8 +72,6 @@ def summarize_adapters(model: Any) -> pd.DataFrame:
 def summarize_gradients(model: Any) -> pd.DataFrame:
     """Which A and B the last backward pass reached; call it after ``backward`` and before ``zero_grad``.
 
-    In the very first step B is 0, and the gradient of A, which passes through B, is 0 as well.
-
     Returns:
         Two rows (index ``matrix``: A, B): ``matrices``, ``with_gradient``, ``nonzero`` (number whose gradient
         has an entry other than 0) and ``largest_gradient`` (absolute; NaN if one holds a NaN).
@@ -91,10 +89,8 @@ def summarize_gradients(model: Any) -> pd.DataFrame:
 def summarize_frozen(model: Any) -> pd.DataFrame:
     """A checksum of every tensor that is not trained, int8 scales included: equal tables, equal base model.
 
-    Each checksum is computed where its tensor lies, so nothing is copied from a GPU.
-
-    Returns:
-        Index ``tensor``; ``dtype``, ``bytes`` and ``checksum`` of its bytes.
+    Each checksum is computed where its tensor lies, so nothing is copied from a GPU. The index ``tensor`` is
+    its name; the columns are ``dtype``, ``bytes`` and ``checksum``.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
@@ -108,14 +104,11 @@ def summarize_frozen(model: Any) -> pd.DataFrame:
 def summarize_training_state(model: Any, optimizer: torch.optim.Optimizer) -> pd.DataFrame:
     """What training keeps for the trainable parameters: their values, gradients and Adam's two averages.
 
-    Call it after ``optimizer.step`` and before ``zero_grad``. In float32 it is 4 + 4 + 8 = 16 bytes each
-    (https://huggingface.co/docs/transformers/model_memory_anatomy).
+    Call it after ``optimizer.step`` and before ``zero_grad``; without a step it raises ``ValueError``. In
+    float32 it is 4 + 4 + 8 = 16 bytes each (https://huggingface.co/docs/transformers/model_memory_anatomy).
 
     Returns:
         Index ``part``; ``bytes`` and ``bytes_per_parameter``.
-
-    Raises:
-        ValueError: Nothing is trainable, or the optimizer has not taken a step on this model.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     states = [optimizer.state[parameter] for parameter in trained if parameter in optimizer.state]
@@ -138,12 +131,8 @@ def check_adapter_is_noop(model: Any, batch: Mapping[str, Any]) -> None:
     """Check that the adapter changes no logit: with it and without it, bit for bit, in the same mode.
 
     True right after ``get_peft_model``, as B is 0. Both passes run in evaluation mode, since int8 on a CPU
-    computes differently in training mode; the model's modes are put back afterwards.
-
-    Args:
-        model: What ``get_peft_model`` returned.
-        batch: ``input_ids`` of shape (rows, tokens), integers, on the model's device; ``attention_mask`` is
-            used if present.
+    computes differently in training mode; the model's modes are put back afterwards. The batch has
+    ``input_ids`` of shape (rows, tokens), integers, on the model's device, and perhaps ``attention_mask``.
 
     Raises:
         AdapterNotNoopError: A logit differs; the message gives how many, by how much and which B is not 0.
@@ -155,9 +144,7 @@ def check_adapter_is_noop(model: Any, batch: Mapping[str, Any]) -> None:
     if not hasattr(model, "disable_adapter"):
         raise ValueError(f"{type(model).__name__} cannot switch its adapter off; pass a PeftModel.")
     if any(layer.merged or layer.disable_adapters for _, layer, _ in layers):
-        raise ValueError(
-            "The adapter is merged or switched off; pass the model as get_peft_model returned it."
-        )
+        raise ValueError("The adapter is merged or switched off; pass what get_peft_model returned.")
     with evaluation_mode(model), torch.no_grad():
         adapted = model(**inputs, use_cache=False).logits
         with model.disable_adapter():
@@ -277,10 +264,7 @@ def _update_row(name: str, layer: Any, adapter: str) -> dict[str, Any]:
 
 
 def _weight_norm(name: str, linear: Any) -> float:
-    """Frobenius norm of W, dequantized.
-
-    Not by PEFT's ``dequantize_module_weight``: on a CPU, an int8 layer that has run once cannot run after it.
-    """
+    # Not by PEFT's dequantize_module_weight: on a CPU, an int8 layer that has run once cannot run after it.
     values = dequantize(name, linear) if is_quantized(linear) else linear.weight.detach()
     return torch.linalg.vector_norm(values, dtype=torch.float64).item()
 

@@ -24,17 +24,13 @@ def quantize_absmax(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     float16 first (whatever the checkpoint's type), the scales are float32, a tie goes to the even level, and
     a row of zeros keeps zeros. Its CUDA kernel takes ``127 / absmax`` from a fast division, so that a weight
     on a tie (exactly half of its row's absmax is level 63.5) can land one level away; the scales are equal.
-
-    Args:
-        weight: Floating-point matrix, shape (d_out, d_in).
+    Paper: https://huggingface.co/papers/2208.07339, section 2.1.
 
     Returns:
         The codes, int8, shape (d_out, d_in), in [-127, 127]; the absmax of each row, float32, shape (d_out,).
 
     Raises:
         ValueError: Not a floating-point matrix, an empty one, or one with values that float16 cannot hold.
-
-    Paper: https://huggingface.co/papers/2208.07339, section 2.1.
     """
     if weight.ndim != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(
@@ -63,9 +59,6 @@ def summarize_memory(config: Any, dtype: torch.dtype = torch.bfloat16) -> pd.Dat
         Index format (``fp32``, ``bf16``, ``int8``, ``nf4``, ``nf4 single``); ``bf16`` stands for float16 too,
         ``nf4`` is with double quantization. Columns in GiB: projections_gib (codes), scales_gib, rest_gib,
         total_gib; total_bytes; bits_per_weight of a projection, scales included.
-
-    Raises:
-        ValueError: The config is not that of a Llama-shaped model.
     """
     shape = Shape.of(config)
     weights = shape.layers * sum(d_in * d_out for d_in, d_out in shape.linears.values())
@@ -83,11 +76,7 @@ def summarize_memory(config: Any, dtype: torch.dtype = torch.bfloat16) -> pd.Dat
 
 
 def quantized_modules(model: nn.Module, *formats: str) -> dict[str, nn.Module]:
-    """Name -> layer that bitsandbytes holds in one of these formats.
-
-    Raises:
-        ValueError: The model has none.
-    """
+    """Name -> layer that bitsandbytes holds in one of these formats; at least one, or else ``ValueError``."""
     modules = {name: module for name, module in model.named_modules() if storage_format(module) in formats}
     if not modules:
         raise ValueError(
@@ -108,37 +97,15 @@ def find_place(name: str) -> dict[str, Any]:
     return {"layer": int(match[1]) if match else -1, "module": weight_name(name).split(".")[-2]}
 
 
-def index_checkpoint(folder: str | Path) -> dict[str, Path]:
-    """Weight name -> the safetensors file that holds it.
-
-    Raises:
-        ValueError: There is no such file in the folder.
-    """
+def read_weight(folder: str | Path, name: str) -> torch.Tensor:
+    """One weight from the safetensors files of a folder, or ``ValueError`` if none holds it."""
     from safetensors import safe_open
 
-    files: dict[str, Path] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as shard:
-            files |= dict.fromkeys(shard.keys(), path)
-    if not files:
-        raise ValueError(
-            f"{folder} is not a folder with .safetensors files. Pass the checkpoint's folder, such as "
-            "huggingface_hub.snapshot_download(model_id) returns."
-        )
-    return files
-
-
-def read_weight(files: dict[str, Path], name: str) -> torch.Tensor:
-    """One weight of an indexed checkpoint.
-
-    Raises:
-        ValueError: The checkpoint does not hold it.
-    """
-    from safetensors import safe_open
-
-    if name not in files:
-        raise ValueError(
-            f"The checkpoint holds no {name}. Pass the one that the quantized model was loaded from."
-        )
-    with safe_open(files[name], framework="pt") as shard:
-        return shard.get_tensor(name)
+            if name in set(shard.keys()):
+                return shard.get_tensor(name)
+    raise ValueError(
+        f"{folder} has no .safetensors file that holds {name}. Pass the folder of the checkpoint that the "
+        "quantized model was loaded from, such as huggingface_hub.snapshot_download(model_id) returns."
+    )

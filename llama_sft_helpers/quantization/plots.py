@@ -19,6 +19,8 @@ def plot_quantization_error(errors: pd.DataFrame) -> Axes:
 
     ``errors`` is ``summarize_quantization_error``'s table, or several of them concatenated.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     ax = new_axes(4.2, 7.2)
     modules = list(errors["module"].unique())
     for (kind, group), colour, marker in zip(
@@ -32,7 +34,10 @@ def plot_quantization_error(errors: pd.DataFrame) -> Axes:
         title=f"Error that quantization adds to each matrix ({', '.join(errors['format'].unique())})",
     )  # fmt: skip
     ax.legend(loc="center right")
-    _percent_ticks(ax)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # the axis may span less than a decade
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.grid(alpha=0.3)
     return ax
 
 
@@ -94,13 +99,3 @@ def plot_outliers(outliers: pd.DataFrame) -> Axes:
     )  # fmt: skip
     ax.margins(x=0.1)
     return ax
-
-
-def _percent_ticks(ax: Axes) -> None:
-    """Plain numbers on a log axis that may span less than a decade."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.grid(alpha=0.3)

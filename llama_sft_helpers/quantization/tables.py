@@ -26,13 +26,7 @@ from torch import nn
 from llama_sft_helpers.core.batches import checked_inputs
 from llama_sft_helpers.core.bnb import count_weights, dequantize, is_quantized, scale_tensors, storage_format
 from llama_sft_helpers.core.modes import evaluation_mode
-from llama_sft_helpers.quantization.layers import (
-    find_place,
-    index_checkpoint,
-    quantized_modules,
-    read_weight,
-    weight_name,
-)
+from llama_sft_helpers.quantization.layers import find_place, quantized_modules, read_weight, weight_name
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -116,9 +110,7 @@ def summarize_quantization_error(checkpoint: str | Path, quantized_model: nn.Mod
 
     Only one matrix is held in float32 at once, and no second model is in memory.
 
-    Args:
-        checkpoint: The folder of the safetensors files that were quantized.
-        quantized_model: The int8 or nf4 model, as loaded.
+    ``checkpoint`` is the folder of the safetensors files that were quantized.
 
     Returns:
         One row per projection: layer, module, format, relative_error (Frobenius norm of the difference over
@@ -127,10 +119,9 @@ def summarize_quantization_error(checkpoint: str | Path, quantized_model: nn.Mod
     Raises:
         ValueError: Nothing is quantized, or a weight is missing or of another shape.
     """
-    modules = quantized_modules(quantized_model, "int8", "nf4", "fp4")
-    files, rows = index_checkpoint(checkpoint), []
-    for name, module in modules.items():
-        reference, restored = read_weight(files, weight_name(name)), dequantize(name, module)
+    rows = []
+    for name, module in quantized_modules(quantized_model, "int8", "nf4", "fp4").items():
+        reference, restored = read_weight(checkpoint, weight_name(name)), dequantize(name, module)
         if reference.shape != restored.shape:
             raise ValueError(
                 f"{name}: the reference has shape {tuple(reference.shape)}, the quantized model "
@@ -144,16 +135,11 @@ def summarize_quantization_error(checkpoint: str | Path, quantized_model: nn.Mod
 def summarize_outliers(
     model: nn.Module, batch: Mapping[str, torch.Tensor], threshold: float = 6.0
 ) -> pd.DataFrame:
-    """Find the activations that LLM.int8() keeps out of the 8-bit product.
+    """Find the activations that LLM.int8() keeps out of the 8-bit product (its paper's section 3).
 
     A column of a ``Linear8bitLt``'s input in which any token reaches the threshold is an outlier channel: it
     is multiplied without being quantized. As in bitsandbytes, inputs are compared as float16 with ``>=``,
     and every position of the batch counts, padding included.
-
-    Args:
-        model: A model with ``Linear8bitLt`` layers, on any device.
-        batch: ``input_ids`` and ``attention_mask``.
-        threshold: Magnitude from which an activation is an outlier; ``llm_int8_threshold`` is 6.0 by default.
 
     Returns:
         One row per ``Linear8bitLt``: layer, module, outlier_values, values_share, outlier_channels,
@@ -161,8 +147,6 @@ def summarize_outliers(
 
     Raises:
         ValueError: No int8 layers, or a threshold that is not positive.
-
-    Paper: https://huggingface.co/papers/2208.07339, section 3.
     """
     if threshold <= 0:
         raise ValueError(f"threshold={threshold!r} must be positive; LLM.int8()'s default is 6.0.")

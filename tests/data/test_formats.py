@@ -124,19 +124,18 @@ def test_alpacas_saved_template_writes_the_training_prompt_token_for_token(name,
 
 
 def test_a_prompt_has_the_tokens_that_stand_before_the_answer_in_training(smollm2, tiny_tokenizer):
+    row = {"instruction": "Add 2 and 2.", "output": "4"}
     bos_first = "{{ bos_token }}" + smollm2.chat_template.replace("<|im_end|>", "<|end_of_text|>")
     for tokenizer, template in ((smollm2, smollm2.chat_template), (tiny_tokenizer, bos_first)):
         tokenizer.chat_template = template
-        for row in (chat(*TALK), chat(*TALK[1:3]), {"instruction": "Add.", "input": "2 2", "output": "4"}):
-            encoded = encode(row, tokenizer)
-            last = len(encoded["labels"]) - encoded["labels"][::-1].index(-100)
-            prompt = tokenizer(data.render_prompt(row, tokenizer, "chat")).input_ids
-            assert prompt == encoded["input_ids"][:last]
+        encoded = encode(row, tokenizer)
+        last = len(encoded["labels"]) - encoded["labels"][::-1].index(-100)
+        prompt = data.render_prompt("Add 2 and 2.", tokenizer, "chat")
+        assert tokenizer(prompt).input_ids == encoded["input_ids"][:last]
     assert data.training_template(smollm2, "chat") == smollm2.chat_template
     assert data.training_template(smollm2, "plain") is None
-    assert data.render_prompt("Add.", smollm2, "plain") == "Add."
-    alpaca = data.to_prompt_completion({"instruction": "Add.", "output": "4"})["prompt"]
-    assert data.render_prompt("Add.", smollm2, "alpaca") == alpaca
+    assert data.render_prompt("Add 2 and 2.", smollm2, "plain") == "Add 2 and 2."
+    assert data.render_prompt("Add 2 and 2.", smollm2, "alpaca") == data.to_prompt_completion(row)["prompt"]
 
 
 def test_rows_are_judged_by_the_format_they_are_trained_in(smollm2):
@@ -148,3 +147,14 @@ def test_rows_are_judged_by_the_format_they_are_trained_in(smollm2):
     assert data.summarize_rows([with_tool], smollm2, size - 1, "chat").loc["too-long", "rows"] == 1
     for row in (chat(("user", "a")), chat(("user", "a<|im_end|>"), ("assistant", "b"))):
         assert data.summarize_rows([row], smollm2, size, "chat").attrs["usable"] == []
+
+
+def test_a_chat_that_calls_a_tool_is_for_a_chat_template_alone(smollm2):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    answered = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    for messages in ([answered[0], call], [answered[0], call, *answered], [call, call]):
+        rows = [{"messages": messages}]
+        assert data.summarize_rows(rows).loc["wrong-type", "rows"] == 1
+        with pytest.raises(data.DataError, match="wrong-type"):
+            data.to_prompt_completion(rows[0])
+        assert data.summarize_rows(rows, prompt_format="chat").attrs["usable"] == [0]
