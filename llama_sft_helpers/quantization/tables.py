@@ -106,11 +106,9 @@ def render_side_by_side(left: nn.Module, right: nn.Module, titles: tuple[str, st
 
 
 def summarize_quantization_error(checkpoint: str | Path, quantized_model: nn.Module) -> pd.DataFrame:
-    """Compare each quantized weight with the one it was made from, one matrix at a time.
+    """Compare each quantized weight with the one it was made from, in the folder of its safetensors files.
 
     Only one matrix is held in float32 at once, and no second model is in memory.
-
-    ``checkpoint`` is the folder of the safetensors files that were quantized.
 
     Returns:
         One row per projection: layer, module, format, relative_error (Frobenius norm of the difference over
