@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,9 +79,6 @@ def documents_of(batch):
     return list(itertools.pairwise([*starts, batch["input_ids"].shape[1]]))
 
 
-# --- Llama 3's tokenizer ---
-
-
 def test_llama3_special_tokens_have_their_ids(llama3):
     named = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_2|>", "<|eot_id|>"]
     assert llama3.convert_tokens_to_ids(named) == [128_000, 128_001, 128_004, 128_009]
@@ -89,13 +87,6 @@ def test_llama3_special_tokens_have_their_ids(llama3):
     later = special_tokens("3.1")
     assert (later[4], later[8], later[10]) == ("<|finetune_right_pad_id|>", "<|eom_id|>", "<|python_tag|>")
     assert later[255] == "<|reserved_special_token_247|>"
-
-
-def test_llama3_fast_tokenizer_agrees_with_tiktoken_on_every_row(llama3, tiktoken_llama3, examples):
-    for row in examples:
-        text = row["prompt"] + row["completion"]
-        assert llama3(text).input_ids == [128_000, *tiktoken_llama3.encode_ordinary(text)]
-    assert llama3("안녕하세요<|end_of_text|>").input_ids[-1] == 128_001
 
 
 def test_summarize_tokens_counts_bytes_and_proves_the_round_trip(llama3, tiktoken_llama3):
@@ -117,15 +108,13 @@ def test_summarize_tokenizer(llama3, tiny_tokenizer):
     assert data.summarize_tokenizer(tiny_tokenizer).loc["bos token", "id"] == tiny_tokenizer.bos_token_id
 
 
-def test_render_tokens_shows_partial_characters_as_bytes_and_escapes(tiny_tokenizer):
+def test_render_tokens_shows_partial_characters_as_bytes(tiny_tokenizer):
     text = "<b>힣 &"
-    page = data.render_tokens(tiny_tokenizer, {"a<b": text}).data
-    assert "<b>a&lt;b</b>" in page
-    assert "<b>힣" not in page
-    shown = html.unescape("".join(re.findall(r'title="id \d+ ">(.*?)</span>', page)))
-    plain = re.sub(r"‹([0-9A-F ]+)›", lambda m: bytes.fromhex(m[1]).decode("latin-1"), shown)
-    assert plain.replace("&", "").startswith("<b>")
+    page = data.render_tokens(tiny_tokenizer, {"name": text}).data
     assert "‹ED" in page  # 힣 is ED 9E A3 in UTF-8
+    shown = html.unescape("".join(re.findall(r'title="id \d+ ">(.*?)</span>', page)))
+    raw = re.sub(r"‹([0-9A-F ]+)›", lambda found: bytes.fromhex(found[1]).decode("latin-1"), shown)
+    assert raw.encode("latin-1").decode() == text
 
 
 def test_benchmark_measures_what_it_says(llama3, monkeypatch, tmp_path, capsys):
@@ -141,9 +130,6 @@ def test_benchmark_measures_what_it_says(llama3, monkeypatch, tmp_path, capsys):
         expected += len(llama3(example["prompt"] + example["completion"]).input_ids) + 1
     assert (result["rows"], result["tokens"]) == (400, expected)
     assert result["total_seconds"] == pytest.approx(sum(result["seconds"].values()), abs=0.01)
-
-
-# --- Pad token ---
 
 
 def fake_tokenizer(special, **roles):
@@ -187,17 +173,14 @@ def test_no_free_pad_token_is_an_error():
         data.choose_pad_token(fake_tokenizer(["<s>", "</s>"], bos_token="<s>", eos_token="</s>"))
 
 
-# --- Rows ---
-
-
 def test_templates_are_alpacas():
-    with_input = data.to_prompt_completion({"instruction": " Add. ", "input": "2 {and} 2", "output": "4\n"})
-    assert with_input == {
-        "prompt": "Below is an instruction that describes a task, paired with an input that provides further "
-        "context. Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n"
-        "### Input:\n2 {and} 2\n\n### Response:\n",
-        "completion": "4",
-    }
+    example = data.to_prompt_completion({"instruction": " Add. ", "input": "2 {and} 2", "output": "4\n"})
+    assert example["completion"] == "4"
+    assert example["prompt"] == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n"
+        "### Input:\n2 {and} 2\n\n### Response:\n"
+    )
     for row in (
         {"instruction": "Add.", "output": "4"},
         {"instruction": "Add.", "input": None, "output": "4"},
@@ -213,21 +196,19 @@ def chat(*texts):
     return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
 @pytest.mark.parametrize(
-    ("turns", "alpaca"),
+    ("turns", "instruction", "context", "output"),
     [
-        (chat("Add.", "4"), {"instruction": "Add.", "input": "", "output": "4"}),
-        (
-            chat("A prime?", "7", "A larger one?", "11"),
-            {"instruction": "A larger one?", "input": "User: A prime?\n\nAssistant: 7", "output": "11"},
-        ),
-        (
-            [{"role": "system", "content": "Be brief."}, *chat("Add.", "4")],
-            {"instruction": "Add.", "input": "System: Be brief.", "output": "4"},
-        ),
+        (chat("Add.", "4"), "Add.", "", "4"),
+        (chat("Prime?", "7", "A larger one?", "11"), "A larger one?", "User: Prime?\n\nAssistant: 7", "11"),
+        ([SYSTEM, *chat("Add.", "4")], "Add.", "System: Be brief.", "4"),
     ],
 )
-def test_chats_get_the_same_template(turns, alpaca):
+def test_chats_get_the_same_template(turns, instruction, context, output):
+    alpaca = {"instruction": instruction, "input": context, "output": output}
     assert data.to_prompt_completion({"messages": turns}) == data.to_prompt_completion(alpaca)
 
 
@@ -284,26 +265,22 @@ def test_a_row_of_exactly_max_length_fits(tiny_tokenizer):
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ({"train": [GOOD], "test": [GOOD]}, r"a dict with the keys \['train', 'test'\].*dataset\['train'\]"),
-        ({}, r"a dict with the keys \[\]"),
-        ("rows.jsonl", r"'rows\.jsonl', a str"),
+        ({"train": [GOOD], "test": [GOOD]}, r"dict with the keys \['train', 'test'\].*dataset\['train'\]"),
+        ({}, r"\[wrong-type\] Got a dict with the keys \[\]; expected a Dataset or a list of rows"),
+        ("rows.jsonl", r"'rows\.jsonl', a str.*load_rows"),
         (None, "None, a NoneType"),
         (["a", "b"], r"row 0 is 'a', a str"),
         (pd.DataFrame([GOOD]), r"a DataFrame.*Dataset\.from_pandas"),
+        ([], "no-rows"),
+        ([{"question": "a", "answer": "b"}], r"'question', 'answer'.*instruction \+ output.*rename_column"),
     ],
 )
 def test_what_is_no_data_set_is_named(dataset, message):
-    with pytest.raises(data.DataError, match=message) as raised:
-        data.summarize_rows(dataset)
-    assert raised.value.reason == "wrong-type"
-    assert "list of rows" in str(raised.value)
+    with pytest.raises(data.DataError, match=message):
+        data.check_rows(dataset)
 
 
-def test_unknown_columns_and_no_rows_are_errors():
-    with pytest.raises(data.DataError, match=r"'question', 'answer'.*instruction \+ output.*rename_column"):
-        data.check_rows([{"question": "a", "answer": "b"}])
-    with pytest.raises(data.DataError, match="no-rows"):
-        data.check_rows([])
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
 
 
 @pytest.mark.parametrize(
@@ -316,11 +293,19 @@ def test_unknown_columns_and_no_rows_are_errors():
         [{"role": "assistant", "content": "a"}],
         [{"content": "a"}, *chat("b", "c")],
         [{"role": None, "content": "a"}, *chat("b", "c")],
+        [*chat("a"), CALL],
+        [*chat("a"), CALL, *chat("b", "c")],
     ],
 )
 def test_chats_of_a_wrong_shape(messages):
     with pytest.raises(data.DataError, match="messages"):
         data.check_rows([{"messages": messages}])
+
+
+def test_a_chat_template_can_write_tool_calls():
+    rows = [{"messages": messages} for messages in ([*chat("a"), CALL], [*chat("a"), CALL, *chat("b", "c")])]
+    assert data.summarize_rows(rows, prompt_format="chat").attrs["usable"] == [0, 1]
+    assert data.summarize_rows([{"messages": [CALL, CALL]}], prompt_format="chat").attrs["usable"] == [0]
 
 
 def test_good_rows_of_all_layouts_pass(tiny_tokenizer):
@@ -340,18 +325,13 @@ def test_control_tokens_that_the_tokenizer_does_not_name_are_found_too(tiny_toke
     assert data.summarize_rows(rows, few).loc["special-token", "first_indices"] == [0]
 
 
-# --- Files ---
-
 LINE = json.dumps(GOOD, ensure_ascii=False)
 HANGUL = '{"instruction": "수도", "output": "a"}\n'.encode("cp949")
 BAD_FILES = [
     ("bad-json", "a.jsonl", f"{LINE}\n{LINE[:-3]}\n{LINE}\n"),
-    ("missing-column", "a.jsonl", f'{LINE}\n{{"instruction": "a"}}\n'),
     ("null-cell", "a.jsonl", f'{LINE}\n{{"instruction": "a", "output": null}}\n'),
-    ("cell-too-long", "a.jsonl", f"{LINE}\n{json.dumps({**GOOD, 'output': 'x' * 2**20})}\n"),
     ("wrong-encoding", "a.jsonl", f"{LINE}\n".encode() + HANGUL),
     ("wrong-encoding", "a.jsonl", b"\xef\xbb\xbf" + f"{LINE}\n".encode() + HANGUL),
-    ("lone-surrogate", "a.jsonl", f'{LINE}\n{{"instruction": "a", "output": "\\ud800"}}\n'),
     ("wrong-type", "a.jsonl", f"{LINE}\n[1, 2]\n"),
     ("empty-output", "a.csv", "instruction,input,output\na,,b\nc,,\n"),
     ("bad-csv", "a.csv", "instruction,input,output\na,,b\nc,d\n"),
@@ -434,9 +414,6 @@ def test_good_files_pass_and_give_their_rows(tmp_path):
         assert data.load_rows(path)[0].to_list() == rows, name
 
 
-# --- The boundary ---
-
-
 def test_boundary_holds_on_every_shipped_row(llama3, tiny_tokenizer, examples):
     data.check_boundary(examples, llama3)
     data.check_boundary(examples, tiny_tokenizer)
@@ -458,9 +435,6 @@ def test_boundary_holds_for_any_text(llama3, instruction, context, output):
     row = {"instruction": instruction, "input": context, "output": output}
     if output.strip() and "<|" not in instruction + context + output:
         data.check_boundary([data.to_prompt_completion(row)], llama3)
-
-
-# --- Labels ---
 
 
 def hand_made(encode, bos, eos, examples):
@@ -537,27 +511,22 @@ def test_batch_without_mask_or_positions_is_refused(tiny_tokenizer):
 
 
 def test_picture_shows_every_token_with_its_role(tiny_tokenizer):
-    texts = ["<script>&\n x", "한"]
-    encoded = [tiny_tokenizer(text + tiny_tokenizer.eos_token) for text in texts]
     tiny_tokenizer.pad_token = data.choose_pad_token(tiny_tokenizer)
+    encoded = [tiny_tokenizer(text + tiny_tokenizer.eos_token) for text in ("<script>&\n x", "한")]
     batch = transformers.DataCollatorForLanguageModeling(tiny_tokenizer, mlm=False)(encoded)
     batch["labels"][0, :3] = -100
     page = data.render_loss_mask(batch, tiny_tokenizer, rows=[0, 1]).data
     assert "<script>" not in page
-    table = data.summarize_loss_mask(batch, tiny_tokenizer)
     titles = re.findall(r'title="id (\d+) label (-?\d+), ([^"]+)"', page)
-    roles = [role for _, _, role in titles]
-    assert roles.count("not scored") == table["prompt"].sum() == 3
-    assert roles.count("scored") == table["completion"].sum()
-    assert roles.count("EOS, scored") == table["eos"].sum() == 2
-    pads = int(table["pad"].sum())
-    assert f"&times; {pads}<" in page
+    counted = Counter(role for _, _, role in titles)
+    table = data.summarize_loss_mask(batch, tiny_tokenizer).sum()
+    names = {"not scored": "prompt", "scored": "completion", "EOS, scored": "eos"}
+    assert {name: counted[name] for name in names} == {name: table[role] for name, role in names.items()}
+    assert (table["prompt"], table["eos"]) == (3, 2)
+    assert f"&times; {table['pad']}<" in page
     size = len(encoded[0].input_ids)
     assert [int(token) for token, _, _ in titles[:size]] == encoded[0].input_ids
     assert [int(label) for _, label, _ in titles[:size]] == batch["labels"][0, :size].tolist()
-
-
-# --- Lengths and packing ---
 
 
 def test_lengths_table_by_hand():
@@ -678,9 +647,6 @@ def test_figures_are_labelled():
     assert ax.get_ylabel() == "block (first 20)"
     assert sum(patch.get_width() for patch in ax.patches) == 20 * 100
     plt.close("all")
-
-
-# --- The notebook on Llama 3's tokenizer ---
 
 
 @pytest.mark.slow

@@ -99,9 +99,6 @@ def test_the_format_is_chosen_from_data_and_tokenizer(smollm2, tiny_tokenizer):
             chosen(layout, tiny_tokenizer, asked)
 
 
-# --- The template that is saved ---
-
-
 @pytest.mark.parametrize("name", ["tiny", "smollm2"])
 def test_alpacas_saved_template_writes_the_training_prompt_token_for_token(name, smollm2, tiny_tokenizer):
     tokenizer = {"tiny": tiny_tokenizer, "smollm2": smollm2}[name]
@@ -147,14 +144,3 @@ def test_rows_are_judged_by_the_format_they_are_trained_in(smollm2):
     assert data.summarize_rows([with_tool], smollm2, size - 1, "chat").loc["too-long", "rows"] == 1
     for row in (chat(("user", "a")), chat(("user", "a<|im_end|>"), ("assistant", "b"))):
         assert data.summarize_rows([row], smollm2, size, "chat").attrs["usable"] == []
-
-
-def test_a_chat_that_calls_a_tool_is_for_a_chat_template_alone(smollm2):
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
-    answered = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
-    for messages in ([answered[0], call], [answered[0], call, *answered], [call, call]):
-        rows = [{"messages": messages}]
-        assert data.summarize_rows(rows).loc["wrong-type", "rows"] == 1
-        with pytest.raises(data.DataError, match="wrong-type"):
-            data.to_prompt_completion(rows[0])
-        assert data.summarize_rows(rows, prompt_format="chat").attrs["usable"] == [0]

@@ -13,12 +13,10 @@ from tiny_models import SEVEN, load_nf4, tiny_config
 from transformers import AutoModelForCausalLM
 
 from llama_sft_helpers import lora
-from llama_sft_helpers.core.llama import load_llama3_config
 
 mpl.use("Agg")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 IDS = torch.arange(24).view(2, 12)
-LLAMA3_8B = load_llama3_config()
 
 
 def adapt(model, **changes):
@@ -58,13 +56,6 @@ def dense_update(layer):
     return b @ a
 
 
-def test_plan_gives_llama_3_8bs_41_943_040():
-    plan = lora.plan_adapters(LLAMA3_8B, 16, SEVEN)
-    assert plan["parameters"].sum() == 41_943_040
-    assert plan.loc["k_proj", ["layers", "A", "B"]].tolist() == [32, (16, 4096), (1024, 16)]
-    assert plan.loc["down_proj", "parameters_per_layer"] == 16 * (14336 + 4096)
-
-
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], SEVEN[:4], SEVEN])
 @pytest.mark.parametrize("r", [4, 64])
 def test_plan_agrees_with_peft_on_the_meta_device(r, targets):
@@ -90,18 +81,13 @@ def test_plan_agrees_with_peft_on_the_meta_device(r, targets):
 )
 def test_plan_refuses(r, targets, told):
     with pytest.raises(ValueError, match=told):
-        lora.plan_adapters(LLAMA3_8B, r, targets)
+        lora.plan_adapters(tiny_config(), r, targets)
 
 
 def test_adapters_are_summarized_with_scaling_and_type(tiny_model_int8):
-    model = adapt(tiny_model_int8, r=8, lora_alpha=32, target_modules=["q_proj", "down_proj"])
-    table = lora.summarize_adapters(model)
-    assert list(table.index) == ["q_proj", "down_proj"]
-    assert table["parameters"].sum() == model.get_nb_trainable_parameters()[0]
-    assert table["scaling"].tolist() == [4.0, 4.0]
-    assert set(table["dtype"]) == {"float32"}
-    assert table.loc["down_proj", ["layers", "A", "B"]].tolist() == [2, (8, 128), (64, 8)]
-    assert (table["largest_b"] == 0).all()
+    table = lora.summarize_adapters(adapt(tiny_model_int8, r=8, lora_alpha=32, target_modules=SEVEN[-1:]))
+    expected = {"layers": 2, "A": (8, 128), "B": (64, 8), "scaling": 4.0, "dtype": "float32", "largest_b": 0}
+    assert table.loc["down_proj", list(expected)].to_dict() == expected
 
 
 def test_ranks_that_differ_by_layer_get_a_row_each(tiny_model):
@@ -140,9 +126,6 @@ def test_two_active_adapters_are_refused(tiny_model):
         lora.summarize_adapters(model)
 
 
-# --- the no-op start ---
-
-
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_model_int8"])
 def test_new_adapter_is_a_noop_and_modes_are_kept(kind, request):
     model = adapt(request.getfixturevalue(kind))
@@ -174,14 +157,8 @@ def test_the_noop_check_refuses_other_batches_and_adapters(tiny_model):
         lora.check_adapter_is_noop(model, {"input_ids": IDS})
 
 
-# --- training ---
-
-
 def test_first_step_reaches_b_only_and_second_both(adapted):
-    with pytest.raises(ValueError, match="0 of 28 trainable tensors"):
-        lora.summarize_training_state(adapted, torch.optim.AdamW(adapted.parameters()))
-    before = lora.summarize_gradients(adapted)
-    assert before["with_gradient"].tolist() == [0, 0]
+    assert lora.summarize_gradients(adapted)["with_gradient"].tolist() == [0, 0]
     steps(adapted, 1)
     first = lora.summarize_gradients(adapted)
     assert first["matrices"].tolist() == [14, 14]
@@ -226,12 +203,11 @@ def test_nothing_frozen_is_told(tiny_model):
 
 
 def test_training_state_is_16_bytes_a_parameter(adapted):
+    with pytest.raises(ValueError, match="0 of 28 trainable tensors"):
+        lora.summarize_training_state(adapted, torch.optim.AdamW(adapted.parameters()))
     table = lora.summarize_training_state(adapted, steps(adapted))
     assert table["bytes"].sum() == 16 * adapted.get_nb_trainable_parameters()[0]
     assert table["bytes_per_parameter"].tolist() == [4, 4, 4, 4]
-
-
-# --- the update ---
 
 
 def test_update_agrees_with_a_dense_svd_in_numpy(trained):
@@ -305,9 +281,6 @@ def test_spectrum_is_drawn_from_the_singular_values(trained):
     assert "W" in axes.get_ylabel()
 
 
-# --- the sweep ---
-
-
 def make_sweep(losses):
     per_r = {"q and v": 10, "attention": 20, "all seven": 60}
     rows = [(t, r, r * per_r[t], loss) for t, by_r in losses.items() for r, loss in by_r.items()]
@@ -375,8 +348,6 @@ def test_sweep_is_drawn_with_ranks_and_base_line():
     with pytest.raises(ValueError, match="lacks parameters"):
         lora.plot_sweep(make_sweep(SEEN).drop(columns="parameters"), 3.5)
 
-
-# --- the sweep's budget ---
 
 SETS = ["all seven", "q and v", "attention"]
 RATES = [8e-3, 2e-3, 5e-4, 3.2e-2]
