@@ -79,16 +79,6 @@ def documents_of(batch):
     return list(itertools.pairwise([*starts, batch["input_ids"].shape[1]]))
 
 
-def test_llama3_special_tokens_have_their_ids(llama3):
-    named = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_2|>", "<|eot_id|>"]
-    assert llama3.convert_tokens_to_ids(named) == [128_000, 128_001, 128_004, 128_009]
-    assert llama3.convert_tokens_to_ids(special_tokens("3.0")) == list(range(128_000, 128_256))
-    assert len(llama3) == 128_256
-    later = special_tokens("3.1")
-    assert (later[4], later[8], later[10]) == ("<|finetune_right_pad_id|>", "<|eom_id|>", "<|python_tag|>")
-    assert later[255] == "<|reserved_special_token_247|>"
-
-
 def test_summarize_tokens_counts_bytes_and_proves_the_round_trip(llama3, tiktoken_llama3):
     texts = {"English": "The model stops.", "Korean": "모델이 멈춘다.", "spaces": " a , b  .\n\n c"}
     table = data.summarize_tokens(llama3, texts)
@@ -139,10 +129,9 @@ def fake_tokenizer(special, **roles):
 
 
 def test_pad_token_of_llama_3_and_3_1_is_one_id(llama3):
+    assert llama3.convert_tokens_to_ids(special_tokens("3.0")) == list(range(128_000, 128_256))
     llama3.pad_token = None
-    chosen = data.choose_pad_token(llama3)
-    assert chosen == "<|reserved_special_token_2|>"
-    assert llama3.convert_tokens_to_ids(chosen) == 128_004
+    assert data.choose_pad_token(llama3) == special_tokens("3.0")[4] == "<|reserved_special_token_2|>"
     assert (len(llama3), llama3.pad_token) == (128_256, None)  # nothing added, nothing changed
     names = special_tokens("3.1")
     newer = fake_tokenizer(names, bos_token=names[0], eos_token=names[1])
@@ -192,8 +181,7 @@ def test_templates_are_alpacas():
 
 
 def chat(*texts):
-    roles = itertools.cycle(["user", "assistant"])
-    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -325,104 +313,11 @@ def test_control_tokens_that_the_tokenizer_does_not_name_are_found_too(tiny_toke
     assert data.summarize_rows(rows, few).loc["special-token", "first_indices"] == [0]
 
 
-LINE = json.dumps(GOOD, ensure_ascii=False)
-HANGUL = '{"instruction": "수도", "output": "a"}\n'.encode("cp949")
-BAD_FILES = [
-    ("bad-json", "a.jsonl", f"{LINE}\n{LINE[:-3]}\n{LINE}\n"),
-    ("null-cell", "a.jsonl", f'{LINE}\n{{"instruction": "a", "output": null}}\n'),
-    ("wrong-encoding", "a.jsonl", f"{LINE}\n".encode() + HANGUL),
-    ("wrong-encoding", "a.jsonl", b"\xef\xbb\xbf" + f"{LINE}\n".encode() + HANGUL),
-    ("wrong-type", "a.jsonl", f"{LINE}\n[1, 2]\n"),
-    ("empty-output", "a.csv", "instruction,input,output\na,,b\nc,,\n"),
-    ("bad-csv", "a.csv", "instruction,input,output\na,,b\nc,d\n"),
-    ("bad-csv", "a.csv", 'instruction,output\na,b\n"c,d\n'),
-    ("cell-too-long", "a.csv", f"instruction,output\na,b\nc,{'x' * 2**20}\n"),
-    ("wrong-encoding", "a.csv", "instruction,output\na,b\n수도,c\n".encode("cp949")),
-]
-
-
-@pytest.mark.parametrize(("reason", "name", "content"), BAD_FILES)
-def test_broken_files_name_the_line_and_the_row(tmp_path, reason, name, content):
-    content = content.encode() if isinstance(content, str) else content
-    path = tmp_path / name
-    path.write_bytes(content)
-    where = "line 3" if name.endswith("csv") else "line 2"
-    where += ": byte 0xBC is not UTF-8" if reason == "wrong-encoding" else r" \(row 1\)"
-    with pytest.raises(data.DataError, match=rf"\[{reason}\] {name}, {where}") as raised:
-        data.check_file(path)
-    assert raised.value.reason == reason
-    assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize("indent", [None, 0, 1, 4])
-def test_an_array_names_the_line_on_which_the_row_begins(tmp_path, indent):
-    path = tmp_path / "a.json"
-    rows = [{**GOOD, "output": f"{n}], [{{\n"} for n in range(3)]
-    text = json.dumps([*rows, {**GOOD, "output": 4}, GOOD], indent=indent)
-    path.write_text("\n" + text, encoding="utf-8")
-    # counted by a second way: the fourth line that opens an object, or the one line of all
-    opening = [number for number, line in enumerate(path.read_text().split("\n"), 1) if line.strip() == "{"]
-    line = opening[3] if indent is not None else 2
-    with pytest.raises(data.DataError, match=rf"\[wrong-type\] a\.json, line {line} \(row 3\)"):
-        data.check_file(path)
-
-
-@pytest.mark.parametrize(
-    ("rest", "line", "row"),
-    [
-        ('\n {"instruction": "c",\n  "output" "d"}]', 4, 2),  # a colon is missing
-        ('\n {"instruction": "c", "output": "d"}\n {}]', 4, 3),  # a comma is missing
-        ('\n {"instruction": "c", "output": "d"}', 3, 3),  # cut off
-        ('\n {"instruction": "c", "output": "d"}] x', 3, 3),  # something follows
-    ],
-)
-def test_a_broken_array_names_line_and_row(tmp_path, rest, line, row):
-    path = tmp_path / "a.json"
-    path.write_text(f"[{json.dumps(GOOD)},\n {json.dumps({**GOOD, 'output': '5'})},{rest}", encoding="utf-8")
-    with pytest.raises(data.DataError, match=rf"\[bad-json\] a\.json, line {line} \(row {row}\)"):
-        data.check_file(path)
-
-
-def test_files_of_other_kinds_are_named_in_one_clear_line(tmp_path):
-    Dataset.from_list([GOOD]).to_parquet(tmp_path / "a.parquet")
-    (tmp_path / "b.jsonl").write_bytes((tmp_path / "a.parquet").read_bytes())
-    (tmp_path / "c.csv").write_bytes(b"PK\x03\x04\x14\x00\x06\x00\xde")
-    (tmp_path / "folder.jsonl").mkdir()
-    for name, told in {
-        "a.parquet": r"a '\.parquet' file; expected one of \.csv, \.jsonl, \.json\. .*load_rows reads",
-        "b.jsonl": "a Parquet file, not text",
-        "c.csv": "a zip or Excel file, not text",
-        "folder.jsonl": "a folder; .*Pass a file in it",
-    }.items():
-        with pytest.raises(data.DataError, match=rf"^\[unknown-file\] {name} is {told}[^\n]*$"):
-            data.check_file(tmp_path / name)
-
-
-def test_good_files_pass_and_give_their_rows(tmp_path):
-    rows = [GOOD, {**GOOD, "input": 'a "quoted", cell\nof two lines', "output": "수도\u2028x"}]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    files = {
-        "a.jsonl": "\n".join(lines) + "\n\n",
-        "b.json": "[" + ",\n".join(lines) + "]",
-        "c.csv": pd.DataFrame(rows).to_csv(index=False),
-        "d.csv": "\ufeff" + pd.DataFrame(rows).to_csv(index=False),
-    }
-    for name, content in files.items():
-        path = tmp_path / name
-        path.write_text(content, encoding="utf-8")
-        data.check_file(path)
-        assert data.load_rows(path)[0].to_list() == rows, name
-
-
-def test_boundary_holds_on_every_shipped_row(llama3, tiny_tokenizer, examples):
-    data.check_boundary(examples, llama3)
-    data.check_boundary(examples, tiny_tokenizer)
-
-
-def test_boundary_is_refused_where_a_token_reaches_across(llama3, tiny_tokenizer):
+def test_boundary_is_refused_where_a_token_reaches_across(llama3, tiny_tokenizer, examples):
     good = {"prompt": "### Response:\n", "completion": "The"}
     spaced = {"prompt": "### Response: ", "completion": "The answer"}
     for tokenizer in (llama3, tiny_tokenizer):
+        data.check_boundary(examples, tokenizer)
         with pytest.raises(data.TokenError, match=r"Row 1: .* together"):
             data.check_boundary([good, spaced], tokenizer)
     with pytest.raises(data.TokenError, match="Row 0"):
@@ -546,13 +441,11 @@ def test_lengths_must_be_positive(lengths):
 
 
 def test_count_tokens_agrees_with_tiktoken(llama3, tiktoken_llama3, examples):
-    counted = examples.map(data.count_tokens, batched=True, fn_kwargs={"tokenizer": llama3})
-    for row in counted:
-        prompt, completion = (
-            len(tiktoken_llama3.encode_ordinary(row[key])) for key in ("prompt", "completion")
-        )
-        assert (row["prompt_tokens"], row["completion_tokens"]) == (prompt + 1, completion + 1)
-        assert row["tokens"] == prompt + completion + 2
+    counted = data.count_tokens(examples[:], llama3)
+    for key in ("prompt", "completion"):
+        sizes = [len(tiktoken_llama3.encode_ordinary(text)) + 1 for text in examples[key]]  # BOS, EOS
+        assert counted[f"{key}_tokens"] == sizes
+    assert counted["tokens"] == np.add(counted["prompt_tokens"], counted["completion_tokens"]).tolist()
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
