@@ -332,43 +332,41 @@ def test_boundary_holds_for_any_text(llama3, instruction, context, output):
         data.check_boundary([data.to_prompt_completion(row)], llama3)
 
 
-def hand_made(encode, bos, eos, examples):
-    """input ids -> labels, worked out without trl: prompt masked, completion and EOS scored."""
+@pytest.fixture(scope="module")
+def hand_made(tiktoken_llama3, examples):
+    """Ids -> labels, worked out without trl: BOS and prompt masked, completion and EOS scored."""
     masks = {}
     for row in examples:
-        prompt, completion = [*bos, *encode(row["prompt"])], [*encode(row["completion"]), eos]
-        masks[(*prompt, *completion)] = [-100] * len(prompt) + completion
+        prompt, completion = (tiktoken_llama3.encode_ordinary(row[key]) for key in ("prompt", "completion"))
+        masks[(128_000, *prompt, *completion, 128_001)] = [-100] * (1 + len(prompt)) + [*completion, 128_001]
     return masks
 
 
-def test_labels_of_real_batches_equal_a_hand_made_mask(llama3, tiktoken_llama3, examples, tmp_path):
-    expected = hand_made(tiktoken_llama3.encode_ordinary, [128_000], 128_001, examples)
+def test_labels_of_real_batches_equal_a_hand_made_mask(llama3, hand_made, examples, tmp_path):
     seen = set()
     for batch in train_batches(llama3, examples, tmp_path):
         data.check_eos_is_trained(batch, llama3)
         table = data.summarize_loss_mask(batch, llama3)
-        for row, (ids, labels, mask) in enumerate(
-            zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)
-        ):
+        parts = (batch[key] for key in ("input_ids", "labels", "attention_mask"))
+        for row, (ids, labels, mask) in enumerate(zip(*parts, strict=True)):
             size = int(mask.sum())
             key = tuple(ids[:size].tolist())
-            assert labels[:size].tolist() == expected[key]
+            assert labels[:size].tolist() == hand_made[key]
             assert (labels[size:] == -100).all()
             assert (ids[size:] == 128_004).all()
-            scored = sum(label != -100 for label in expected[key])
+            scored = sum(label != -100 for label in hand_made[key])
             assert tuple(table.loc[row]) == (size - scored, scored - 1, 1, len(ids) - size, scored, True)
             seen.add(key)
     assert len(seen) == len(examples) >= 200
 
 
-def test_packed_labels_equal_the_same_mask(llama3, tiktoken_llama3, examples, tmp_path):
-    expected = hand_made(tiktoken_llama3.encode_ordinary, [128_000], 128_001, examples)
+def test_packed_labels_equal_the_same_mask(llama3, hand_made, examples, tmp_path):
     found = 0
     for batch in train_batches(llama3, examples, tmp_path, **PACKED | {"per_device_train_batch_size": 2}):
         data.check_eos_is_trained(batch, llama3)
         for start, end in documents_of(batch):
             ids = tuple(batch["input_ids"][0, start:end].tolist())
-            assert batch["labels"][0, start:end].tolist() == expected[ids]
+            assert batch["labels"][0, start:end].tolist() == hand_made[ids]
             found += 1
     assert found == len(examples)
 
@@ -415,13 +413,13 @@ def test_picture_shows_every_token_with_its_role(tiny_tokenizer):
     titles = re.findall(r'title="id (\d+) label (-?\d+), ([^"]+)"', page)
     counted = Counter(role for _, _, role in titles)
     table = data.summarize_loss_mask(batch, tiny_tokenizer).sum()
-    names = {"not scored": "prompt", "scored": "completion", "EOS, scored": "eos"}
-    assert {name: counted[name] for name in names} == {name: table[role] for name, role in names.items()}
-    assert (table["prompt"], table["eos"]) == (3, 2)
+    assert counted["not scored"] == table["prompt"] == 3
+    assert counted["scored"] == table["completion"]
+    assert counted["EOS, scored"] == table["eos"] == 2
     assert f"&times; {table['pad']}<" in page
-    size = len(encoded[0].input_ids)
-    assert [int(token) for token, _, _ in titles[:size]] == encoded[0].input_ids
-    assert [int(label) for _, label, _ in titles[:size]] == batch["labels"][0, :size].tolist()
+    tokens, labels, _ = zip(*titles[: len(encoded[0].input_ids)], strict=True)
+    assert list(map(int, tokens)) == encoded[0].input_ids
+    assert list(map(int, labels)) == batch["labels"][0, : len(labels)].tolist()
 
 
 def test_lengths_table_by_hand():
@@ -465,11 +463,7 @@ def test_expected_padding_equals_brute_force(batch_size):
 def test_padding_is_counted_in_real_batches_as_predicted(tiny_tokenizer, examples, tmp_path):
     lengths = data.count_tokens(examples[:], tiny_tokenizer)["tokens"]
     plan = data.plan_packing(lengths, batch_size=8, max_length=1024)
-    changes = {
-        "padded": {},
-        "sorted": {"train_sampling_strategy": "group_by_length"},
-        "packed": PACKED,
-    }
+    changes = {"padded": {}, "sorted": {"train_sampling_strategy": "group_by_length"}, "packed": PACKED}
     loaders = {
         name: train_batches(tiny_tokenizer, examples, tmp_path, **change) for name, change in changes.items()
     }
@@ -491,40 +485,27 @@ def test_a_plan_for_fewer_rows_than_a_batch_holds():
             data.plan_packing([10, 20], batch_size, 64)
 
 
-@pytest.fixture
-def packed_batch(tiny_tokenizer, examples, tmp_path):
-    batches = train_batches(tiny_tokenizer, examples.select(range(40)), tmp_path, **PACKED)
-    return max(batches, key=lambda batch: len(documents_of(batch)))
-
-
-def test_packed_documents_do_not_see_each_other(tiny_model, packed_batch):
+def test_packed_documents_do_not_see_each_other(tiny_model, tiny_tokenizer, examples, tmp_path):
     """The pretrained tiny model; the loss alone is the one that the model itself computes."""
-    table = data.summarize_isolation(tiny_model, packed_batch)
-    assert len(table) == len(documents_of(packed_batch)) >= 3
-    for document, (start, end) in enumerate(documents_of(packed_batch)):
-        part = {key: packed_batch[key][:, start:end] for key in ("input_ids", "labels")}
+    from peft import LoraConfig, get_peft_model
+
+    batches = train_batches(tiny_tokenizer, examples.select(range(40)), tmp_path, **PACKED)
+    batch = max(batches, key=lambda batch: len(documents_of(batch)))
+    table = data.summarize_isolation(tiny_model, batch)
+    assert len(table) == len(documents_of(batch)) >= 3
+    for document, (start, end) in enumerate(documents_of(batch)):
+        part = {key: batch[key][:, start:end] for key in ("input_ids", "labels")}
         with torch.no_grad():
-            own = tiny_model(**part)
-        assert table.loc[document, "alone"] == pytest.approx(own.loss.item(), abs=1e-5)
+            assert table.loc[document, "alone"] == pytest.approx(tiny_model(**part).loss.item(), abs=1e-5)
     data.check_isolation(table)
     with pytest.raises(data.TokenError, match="it sees its neighbours"):
         data.check_isolation(table, column="without_position_ids")
     assert table.loc[0, "without_position_ids"] == pytest.approx(table.loc[0, "alone"], abs=1e-5)
-
-
-def test_isolation_works_through_peft_and_restores_training_mode(tiny_model, packed_batch):
-    from peft import LoraConfig, get_peft_model
-
-    plain = data.summarize_isolation(tiny_model, packed_batch)
-    model = get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5))
-    model.train()
-    table = data.summarize_isolation(model, packed_batch)
+    model = get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5)).train()
+    adapted = data.summarize_isolation(model, batch)
+    assert adapted["alone"].tolist() == pytest.approx(table["alone"].tolist(), abs=1e-6)
     assert model.training
-    assert table["alone"].tolist() == pytest.approx(plain["alone"].tolist(), abs=1e-6)
-
-
-def test_a_loss_that_is_not_a_number_is_refused():
-    table = pd.DataFrame({"alone": [1.0, 1.0], "packed": [1.0, float("nan")]})
+    table.loc[1, "packed"] = float("nan")
     with pytest.raises(data.TokenError, match="Document 1"):
         data.check_isolation(table)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from tiny_models import build_trainer
 
 from llama_sft_helpers import data
 
@@ -61,17 +62,12 @@ def test_all_assistant_turns_are_scored_and_nothing_else(smollm2, turns):
 
 
 def test_the_trainer_takes_the_scored_tokens_as_they_are(smollm2, tiny_model, tmp_path):
-    from trl import SFTConfig, SFTTrainer
-
     rows = data.format_rows(Dataset.from_list([chat(*TALK), chat(*TALK[1:3])]), smollm2, "chat")
-    quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "max_length": 512}
+    expected = sorted(label for row in rows["labels"] for label in row if label != -100)
     for packing in (False, True):
-        args = SFTConfig(str(tmp_path), packing=packing, **quiet)
-        trainer = SFTTrainer(tiny_model, args, train_dataset=rows, processing_class=smollm2)
+        trainer = build_trainer(tiny_model, tmp_path, smollm2, rows, max_length=512, packing=packing)
         (batch,) = trainer.get_train_dataloader()
-        labels = [label for label in batch["labels"].flatten().tolist() if label != -100]
-        expected = [label for row in rows["labels"] for label in row if label != -100]
-        assert sorted(labels) == sorted(expected)
+        assert sorted(label for label in batch["labels"].flatten().tolist() if label != -100) == expected
 
 
 def test_a_template_that_changes_earlier_turns_or_forgets_eos_is_refused(smollm2):
