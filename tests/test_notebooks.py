@@ -63,3 +63,15 @@ def test_no_warning_flood(executed, path):
         stderr = "".join(output.text for output in outputs if output.get("name") == "stderr")
         lines = [line for line in re.split(r"[\r\n]", stderr) if line.strip() and "%|" not in line]
         assert len(lines) <= WARNING_LINES, f"{path.name}, cell {index}:\n" + "\n".join(lines[:20])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_speak_without_styles(executed, path):
+    """GitHub strips styles and scripts: what colour or bold type says, the text must say too."""
+    folder, _ = executed
+    outputs = [out for cell in nbformat.read(folder / path.name, 4).cells for out in cell.get("outputs", [])]
+    for page in [out.data["text/html"] for out in outputs if "text/html" in out.get("data", {})]:
+        assert not re.search(r"#T_\w+row\d[^{}]*{[^}]*(color|weight|decoration)", page)
+        bare = re.sub(r"<(style|script)\b.*?</\1>|<[^>]*>", "", page, flags=re.DOTALL)
+        assert bare.strip()
+        assert "background:" not in page or re.search(r"[«|]", bare), "only colours tell its tokens apart"

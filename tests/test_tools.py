@@ -1,6 +1,8 @@
 """The tools that keep badges, recorded outputs and the site true."""
 
+import base64
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ import nbformat
 import pytest
 import record
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,6 +122,9 @@ def test_the_real_notebooks_reach_the_module_of_their_name():
 
 
 def test_cleaning_drops_what_differs_for_no_reason_and_keeps_results():
+    figure = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(figure, "PNG")
+    png = base64.b64encode(figure.getvalue()).decode()
     cell = nbformat.v4.new_code_cell(
         "f()", execution_count=17, metadata={"execution": {"shell.execute_reply": "12:00"}, "alt": "Two bars"}
     )
@@ -128,7 +134,7 @@ def test_cleaning_drops_what_differs_for_no_reason_and_keeps_results():
             "stream", name="stdout", text="saved to /home/me/out/adapter <X at 0x7f00ab>\n"
         ),
         nbformat.v4.new_output(
-            "display_data", data={"image/png": "iVBOR", "application/vnd.jupyter.widget-view+json": {}}
+            "display_data", data={"image/png": png, "application/vnd.jupyter.widget-view+json": {}}
         ),
     ]
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {"no": "state"}})
@@ -139,6 +145,10 @@ def test_cleaning_drops_what_differs_for_no_reason_and_keeps_results():
     assert cell.outputs[0].text == "saved to outputs/adapter <X>\n"
     assert list(cell.outputs[1].data) == ["image/png"]
     assert cell.outputs[1].metadata["image/png"]["alt"] == "Two bars"
+    smaller = cell.outputs[1].data["image/png"]
+    assert len(Image.open(io.BytesIO(base64.b64decode(smaller))).getcolors()) == 128
+    record.clean(notebook, {})
+    assert cell.outputs[1].data["image/png"] == smaller
     assert "widgets" not in notebook.metadata
 
 

@@ -11,6 +11,7 @@ CONTENTS = {
     "PACKAGES": "versions",  # the series' packages
     "EnvironmentCheckError": "versions",  # something must be fixed before the series can run
     "same_version": "versions",  # equal but for the local part, as in 2.11.0+cu130
+    "plot_pipeline": "picture",  # the series in one picture
     "check_imports": "versions",  # stops where an older package is still in memory
 }
 __all__ = list(CONTENTS)

@@ -416,10 +416,25 @@ def test_picture_shows_every_token_with_its_role(tiny_tokenizer):
     assert counted["not scored"] == table["prompt"] == 3
     assert counted["scored"] == table["completion"]
     assert counted["EOS, scored"] == table["eos"] == 2
-    assert f"&times; {table['pad']}<" in page
+    assert f"&times; {table['pad']})" in page
     tokens, labels, _ = zip(*titles[: len(encoded[0].input_ids)], strict=True)
     assert list(map(int, tokens)) == encoded[0].input_ids
     assert list(map(int, labels)) == batch["labels"][0, : len(labels)].tolist()
+
+
+def test_the_picture_speaks_without_styles(tiny_tokenizer):
+    """GitHub strips styles: between the marks stands what is scored."""
+    row = {"prompt": "Say:\n", "completion": "a b"}
+    batch = plain_batch(tiny_tokenizer, data.choose_pad_token(tiny_tokenizer), [row])
+    batch["labels"][0, : len(tiny_tokenizer("Say:\n").input_ids)] = -100
+    eos = tiny_tokenizer.eos_token
+    for label, marked in ((tiny_tokenizer.eos_token_id, f"«{eos}»"), (-100, f"[{eos}]")):
+        batch["labels"][0, -1] = label
+        page = data.render_loss_mask(batch, tiny_tokenizer, rows=[0]).data
+        assert html.unescape(re.sub(r"<[^>]+>", "", page)).endswith(f"Say:⏎«a b»{marked}")
+    page = data.render_tokens(tiny_tokenizer, {"two": "a b"}).data
+    ids = tiny_tokenizer("a b", add_special_tokens=False).input_ids
+    assert re.sub(r"<[^>]+>", "", page).count("|") == len(ids) - 1 > 0
 
 
 def test_lengths_table_by_hand():
@@ -517,7 +532,7 @@ def test_figures_are_labelled():
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("tokens in a row (EOS counted)", "rows")
     assert "max_length: 256 tokens" in [text.get_text() for text in ax.get_legend().get_texts()]
     ax = data.plot_packing([[60, 30], [50]] * 15, max_length=100)
-    assert ax.get_title() == "45 documents in 30 blocks, 70.0% filled (hatched: free)"
+    assert ax.get_title() == "45 rows in 30 blocks, 70.0% filled (hatched: free)"
     assert ax.get_ylabel() == "block (first 20)"
     assert sum(patch.get_width() for patch in ax.patches) == 20 * 100
     plt.close("all")
