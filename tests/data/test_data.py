@@ -128,17 +128,8 @@ def fake_tokenizer(special, **roles):
     return SimpleNamespace(added_tokens_decoder=tokens, chat_template=None, **{**known, **roles})
 
 
-def test_pad_token_of_llama_3_and_3_1_is_one_id(llama3):
-    assert llama3.convert_tokens_to_ids(special_tokens("3.0")) == list(range(128_000, 128_256))
-    llama3.pad_token = None
-    assert data.choose_pad_token(llama3) == special_tokens("3.0")[4] == "<|reserved_special_token_2|>"
-    assert (len(llama3), llama3.pad_token) == (128_256, None)  # nothing added, nothing changed
-    names = special_tokens("3.1")
-    newer = fake_tokenizer(names, bos_token=names[0], eos_token=names[1])
-    assert data.choose_pad_token(newer) == "<|finetune_right_pad_id|>" == names[4]
-
-
 SMOLLM2S = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<empty_output>"]
+LLAMA3S = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
 
 
 @pytest.mark.parametrize(
@@ -149,12 +140,21 @@ SMOLLM2S = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<empt
         (["</s>", "<reserved_0>", "<reserved_1>", "<x>"], {"eos_token": "</s>"}, "<reserved_0>"),
         (["<end>", "<unk>", "<user>", "<x>"], {"eos_token": "<end>", "pad_token": "<end>"}, "<x>"),
         (SMOLLM2S, {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}, "<empty_output>"),
+        (special_tokens("3.0"), LLAMA3S, "<|reserved_special_token_2|>"),
+        (special_tokens("3.1"), LLAMA3S, "<|finetune_right_pad_id|>"),
     ],
 )
 def test_pad_token_order(special, roles, expected):
     tokenizer = fake_tokenizer(special, unk_token="<unk>", **roles)
     tokenizer.chat_template = "{{ '<user>' }}"
     assert data.choose_pad_token(tokenizer) == expected
+
+
+def test_llama_3_has_a_free_pad_token_and_it_is_left_to_the_caller(llama3):
+    assert llama3.convert_tokens_to_ids(special_tokens("3.0")) == list(range(128_000, 128_256))
+    llama3.pad_token = None
+    assert llama3.convert_tokens_to_ids(data.choose_pad_token(llama3)) == 128_004
+    assert (len(llama3), llama3.pad_token) == (128_256, None)
 
 
 def test_no_free_pad_token_is_an_error():

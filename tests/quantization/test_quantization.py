@@ -48,12 +48,11 @@ def test_codes_and_scales_equal_bitsandbytes_bit_for_bit(dtype, scale):
     assert not codes[6].any()
 
 
-def test_many_ties_are_rounded_as_bitsandbytes_rounds_them():
+def test_a_tie_goes_to_the_even_level():
     levels = torch.arange(-254, 255).float() / 2  # every level and every tie of a row whose absmax is 127
     codes, _ = quantization.quantize_absmax(levels[None])
-    expected, _, _ = bnb.functional.int8_vectorwise_quant(levels[None].half())
-    assert torch.equal(codes, expected)
-    assert codes[0].tolist() == np.rint(levels.numpy()).astype(int).tolist()  # half to even
+    assert torch.equal(codes, bnb.functional.int8_vectorwise_quant(levels[None].half())[0])
+    assert codes[0].tolist() == np.rint(levels.numpy()).astype(int).tolist()
 
 
 @pytest.mark.parametrize(
@@ -92,16 +91,6 @@ def test_every_parameter_is_counted_once_and_weights_not_bytes(tiny_model, kind,
     assert table["parameters"].sum() == sum(p.numel() for p in tiny_model.parameters())
     assert dtype in set(table["dtype"])
     assert (set(table["why"]) == {"no quantization_config was given"}) == (kind == "tiny_model")
-
-
-def test_lora_factors_are_named(tiny_model_int8):
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(tiny_model_int8, LoraConfig(r=4, target_modules=["q_proj"]))
-    table = quantization.summarize_layers(model)
-    lora = table[table["example"].str.contains("lora_")].iloc[0]
-    assert lora["parameters"] == 2 * 4 * (64 + 64)
-    assert "LoRA" in lora["why"]
 
 
 def test_a_module_without_parameters_is_refused():
@@ -182,9 +171,7 @@ def test_nf4_error_equals_that_of_its_16_levels(tiny_model, tiny_model_dir):
     assert table.iloc[0]["relative_error"] == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_errors_are_the_same_from_shards_and_through_a_peft_wrapper(
-    tiny_model_dir, tiny_model, tiny_model_int8, tmp_path
-):
+def test_shards_and_a_peft_wrapper_change_nothing(tiny_model_dir, tiny_model, tiny_model_int8, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     tiny_model.save_pretrained(tmp_path, max_shard_size="100KB")
@@ -193,6 +180,9 @@ def test_errors_are_the_same_from_shards_and_through_a_peft_wrapper(
     model = get_peft_model(tiny_model_int8, LoraConfig(r=4, target_modules=["q_proj"]))
     after = quantization.summarize_quantization_error(tmp_path, model)
     pd.testing.assert_frame_equal(before.drop(columns="name"), after.drop(columns="name"))
+    layers = quantization.summarize_layers(model)
+    lora = layers[layers["example"].str.contains("lora_")].iloc[0]
+    assert (lora["parameters"], lora["why"]) == (2 * 4 * (64 + 64), "LoRA factor: it is trained")
 
 
 @pytest.mark.parametrize(
