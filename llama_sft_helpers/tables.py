@@ -42,7 +42,7 @@ def _name(name: Any) -> Any:
 
 
 def _in_words(cell: Any, form: str) -> str:
-    match cell:
+    match cell.item() if hasattr(cell, "item") else cell:  # NumPy's numbers are no int, and its bool no bool
         case bool():
             return "yes" if cell else "no"
         case int():

@@ -1,6 +1,8 @@
 """Every notebook runs top to bottom on the tiny Llama without a flood of warnings."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,33 +22,11 @@ def executed(tmp_path_factory, tiny_model_dir):
     The originals are copied first: nbmake writes the outputs into the files it runs.
     """
     folder = tmp_path_factory.mktemp("executed")
-    for path in NOTEBOOKS:
-        (folder / path.name).write_bytes(path.read_bytes())
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--nbmake",
-        "--overwrite",
-        "--nbmake-timeout=180",
-        "-p",
-        "no:cacheprovider",
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SFT_OUTPUT_DIR", str(folder / "outputs"))
-        result = subprocess.run(
-            [
-                *command,
-                "-c",
-                "/dev/null",
-                "--rootdir",
-                str(folder),
-                *[str(folder / path.name) for path in NOTEBOOKS],
-            ],
-            capture_output=True,
-            text=True,
-        )
-    return folder, result
+    copies = [shutil.copy(path, folder) for path in NOTEBOOKS]
+    options = ["--nbmake", "--overwrite", "--nbmake-timeout=180", "-p", "no:cacheprovider", "-c", "/dev/null"]
+    command = [sys.executable, "-m", "pytest", *options, "--rootdir", folder, *copies]
+    environment = {**os.environ, "SFT_OUTPUT_DIR": str(folder / "outputs")}
+    return folder, subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_nbmake_runs_every_notebook(executed):

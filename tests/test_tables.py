@@ -1,13 +1,15 @@
 """Tables in words."""
 
+import numpy as np
 import pandas as pd
 
 from llama_sft_helpers.tables import in_words
 
 
 def test_names_become_words_and_numbers_readable():
-    cells = {"held_out_loss": 0.5, "total_gib": 8.456, "rows_share": 0.125, "rows": 12345, "fits": True}
-    table = pd.DataFrame([cells | {"A": (16, 576), "first_rows": [1, 2], "why": None}])
+    cells = {"held_out_loss": 0.5, "total_gib": 8.456, "rows_share": 0.125}
+    cells |= {"rows": np.int64(12345), "fits": np.True_}
+    table = pd.DataFrame([cells | {"A": (16, 576), "first_rows": [1, 2], "why": None}], dtype=object)
     shown = in_words(table.set_index("why"), held_out_loss="{:.3f}")
     assert shown.iloc[0].to_dict() == {
         "held out loss": "0.500",

@@ -30,7 +30,7 @@ def plot_quantization_error(errors: pd.DataFrame) -> Axes:
         ax.plot(places, 100 * group["relative_error"], marker, ms=5, alpha=0.4, color=colour, label=kind)
     ax.set_xticks(range(len(modules)), modules, rotation=40, ha="right", rotation_mode="anchor")
     means = 100 * errors.groupby("format", sort=False)["relative_error"].mean()
-    about = ", ".join(f"{kind} about {mean:.1g}%" for kind, mean in means.items())
+    about = ", ".join(f"{kind} about {mean:.2g}%" for kind, mean in means.items())
     ax.set(yscale="log", ylabel="relative error (%)", title=f"Error of each matrix: {about}")
     ax.legend(loc="center right")
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # the axis may span less than a decade
@@ -97,19 +97,19 @@ def plot_int8_product(x: torch.Tensor, w: torch.Tensor) -> Axes:
 
 
 def plot_outliers(outliers: pd.DataFrame) -> Axes:
-    """Draw the twelve inputs of ``summarize_outliers``'s table that have the most outlier channels.
+    """Draw the eight inputs of ``summarize_outliers``'s table that have the most outlier channels.
 
     A bar is an input's share of outlier channels in %, the number beside it their count. Inputs without an
     outlier are left out.
     """
-    few = outliers[outliers["outlier_channels"] > 0].nlargest(12, "channels_share")[::-1]
+    few = outliers[outliers["outlier_channels"] > 0].nlargest(8, "channels_share")[::-1]
     none = int((outliers["outlier_channels"] == 0).sum())
     ax = new_axes(1.8 + 0.26 * len(few))
     names = [f"layer {row.layer}, {row.module}" for row in few.itertuples()]
     bars = ax.barh(names, 100 * few["channels_share"], color=BLUE)
     ax.bar_label(bars, labels=[str(count) for count in few["outlier_channels"]], padding=3)
     ax.set(
-        xlabel="outlier channels (% of the input's; number: count)",
+        xlabel="outlier channels (%; number: count)",
         title=f"The {len(few)} inputs with the most outliers; {none} have none",
     )  # fmt: skip
     ax.margins(x=0.15)
