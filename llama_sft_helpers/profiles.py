@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 _PACKAGE = Path(__file__).parent
-_OWN = Path("llama-sft.toml")
+OWN_PROFILE = Path("llama-sft.toml")
 _DRIVE = Path("/content/drive")  # where Colab's own examples and its Files panel mount Google Drive
 Setting = tuple[Any, str]  # a value and its reason
 _CHOICES = {
@@ -310,7 +310,7 @@ def _gpu_gib() -> float:
 
 def pick_profile(name: str | None = None) -> str:
     """The profile to load: the one named, by the environment, by a file that lies here, or by the GPU."""
-    name = name or os.environ.get("SFT_PROFILE") or (str(_OWN) if _OWN.is_file() else "")
+    name = name or os.environ.get("SFT_PROFILE") or (str(OWN_PROFILE) if OWN_PROFILE.is_file() else "")
     if name:
         return str(Path(name).absolute()) if name.endswith(".toml") else name
     return next(profile for least, profile in _BY_GPU_GIB if _gpu_gib() >= least)

@@ -140,7 +140,8 @@ def test_cleaning_drops_what_differs_for_no_reason_and_keeps_results():
     assert "execution" not in cell.metadata
     assert [output.output_type for output in cell.outputs] == ["stream", "display_data"]
     assert cell.outputs[0].text == "saved to outputs/adapter <X>\n"
-    assert list(cell.outputs[1].data) == ["image/png"]
+    assert set(cell.outputs[1].data) == {"image/png", "text/plain"}
+    assert cell.outputs[1].data["text/plain"].startswith("A widget")
     assert cell.outputs[1].metadata["image/png"]["alt"] == "Two bars"
     smaller = cell.outputs[1].data["image/png"]
     assert len(Image.open(io.BytesIO(base64.b64decode(smaller))).getcolors()) == 128

@@ -19,7 +19,6 @@ PIPELINE_CALLS = {"from_pretrained", "get_peft_model", "SFTTrainer", "train", "m
 # What a module may run after all, and why.
 EXCEPTIONS = {
     "demo_model": {"from_pretrained"},  # The builder reads the GGUF.
-    "tiny_llama": {"train"},  # The recipe of the tests' model.
     "cli": {"from_pretrained"},  # `chat` loads the adapter it talks to.
 }
 # What is imported only where it is there, and why none of it is a requirement.

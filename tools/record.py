@@ -145,7 +145,8 @@ def _is_progress(output: Any) -> bool:
 
 def _clean_output(output: Any, alt: str | None, replacements: dict[str, str], table_id: str) -> None:
     data = output.get("data", {})
-    data.pop("application/vnd.jupyter.widget-view+json", None)
+    if data.pop("application/vnd.jupyter.widget-view+json", None) is not None:
+        data["text/plain"] = "A widget, which a running notebook draws here."
     if "image/png" in data:
         data["image/png"] = _in_few_colours(data["image/png"])
     if alt and "image/png" in data:

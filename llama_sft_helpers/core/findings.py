@@ -14,5 +14,5 @@ def finding(name: str, hoped_for: str, measured: str, holds: bool, advice: Seque
     """A table of one row: what was hoped for, what was measured, whether it is so, and what to do."""
     verdict = "as hoped" if holds else "not as hoped"
     row = (name, hoped_for, measured, verdict, " ".join(advice) or "nothing to do")
-    columns = ["finding", "hoped_for", "measured", "verdict", "advice"]
+    columns = ["finding", "hoped for", "measured", "verdict", "advice"]
     return pd.DataFrame([row], columns=columns).set_index("finding")

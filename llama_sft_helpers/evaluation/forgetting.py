@@ -5,6 +5,7 @@ The texts (``plain_text.txt``) were written for this package, and are in no trai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llama_sft_helpers.evaluation.merging import summarize_merge_fidelity
 _TEXTS = Path(__file__).with_name("plain_text.txt")
 
 
-def measure_forgetting(model: Any, tokenizer: Any) -> pd.DataFrame:
+def measure_forgetting(model: Any, tokenizer: Any, texts: Sequence[str] | None = None) -> pd.DataFrame:
     """The loss on plain text without and with the adapter, and how far the predictions moved.
 
     Each text is a forward pass of its own, so that an 8-bit model's losses do not depend on a batch.
@@ -24,14 +25,21 @@ def measure_forgetting(model: Any, tokenizer: Any) -> pd.DataFrame:
     Args:
         model: A ``PeftModel``; its base is the model with the adapter switched off.
         tokenizer: Its tokenizer.
+        texts: Plain texts of two tokens or more; the package's own twelve by default.
 
     Returns:
         ``summarize_perplexity`` of ``base`` and ``tuned``, and ``kl_nats``: the mean Kullback-Leibler
         divergence of the base model's predictions from the tuned model's, in nats a token.
+
+    Raises:
+        ValueError: There are no texts.
     """
+    texts = _TEXTS.read_text(encoding="utf-8").split("\n\n") if texts is None else list(texts)
+    if not texts:
+        raise ValueError("texts is empty; pass at least one plain text, or None for the package's own.")
     rows: dict[str, list[tuple[int, float]]] = {"base": [], "tuned": []}
     moved = []
-    for text in _TEXTS.read_text(encoding="utf-8").split("\n\n"):
+    for text in texts:
         ids = tokenizer(text).input_ids
         row = [{"input_ids": ids, "labels": ids}]
         with model.disable_adapter():

@@ -158,7 +158,7 @@ def plot_memory(plan: pd.DataFrame, card_gib: float | None = None) -> Axes:
     total = plan["gib"].sum()
     of_card = f" of {card_gib:g} GiB" if card_gib else ""
     largest = plan.loc[plan["gib"].idxmax(), "component"]
-    ax.set_title(f"Planned: {total * unit:.2f} {name}{of_card}, most of it {largest}")
+    ax.set_title(f"Planned: {total * unit:.2f} {name}{of_card}, the largest part: {largest}")
     ax.set_xlabel("GiB (labels in MiB)" if unit > 1 else "GiB")
     ax.margins(x=0.2)
     ax.spines[["top", "right"]].set_visible(False)

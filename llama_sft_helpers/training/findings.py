@@ -28,7 +28,7 @@ def summarize_training_result(
         best_is_saved: Whether the saved adapter is that one (``load_best_model_at_end``), not the last.
 
     Returns:
-        Index ``finding``; ``hoped_for``, ``measured``, ``verdict``, ``advice``.
+        Index ``finding``; ``hoped for``, ``measured``, ``verdict``, ``advice``.
     """
     losses = [(row["eval_loss"], row["step"]) for row in log_history if "eval_loss" in row]
     end, last = losses[-1]

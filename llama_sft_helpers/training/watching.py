@@ -99,14 +99,23 @@ class ThroughputCallback(TrainerCallback):
 class LiveLossCallback(TrainerCallback):
     """Draws the training and held-out loss while the run goes on, in one figure that updates in place.
 
+    The axes stay as they are from the first drawing on, unless a loss rises above twice ``before``.
+
     Args:
         throughput: Its figures go into the title; put it before this callback in the trainer's list.
         every_seconds: Least time between two drawings.
+        before: The held-out loss before training, in nats per token, drawn at step 0.
     """
 
-    def __init__(self, throughput: ThroughputCallback | None = None, every_seconds: float = 2.0) -> None:
+    def __init__(
+        self,
+        throughput: ThroughputCallback | None = None,
+        every_seconds: float = 2.0,
+        before: float | None = None,
+    ) -> None:
         self._throughput = throughput
         self._every_seconds = every_seconds
+        self._before = before
         self._drawn = 0.0
         self._handle: Any = None
 
@@ -127,52 +136,81 @@ class LiveLossCallback(TrainerCallback):
         import matplotlib.pyplot as plt
         from IPython.display import display
 
-        if not any("loss" in row for row in state.log_history):
+        losses = [row["loss"] for row in state.log_history if "loss" in row]
+        if not losses:
             return
-        figure, ax = plt.subplots(figsize=(7, 3), layout="constrained")
-        plot_loss(state.log_history, ax=ax)
-        ax.set_title(self._title(state))
+        ax = plot_loss(state.log_history, before=self._before)
+        top = max(2 * (self._before or losses[0]), 1.05 * max(losses))
+        ax.set(
+            title=self._title(state), xlim=(-0.02 * state.max_steps, 1.02 * state.max_steps), ylim=(0, top)
+        )
         if self._handle is None:
-            self._handle = display(figure, display_id=True)
+            self._handle = display(ax.figure, display_id=True)
         else:
-            self._handle.update(figure)
-        plt.close(figure)
+            self._handle.update(ax.figure)
+        plt.close(ax.figure)
         self._drawn = time.perf_counter()
 
     def _title(self, state: Any) -> str:
-        parts = [f"step {state.global_step} of {state.max_steps}"]
+        held_out = _held_out(state.log_history, self._before)
+        title = f"step {state.global_step} of {state.max_steps}"
+        if len(held_out) > 1:
+            first, last = (held_out[step][1] for step in (min(held_out), max(held_out)))
+            title += f", held-out loss {first:.2f} → {last:.2f}"
         if self._throughput and self._throughput.rows:
             row = self._throughput.rows[-1]
             minutes, seconds = divmod(round(row["seconds_left"]), 60)
-            parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
-            parts.append(f"peak {row['peak_gib']:.1f} GiB")
-            parts.append(f"{minutes}:{seconds:02d} left")
-        return " · ".join(parts)
+            title += f"\n{row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_gib']:.1f} GiB"
+            title += f", {minutes}:{seconds:02d} left" if state.global_step < state.max_steps else ""
+        return title
 
 
-def plot_loss(log_history: Sequence[Mapping[str, Any]], label: str = "", ax: Axes | None = None) -> Axes:
+def _held_out(
+    log_history: Sequence[Mapping[str, Any]], before: float | None
+) -> dict[int, tuple[float, float]]:
+    """Step -> epoch and held-out loss, ``before`` at step 0."""
+    found = {} if before is None else {0: (0.0, before)}
+    return found | {
+        row["step"]: (row.get("epoch", 0.0), row["eval_loss"]) for row in log_history if "eval_loss" in row
+    }
+
+
+def _finish(ax: Axes, across: str) -> None:
+    ax.set(xlabel=across, ylabel="loss (nats per token)")
+    ax.spines[["top", "right"]].set_visible(False)
+    if ax.get_lines():
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + 0.2 * (high - low))  # room for the legend above the lines
+        ax.legend(loc="upper center", ncols=2, frameon=False, labelcolor="linecolor")
+
+
+def plot_loss(
+    log_history: Sequence[Mapping[str, Any]],
+    label: str = "",
+    ax: Axes | None = None,
+    before: float | None = None,
+) -> Axes:
     """Draw the training loss (line) and the held-out loss (points) over optimizer steps.
 
     Args:
         log_history: ``trainer.state.log_history``, or the same list from a ``trainer_state.json``.
         label: Put before the legend's names, to tell two runs apart.
         ax: Axes to draw on; None makes a figure.
+        before: The held-out loss before training, drawn at step 0.
     """
     ax = ax or new_axes(3.4)
     train = [(row["step"], row["loss"]) for row in log_history if "loss" in row]
-    held_out = [(row["step"], row["eval_loss"]) for row in log_history if "eval_loss" in row]
+    held_out = [(step, loss) for step, (_, loss) in _held_out(log_history, before).items()]
     if train:
-        ax.plot(*zip(*train, strict=True), color=BLUE, label=f"{label} training".strip())
+        ax.plot(*zip(*train, strict=True), color=BLUE, linewidth=1, label=f"{label} training".strip())
     if held_out:
-        ax.plot(*zip(*held_out, strict=True), "o--", color=RED, label=f"{label} held out".strip())
-    ax.set(title="Loss during training", xlabel="optimizer step", ylabel="cross-entropy (nats per token)")
-    if train or held_out:
-        ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
+        ax.plot(*zip(*held_out, strict=True), "o-", color=RED, linewidth=2, label=f"{label} held out".strip())
+    ax.set_title("Loss during training")
+    _finish(ax, "optimizer step")
     return ax
 
 
-def plot_overfitting(log_history: Sequence[Mapping[str, Any]]) -> Axes:
+def plot_overfitting(log_history: Sequence[Mapping[str, Any]], before: float | None = None) -> Axes:
     """Draw training and held-out loss by epoch, and mark the step where the held-out loss was lowest.
 
     The training loss is averaged over the steps since the held-out loss before, so that noise of single
@@ -180,28 +218,28 @@ def plot_overfitting(log_history: Sequence[Mapping[str, Any]]) -> Axes:
 
     Args:
         log_history: ``trainer.state.log_history`` with at least one ``eval_loss``.
+        before: The held-out loss before training, drawn at step 0.
 
     Raises:
         ValueError: No held-out loss was logged.
     """
-    held_out = {row["step"]: (row["epoch"], row["eval_loss"]) for row in log_history if "eval_loss" in row}
-    if not held_out:
+    if not any("eval_loss" in row for row in log_history):
         raise ValueError("The history has no eval_loss; train with eval_strategy='steps'.")
+    held_out = _held_out(log_history, before)
     ax = new_axes(3.4)
     train = []
-    for since, until in itertools.pairwise([0, *held_out]):
+    for since, until in itertools.pairwise(sorted({0, *held_out})):
         losses = [row["loss"] for row in log_history if "loss" in row and since < row["step"] <= until]
         train += [(held_out[until][0], sum(losses) / len(losses))] if losses else []
     if train:
-        ax.plot(*zip(*train, strict=True), "s-", color=BLUE, label="training, mean since the last point")
-    ax.plot(*zip(*held_out.values(), strict=True), "o--", color=RED, label="held out")
+        ax.plot(*zip(*train, strict=True), "s-", color=BLUE, label="training (mean)")
+    ax.plot(*zip(*held_out.values(), strict=True), "o-", color=RED, label="held out")
     step = min(held_out, key=lambda step: held_out[step][1])
-    ax.axvline(held_out[step][0], color="black", linewidth=1, label=f"lowest: step {step}")
+    ax.axvline(held_out[step][0], color="black", linewidth=1)
     lowest, (_, end) = held_out[step][1], held_out[max(held_out)]
     rose = "then rose: overfitting" if end - lowest > LEVEL * lowest else f"level since, within {LEVEL:.0%}"
     ending = rose if step < max(held_out) else "the last one measured"
-    ax.set(title=f"Held-out loss was lowest at step {step}, {ending}")
-    ax.set(xlabel="epoch", ylabel="cross-entropy (nats per token)")
-    ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
+    course = f"Held-out loss: {held_out[min(held_out)][1]:.2f} at step {min(held_out)}, lowest {lowest:.2f}"
+    ax.set_title(f"{course}\nat step {step} (line), {ending}")
+    _finish(ax, "epoch")
     return ax

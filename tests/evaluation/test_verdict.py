@@ -83,9 +83,9 @@ def test_tasks_are_counted_by_kind_with_wilsons_interval():
 
 
 def test_forgetting_is_transformers_own_loss_and_torchs_own_divergence(trained):
-    table = evaluation.measure_forgetting(trained.model, trained.tokenizer)
+    table = evaluation.measure_forgetting(trained.model, trained.tokenizer, TEXTS[:2])
     nats, divergence, tokens = {"base": 0.0, "tuned": 0.0}, 0.0, 0
-    for text in TEXTS:
+    for text in TEXTS[:2]:
         ids = trained.tokenizer(text, return_tensors="pt").input_ids
         with torch.no_grad():
             tuned = trained.model(ids, labels=ids)
@@ -100,6 +100,8 @@ def test_forgetting_is_transformers_own_loss_and_torchs_own_divergence(trained):
         assert table.loc[name, "loss_nats"] == pytest.approx(total / tokens, rel=1e-5)
     assert table.loc["tuned", "kl_nats"] == pytest.approx(divergence / tokens, rel=1e-4) != 0
     assert table.loc["base", "kl_nats"] == 0
+    with pytest.raises(ValueError, match="texts is empty"):
+        evaluation.measure_forgetting(trained.model, trained.tokenizer, [])
 
 
 UNTOLD, LOWER = "It cannot be told", "Lower the learning rate"

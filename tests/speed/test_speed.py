@@ -620,10 +620,11 @@ def test_plot_ladder_shows_each_rung(results):
     table = speed.summarize_ladder(results, 28_800_000, 2.0)
     ax = speed.plot_ladder(table, "tokens_per_second")
     assert [bar.get_width() for bar in ax.patches] == [800.0, 16000.0]
-    assert ax.get_xlabel() == "tokens/s"
+    assert ax.get_xlabel() == "tokens per second"
     assert ax.get_title()
-    ax = speed.plot_ladder(table.reindex(["plain", "broken", "fast"]), "tokens_per_second")
-    assert [text.get_text() for text in ax.texts] == ["800", "did not finish", "16,000"]
+    gaps = table.reindex(["plain", "broken", "fast"])
+    ax = speed.plot_ladder(gaps, "tokens_per_second", missing="out of memory")
+    assert [text.get_text() for text in ax.texts] == ["800", "out of memory", "16,000"]
     assert [text.xy[0] for text in ax.texts] == [800.0, 0.0, 16000.0]
     with pytest.raises(ValueError, match="no column 'nonsense'"):
         speed.plot_ladder(table, "nonsense")

@@ -435,8 +435,10 @@ def test_the_overfitting_picture_marks_the_best_step(eval_losses, step, ending):
     assert list(train.get_xdata()) == list(held_out.get_xdata()) == [0.5, 1.0, 1.5]
     assert list(train.get_ydata()) == [1.5, 3.5, 5.5]
     assert list(best.get_xdata()) == [step / 4] * 2
-    assert f"step {step}, " in ax.get_title()
+    assert f"step {step} (line), " in ax.get_title()
     assert ending in ax.get_title()
+    _, gain, _ = plot_overfitting(history, before=2.5).get_lines()
+    assert (gain.get_xdata()[0], gain.get_ydata()[0]) == (0, 2.5)
     with pytest.raises(ValueError, match="no eval_loss"):
         plot_overfitting(history[:6])
 
@@ -447,6 +449,7 @@ def test_plot_loss_draws_both_curves(finished):
     assert list(train.get_xdata()) == [1, 2, 3, 4]
     assert list(held_out.get_xdata()) == [3, 4]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["first training", "first held out"]
+    assert plot_loss([], before=2.0).get_lines()[0].get_xydata().tolist() == [[0, 2.0]]
     assert ax.get_xlabel()
     assert "nats" in ax.get_ylabel()
     assert not plot_loss([]).get_lines()
@@ -465,16 +468,18 @@ def test_the_live_figure_updates_in_place(tmp_path, monkeypatch):
 
     monkeypatch.setattr("IPython.display.display", display)
     throughput = ThroughputCallback()
-    trainer = tiny_training.build_trainer(
-        tmp_path, [throughput, LiveLossCallback(throughput, every_seconds=0)], save_strategy="no"
-    )
+    live = LiveLossCallback(throughput, every_seconds=0, before=9.0)
+    trainer = tiny_training.build_trainer(tmp_path, [throughput, live], save_strategy="no")
     trainer.train()
     assert len(shown) == 1
     assert len(updated) >= 4
     title = updated[-1].axes[0].get_title()
-    assert title.startswith("step 4 of 4 · ")
+    assert title.startswith("step 4 of 4, held-out loss 9.00 → ")
     assert "tokens/s" in title
-    assert title.endswith("0:00 left")
+    axes = [figure.axes[0] for figure in (shown[0], *updated)]
+    assert len({ax.get_xlim() + ax.get_ylim() for ax in axes}) == 1
+    assert axes[0].get_ylim() == (0, 18)
+    assert "left" in axes[0].get_title()
 
 
 def test_the_summary_is_written_whole_or_not_at_all(tmp_path):
