@@ -118,6 +118,11 @@ class Shape:
         return dict(zip(LINEARS, sizes, strict=True))
 
     @property
+    def linear_weights(self) -> int:
+        """Weights of all decoder layers' linears, which are those that get quantized."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears.values())
+
+    @property
     def unquantized(self) -> int:
         """Parameters that stay in 16 bits: embeddings, output layer unless tied, norms, biases."""
         tables = self.vocab * self.hidden * (1 if self.tied else 2)

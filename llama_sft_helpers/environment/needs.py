@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +41,8 @@ def needed_disk_gib(profile: Profile) -> float:
 
 def _planned_download_gib(profile: Profile) -> float:
     """The size that the model's shape gives, less what lies in the cache already."""
-    from llama_sft_helpers.memory.counts import weight_rows
-
-    sixteen_bit = dataclasses.replace(profile, dtype="bfloat16")
-    weights = weight_rows(Shape.of(load_llama3_config()), sixteen_bit, quantization="16-bit")
-    download = sum(size for _, size, _ in weights) / 2**30
+    shape = Shape.of(load_llama3_config())
+    download = 2 * (shape.linear_weights + shape.unquantized) / 2**30
     blobs = hub_cache() / f"models--{profile.model_id.replace('/', '--')}" / "blobs"
     done = sum(path.stat().st_size for path in blobs.glob("*")) / 2**30
     return max(download - done, 0.0)

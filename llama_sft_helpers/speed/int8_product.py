@@ -1,7 +1,4 @@
-"""Int8 weights dequantized inside a 16-bit product: the switch ``use_fast_int8`` of notebook 08.
-
-``speed`` offers the public functions beside its own.
-"""
+"""Int8 weights dequantized inside a 16-bit product: the switch ``use_fast_int8`` of notebook 08."""
 
 # ruff: noqa: N803, PLR0917 - a kernel's compile-time constants are in capitals, and an operator's arguments
 # are those of its schema

@@ -50,11 +50,7 @@ def check_gradients_reach_adapters(model: torch.nn.Module) -> None:
         raise AssertionError(
             "Measured: 0 trainable LoRA matrices. Expected: some. Call get_peft_model first."
         )
-    bad = [
-        name
-        for name, p in adapters
-        if p.grad is None or not torch.isfinite(p.grad).all() or not torch.count_nonzero(p.grad)
-    ]
+    bad = [name for name, p in adapters if p.grad is None or not (p.grad.isfinite().all() and p.grad.any())]
     if bad:
         raise AssertionError(
             f"Measured: {len(bad)} of {len(adapters)} LoRA matrices without a finite, non-zero gradient "

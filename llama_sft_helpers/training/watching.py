@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from llama_sft_helpers.core.findings import LEVEL
 from llama_sft_helpers.core.plots import BLUE, RED, new_axes
+from llama_sft_helpers.training.findings import LEVEL, rose
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-
 _THROUGHPUT = ["step", "seconds", "tokens", "tokens_per_second", "peak_gib", "seconds_left"]
+_SECONDS_BETWEEN_DRAWINGS = 2.0
 
 
 def peak_memory_gib() -> float:
@@ -101,22 +101,16 @@ class LiveLossCallback(TrainerCallback):
 
     Args:
         throughput: Its figures go into the title; put it before this callback in the trainer's list.
-        every_seconds: Least time between two drawings.
     """
 
-    def __init__(self, throughput: ThroughputCallback | None = None, every_seconds: float = 2.0) -> None:
+    def __init__(self, throughput: ThroughputCallback) -> None:
         self._throughput = throughput
-        self._every_seconds = every_seconds
         self._drawn = 0.0
         self._handle: Any = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin a new figure."""
-        self._handle, self._drawn = None, 0.0
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw again, unless the last drawing is too recent."""
-        if time.perf_counter() - self._drawn >= self._every_seconds:
+        if time.perf_counter() - self._drawn >= _SECONDS_BETWEEN_DRAWINGS:
             self._draw(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -129,25 +123,23 @@ class LiveLossCallback(TrainerCallback):
 
         if not any("loss" in row for row in state.log_history):
             return
-        figure, ax = plt.subplots(figsize=(7, 3), layout="constrained")
-        plot_loss(state.log_history, ax=ax)
+        ax = plot_loss(state.log_history, ax=new_axes(3))
         ax.set_title(self._title(state))
         if self._handle is None:
-            self._handle = display(figure, display_id=True)
+            self._handle = display(ax.figure, display_id=True)
         else:
-            self._handle.update(figure)
-        plt.close(figure)
+            self._handle.update(ax.figure)
+        plt.close(ax.figure)
         self._drawn = time.perf_counter()
 
     def _title(self, state: Any) -> str:
-        parts = [f"step {state.global_step} of {state.max_steps}"]
-        if self._throughput and self._throughput.rows:
-            row = self._throughput.rows[-1]
-            minutes, seconds = divmod(round(row["seconds_left"]), 60)
-            parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
-            parts.append(f"peak {row['peak_gib']:.1f} GiB")
-            parts.append(f"{minutes}:{seconds:02d} left")
-        return " · ".join(parts)
+        title = f"step {state.global_step} of {state.max_steps}"
+        if not self._throughput.rows:
+            return title
+        row = self._throughput.rows[-1]
+        minutes, seconds = divmod(round(row["seconds_left"]), 60)
+        pace = f"{row['tokens_per_second']:,.0f} tokens/s · peak {row['peak_gib']:.1f} GiB"
+        return f"{title} · {pace} · {minutes}:{seconds:02d} left"
 
 
 def plot_loss(log_history: Sequence[Mapping[str, Any]], label: str = "", ax: Axes | None = None) -> Axes:
@@ -165,11 +157,7 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], label: str = "", ax: Axe
         ax.plot(*zip(*train, strict=True), color=BLUE, label=f"{label} training".strip())
     if held_out:
         ax.plot(*zip(*held_out, strict=True), "o--", color=RED, label=f"{label} held out".strip())
-    ax.set(title="Loss during training", xlabel="optimizer step", ylabel="cross-entropy (nats per token)")
-    if train or held_out:
-        ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    return _finish(ax, title="Loss during training", xlabel="optimizer step")
 
 
 def plot_overfitting(log_history: Sequence[Mapping[str, Any]]) -> Axes:
@@ -196,12 +184,19 @@ def plot_overfitting(log_history: Sequence[Mapping[str, Any]]) -> Axes:
         ax.plot(*zip(*train, strict=True), "s-", color=BLUE, label="training, mean since the last point")
     ax.plot(*zip(*held_out.values(), strict=True), "o--", color=RED, label="held out")
     step = min(held_out, key=lambda step: held_out[step][1])
-    ax.axvline(held_out[step][0], color="black", linewidth=1, label=f"lowest: step {step}")
-    lowest, (_, end) = held_out[step][1], held_out[max(held_out)]
-    rose = "then rose: overfitting" if end - lowest > LEVEL * lowest else f"level since, within {LEVEL:.0%}"
-    ending = rose if step < max(held_out) else "the last one measured"
-    ax.set(title=f"Held-out loss was lowest at step {step}, {ending}")
-    ax.set(xlabel="epoch", ylabel="cross-entropy (nats per token)")
-    ax.legend(frameon=False)
+    epoch, lowest = held_out[step]
+    ax.axvline(epoch, color="black", linewidth=1, label=f"lowest: step {step}")
+    ending = f"level since, within {LEVEL:.0%}"
+    if step == max(held_out):
+        ending = "the last one measured"
+    elif rose(lowest, held_out[max(held_out)][1]):
+        ending = "then rose: overfitting"
+    return _finish(ax, title=f"Held-out loss was lowest at step {step}, {ending}", xlabel="epoch")
+
+
+def _finish(ax: Axes, **names: str) -> Axes:
+    ax.set(ylabel="cross-entropy (nats per token)", **names)
+    if ax.lines:
+        ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
