@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llama_sft_helpers import speed
-from llama_sft_helpers.speed import varlen
+from llama_sft_helpers.speed import int8_product, varlen
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,7 +39,7 @@ def test_dequantized_weight_is_rounded_once(shape, dtype, rank):
         a, b = (torch.randn(s, device="cuda") * 0.05 for s in ((rank, shape[1]), (shape[0], rank)))
         exact = exact + 2.0 * b.double() @ a.double()
     for _ in range(2):  # the second call takes the short way to the kernel
-        weight = speed.dequantize(codes, absmax, a, b, 2.0, dtype)
+        weight = int8_product.dequantize(codes, absmax, a, b, 2.0, dtype)
         assert relative(weight, exact) < (3e-3 if dtype == torch.bfloat16 else 4e-4)
 
 
@@ -51,7 +51,7 @@ def test_product_and_gradients_match_float64_with_outliers():
     x = x.bfloat16().requires_grad_()
     a, b = (torch.randn(s, device="cuda", requires_grad=True) for s in ((16, 4096), (1024, 16)))
     grad = torch.randn(3, 500, 1024, device="cuda").bfloat16()
-    y = speed.int8_linear(x, codes, absmax, a, b, 0.01)
+    y = int8_product.int8_linear(x, codes, absmax, a, b, 0.01)
     y.backward(grad)
     x64, a64, b64 = (t.detach().double().requires_grad_() for t in (x, a, b))
     y64 = x64 @ (exact + 0.01 * b64 @ a64).t()
@@ -62,7 +62,7 @@ def test_product_and_gradients_match_float64_with_outliers():
     assert relative(a.grad, a64.grad) < 6e-3
     assert relative(b.grad, b64.grad) < 6e-3
     plain = torch.nn.Parameter(x.detach().clone())
-    out = speed.int8_linear(plain, codes, absmax)
+    out = int8_product.int8_linear(plain, codes, absmax)
     out.backward(grad)
     assert relative(out, plain.detach().double() @ exact.t()) < 3e-3
     assert relative(plain.grad, grad.double() @ exact) < 3e-3
@@ -219,7 +219,7 @@ def test_no_sixteen_bit_weight_is_kept():
     codes, absmax, _ = quantized(8192, 8192)
     x = torch.randn(16, 8192, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     before = torch.cuda.memory_allocated()
-    y = speed.int8_linear(x, codes, absmax)
+    y = int8_product.int8_linear(x, codes, absmax)
     assert torch.cuda.memory_allocated() - before < 2 * y.nbytes + 2**20
     y.sum().backward()
     assert torch.cuda.memory_allocated() - before < 8 * y.nbytes + 2**20

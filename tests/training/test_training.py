@@ -178,9 +178,7 @@ def test_one_changed_number_in_the_base_is_seen(what):
 def test_a_sound_loss_history_passes_and_others_are_named():
     check_loss_history([{"loss": 1.2, "grad_norm": 0.0, "step": 1}, {"eval_loss": 0.4, "step": 1}, {"x": 1}])
     for name, value in (("loss", 0.0), ("loss", math.nan), ("eval_loss", math.inf), ("grad_norm", math.nan)):
-        with pytest.raises(
-            LossError, match=rf"{name} is {value} at step 7, expected a finite number above 0"
-        ):
+        with pytest.raises(LossError, match=rf"{name} is {value} at step 7, expected a finite number"):
             check_loss_history([{"loss": 1.0, "step": 6}, {name: value, "step": 7}])
 
 
@@ -231,9 +229,8 @@ def test_what_is_wrong_is_named_and_the_checkpoint_skipped(run_folder, name, har
 def test_a_renamed_checkpoint_is_refused_and_no_good_one_means_a_fresh_start(run_folder):
     (run_folder / "checkpoint-4").rename(run_folder / "checkpoint-40")
     flip_a_byte(run_folder / "checkpoint-2" / "scheduler.pt")
-    with pytest.warns(UserWarning) as seen:
+    with pytest.warns(UserWarning, match="checkpoint-40 holds step 4: it was renamed") as seen:
         assert latest_checkpoint(run_folder) is None
-    assert "checkpoint-40 holds step 4: it was renamed" in str(seen[0].message)
     assert len(seen) == 2
 
 
@@ -247,11 +244,7 @@ def test_a_checkpoint_of_another_run_is_refused(finished, run_folder, setting, o
 @pytest.mark.parametrize(
     ("rank", "changes", "expected"),
     [
-        (
-            8,
-            {"max_length": 64},
-            {"lora", "max_length", "data", "rows"},
-        ),  # rows cut to their prompt are dropped
+        (8, {"max_length": 64}, {"lora", "max_length", "data", "rows"}),  # too long a prompt: no row
         (16, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, set()),
     ],
 )
