@@ -212,16 +212,8 @@ def int8_linear(
     The weight is dequantized inside the product, in the forward and again in the backward pass. Unlike
     LLM.int8 (https://arxiv.org/abs/2208.07339) activations are not quantized, so the only error is rounding.
 
-    Args:
-        x: Shape ``(..., in_features)``; under autocast it is cast to autocast's type first.
-        codes: int8, shape ``(out_features, in_features)``.
-        absmax: float32, shape ``(out_features,)``.
-        lora_a: ``(rank, in_features)``, or None.
-        lora_b: ``(out_features, rank)``, or None.
-        scaling: ``lora_alpha / rank``.
-
-    Returns:
-        Shape ``(..., out_features)``; gradients flow to ``x``, ``lora_a`` and ``lora_b``.
+    ``x`` of shape ``(..., in_features)``, under autocast cast to its type first, gives ``(..., out_features)``;
+    the weight's parts are those of ``dequantize``. Gradients flow to ``x``, ``lora_a`` and ``lora_b``.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))

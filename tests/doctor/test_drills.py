@@ -254,7 +254,7 @@ def left_alive(kernels, seconds):
 # phase -> (the cell of 01, when it is reached)
 _PHASES = {
     "start": ("1", exists(".llama-sft-run.lock")),
-    "model build": ("1", exists("../models/.tiny-llama.*/model")),
+    "model build": ("1", exists("../models/.tiny-llama.*/new")),
     "kernel start": ("1", lambda process, out: bool(kernels_of(process))),
     "cell that sleeps": (IN_CELL + SLEEP, exists("in_cell")),
     "cell that computes": (IN_CELL + COMPUTE, exists("in_cell")),
