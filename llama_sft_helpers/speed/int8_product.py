@@ -212,8 +212,8 @@ def int8_linear(
     The weight is dequantized inside the product, in the forward and again in the backward pass. Unlike
     LLM.int8 (https://arxiv.org/abs/2208.07339) activations are not quantized, so the only error is rounding.
 
-    ``x`` of shape ``(..., in_features)``, under autocast cast to its type first, gives ``(..., out_features)``;
-    the weight's parts are those of ``dequantize``. Gradients flow to ``x``, ``lora_a`` and ``lora_b``.
+    ``x`` of shape ``(..., in_features)`` gives ``(..., out_features)``; under autocast it is cast first. The
+    weight's parts are those of ``dequantize``. Gradients flow to ``x``, ``lora_a`` and ``lora_b``.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
