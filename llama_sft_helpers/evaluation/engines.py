@@ -27,7 +27,7 @@ def write_engine_configs(
     model: Any,
     train_rows: Iterable[Mapping[str, str]],
     eval_rows: Iterable[Mapping[str, str]],
-    processes: int = 2,
+    processes: int | None = None,
 ) -> pd.DataFrame:
     """Write the run as files that ``accelerate launch`` and trl read.
 
@@ -36,11 +36,12 @@ def write_engine_configs(
 
     Args:
         folder: An empty folder, as ``new_folder`` yields it.
-        profile: The run's profile; ``processes`` must divide its effective batch.
+        profile: The run's profile, whose effective batch the processes share.
         model: The ``PeftModel``: its adapter's settings, and its decoder layers, which FSDP shares out.
         train_rows: Rows with ``prompt`` and ``completion``.
         eval_rows: Held-out rows with the same.
-        processes: GPUs (CPU processes where there is none).
+        processes: GPUs (CPU processes where there is none); the fewest from 2 on that can share the
+            effective batch evenly, if left out. A batch of one row becomes one row for each of two.
 
     Returns:
         Index name (``ddp-int8``, ``fsdp-nf4``): ``effective_batch_rows``, ``command`` (run it in the folder).
@@ -50,6 +51,8 @@ def write_engine_configs(
             training rows.
     """
     folder = Path(folder)
+    if processes is None:
+        processes = _fewest_processes(profile)
     if processes < 2:
         raise ValueError(
             f"processes is {processes}, expected at least 2; one process is what notebook 06 does."
@@ -129,10 +132,16 @@ def _sft_settings(profile: Profile, peft_config: Any, processes: int) -> dict[st
     }
 
 
+def _fewest_processes(profile: Profile) -> int:
+    """Two, or the next number that divides the effective batch: 3 for the 9 rows of ``colab-l4``."""
+    rows = profile.per_device_train_batch_size * profile.gradient_accumulation_steps
+    return next((number for number in range(2, rows + 1) if rows % number == 0), 2)
+
+
 def _share_batch(profile: Profile, processes: int) -> tuple[int, int]:
     """Rows in a micro-batch and micro-batches of each process: the largest that keep the effective batch."""
     most, accumulated = profile.per_device_train_batch_size, profile.gradient_accumulation_steps
-    share, rest = divmod(most * accumulated, processes)
+    share, rest = divmod(max(most * accumulated, 2), processes)
     if rest:
         raise ValueError(
             f"The effective batch of {most * accumulated} rows ({most} in a micro-batch x {accumulated} "

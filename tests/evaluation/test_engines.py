@@ -85,6 +85,18 @@ def test_the_effective_batch_is_kept(tmp_path, rows, accumulated, processes, exp
     assert written["gradient_checkpointing"] is True  # trl compiles nothing
 
 
+@pytest.mark.parametrize(
+    ("profile", "rows", "processes"),
+    [("colab-a100", 8, 2), ("colab-l4", 9, 3), ("colab-t4", 8, 2), ("cpu-demo", 4, 2), ("one row", 2, 2)],
+)
+def test_every_profile_can_be_shared(tmp_path, profile, rows, processes):
+    one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    name, settings = ("cpu-demo", one) if profile == "one row" else (profile, {})
+    table = write(tmp_path, name, processes=None, **settings)
+    assert table["effective_batch_rows"].tolist() == [rows] * 2
+    assert read(tmp_path / "accelerate_ddp-int8.yaml")["num_processes"] == processes
+
+
 def test_the_layers_that_fsdp_shares_out_are_the_models(tmp_path):
     write(tmp_path, model=peft_model(MistralConfig))
     config = read(tmp_path / "accelerate_fsdp-nf4.yaml")["fsdp_config"]
@@ -126,12 +138,11 @@ def test_the_readme_says_what_two_gpus_gave():
         result = json.loads((root / f"benchmarks/results/several_gpus_{name}.json").read_text())
         one = {row["part"]: row for row in result["runs"] if row["processes"] == 1}
         for two in result["runs"]:
-            if two["processes"] == 1 or two["part"] == "resume" or two.get("peft") == "0.20.0":
+            if two["processes"] == 1 or two["part"] == "resume" or two.get("beside_other_jobs"):
                 continue
             speed = [f"{run['tokens_per_second']:,.0f}" for run in (one[two["part"]], two)]
-            speed[1] += " beside other jobs" if two.get("beside_other_jobs") else ""
-            memory = [f"{max(run.get('peak_gib', [0])):.1f}" for run in (one[two["part"]], two)]
-            assert f"| {' | '.join([*speed, *memory])} |".replace(" 0.0 |", " not measured |") in text
+            memory = [f"{max(run['peak_gib']):.1f}" for run in (one[two["part"]], two)]
+            assert f"| {' | '.join([*speed, *memory])} |" in text
         assert all(row["largest_loss_difference"] < bound / 100 for row in result["scaling"])
         assert f"within {bound} %" in text
 
@@ -142,11 +153,12 @@ def test_what_is_said_of_fsdp_and_a_killed_rank_is_in_the_results():
         json.loads((root / f"benchmarks/results/several_gpus_{name}.json").read_text())
         for name in ("ddp", "fsdp")
     )
-    rows = {(r["fsdp_version"], r["peft"]): r for r in fsdp["scaling"] if r["part"] == "fsdp-nf4"}
-    loads = {key: row["adapter"].startswith("loaded") for key, row in rows.items()}
+    rows = [row for row in fsdp["scaling"] if row["part"] == "fsdp-nf4"]
+    loads = {(r["fsdp_version"], r["peft"]): r["adapter"].startswith("loaded") for r in rows if "adapter" in r}
     assert loads == {(1, "0.21.0"): False, (1, "0.20.0"): True, (2, "0.21.0"): True}
-    exported, notebook = rows[2, "0.21.0"], (root / "notebooks/07_evaluation.ipynb").read_text("utf-8")
-    assert f"{100 * exported['times_one_process']:.0f} % of its tokens per second" in notebook
+    (exported,) = [row for row in rows if row["fsdp_version"] == 2 and not row.get("beside_other_jobs")]
+    notebook = (root / "notebooks/07_evaluation.ipynb").read_text("utf-8")
+    assert f"{100 * exported['times_one_process']:.1f} % of its tokens per second" in notebook
     assert exported["largest_loss_difference"] < 0.005
     assert "within 0.5 % of one process's" in notebook
     resume = ddp["resume"]

@@ -13,12 +13,9 @@ import torch
 from tiny_models import SEVEN
 
 from llama_sft_helpers import memory, training
-from llama_sft_helpers.profiles import load_profile
+from llama_sft_helpers.profiles import device_map, load_profile
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 ROOT = Path(__file__).parents[2]
 
 
@@ -43,7 +40,7 @@ def tiny_model(dtype):
     model = AutoModelForCausalLM.from_pretrained(
         load_profile("ci-tiny").model_id,
         quantization_config=BitsAndBytesConfig(load_in_8bit=True),
-        device_map={"": 0},
+        device_map=device_map(),
         dtype=dtype,
     )
     set_seed(42)
@@ -66,19 +63,20 @@ def namespace(profile, count=64):
     from trl import SFTConfig, SFTTrainer
 
     return {
-        **vars(training),
-        **vars(memory),
+        **{name: getattr(package, name) for package in (training, memory) for name in dir(package)},
         "get_peft_model_state_dict": peft.get_peft_model_state_dict,
         "LiveLossCallback": lambda throughput: transformers.TrainerCallback(),  # no notebook to draw in
         "SFTConfig": SFTConfig,
         "SFTTrainer": SFTTrainer,
         "gc": gc,
+        "torch": torch,
         "set_peft_model_state_dict": peft.set_peft_model_state_dict,
         "model": tiny_model(profile.torch_dtype),
         "tokenizer": transformers.AutoTokenizer.from_pretrained(profile.model_id),
         "train_rows": rows(count),
         "split": {"test": rows(16)},
         "profile": profile,
+        "every": profile.eval_steps,
     }
 
 
@@ -90,6 +88,24 @@ def build(names, folder):
 # --- float16, as on a T4 ---
 
 
+def train_as_06_does(names, folder):
+    """Run 06's training cell; what it leaves in ``names`` is the result."""
+    names["checkpoints"] = folder
+    names["trainer"] = build(names, folder)
+    state = names["get_peft_model_state_dict"](names["model"])
+    names["initial_adapter"] = {name: value.clone() for name, value in state.items()}
+    exec(notebook_cell("while result is None"), names)
+    return names["trainer"].state.log_history
+
+
+def test_the_cells_of_06_find_every_name_they_need(tmp_path):
+    """Without a GPU too: the tests below would break unseen when 06 changes."""
+    history = train_as_06_does(namespace(load_profile("ci-tiny", max_steps=2)), tmp_path)
+    assert sum("loss" in row for row in history) == 2
+
+
+@pytest.mark.gpu
+@NO_GPU
 def test_float16_trains_with_the_adapter_in_float32(tmp_path):
     profile = load_profile("ci-tiny", dtype="float16", max_steps=6, learning_rate=5e-3)
     names = namespace(profile)
@@ -103,6 +119,8 @@ def test_float16_trains_with_the_adapter_in_float32(tmp_path):
     assert all(p.any() for name, p in names["model"].named_parameters() if "lora_B" in name)
 
 
+@pytest.mark.gpu
+@NO_GPU
 def test_float16_crashes_in_the_scaler_as_trl_leaves_the_adapter(tmp_path):
     profile = load_profile("ci-tiny", dtype="float16", max_steps=2)
     names = namespace(profile)
@@ -131,6 +149,8 @@ def peak_reserved(profile, folder):
     return torch.cuda.max_memory_reserved(), losses
 
 
+@pytest.mark.gpu
+@NO_GPU
 def test_out_of_memory_is_caught_explained_and_retried_with_half_the_micro_batch(tmp_path, capsys):
     settings = {"dtype": "bfloat16", "max_steps": 2, "eval_steps": 9, "save_steps": 9, "learning_rate": 5e-3}
     full = load_profile("ci-tiny", per_device_train_batch_size=512, **settings)
@@ -142,13 +162,10 @@ def test_out_of_memory_is_caught_explained_and_retried_with_half_the_micro_batch
     cap = enough_for_half + 0.6 * (enough_for_full - enough_for_half)
 
     clean()
-    names = {**namespace(full, count=1024), "checkpoints": tmp_path / "capped", "torch": torch}
-    names["trainer"] = build(names, tmp_path / "capped")
-    state = names["get_peft_model_state_dict"](names["model"])
-    names["initial_adapter"] = {name: value.clone() for name, value in state.items()}
+    names = namespace(full, count=1024)
     torch.cuda.set_per_process_memory_fraction(cap / torch.cuda.get_device_properties(0).total_memory)
     try:
-        exec(notebook_cell("while result is None"), names)
+        history = train_as_06_does(names, tmp_path / "capped")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     said = capsys.readouterr().out
@@ -156,7 +173,7 @@ def test_out_of_memory_is_caught_explained_and_retried_with_half_the_micro_batch
     assert "its largest item: activations" in said
     tried = names["profile"]
     assert (tried.per_device_train_batch_size, tried.gradient_accumulation_steps) == (256, 2)
-    losses = [row["loss"] for row in names["trainer"].state.log_history if "loss" in row]
+    losses = [row["loss"] for row in history if "loss" in row]
     assert losses == pytest.approx(expected, abs=1e-2)
     assert torch.cuda.max_memory_reserved() <= cap
 
@@ -164,6 +181,8 @@ def test_out_of_memory_is_caught_explained_and_retried_with_half_the_micro_batch
 # --- Presets on cards of their size ---
 
 
+@pytest.mark.gpu
+@NO_GPU
 @pytest.mark.slow
 def test_presets_train_llama3_8b_on_their_cards_with_10_percent_to_spare(tmp_path):
     out = tmp_path / "presets.json"
