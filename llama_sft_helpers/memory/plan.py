@@ -74,13 +74,9 @@ def planned_peak_gib(plan: pd.DataFrame) -> float:
 def plan_fit(
     config: Any, profile: Profile, *, quantization: str = "int8", cards_gib: Mapping[str, float] = CARDS_GIB
 ) -> pd.DataFrame:
-    """Hold the plan against cards: does it fit, and if not, the first change that would make it fit.
+    """Hold ``plan_memory`` against cards: does it fit, and if not, the first change that would make it fit.
 
-    Args:
-        config: As for ``plan_memory``.
-        profile: As for ``plan_memory``.
-        quantization: As for ``plan_memory``.
-        cards_gib: Name -> GiB that PyTorch can use, which is less than the GB a card is sold with.
+    ``cards_gib`` holds what PyTorch can use of each card, which is less than the GB it is sold with.
 
     Returns:
         Columns ``card``, ``card_gib``, ``planned_gib``, ``share``, ``verdict`` (fits, tight, does not fit),
@@ -101,14 +97,7 @@ def plan_fit(
 
 
 def reconcile_memory(plan: pd.DataFrame, measured_gib: float) -> pd.DataFrame:
-    """Set the measured peak beside the predicted one.
-
-    Args:
-        plan: From ``plan_memory``.
-        measured_gib: ``torch.cuda.max_memory_allocated() / 2**30`` after training.
-
-    Returns:
-        One row: ``predicted_gib``, ``measured_gib``, ``difference_gib``, ``difference_percent``.
+    """Set the measured peak (``torch.cuda.max_memory_allocated()``) beside the predicted one, in one row.
 
     Raises:
         ValueError: The measured peak is not a positive number.

@@ -113,15 +113,10 @@ def _decoder(model: torch.nn.Module) -> Any:
 def compile_decoder_layers(model: torch.nn.Module, activation_memory_budget: float = 0.5) -> CompiledLayers:
     """Compile each decoder layer with ``torch.compile``; all layers share one graph for each mode.
 
-    The graph's length is marked as changing from the first call, so that rows of another length do not
-    compile again. Call it last: after ``get_peft_model``, after building the trainer, after
-    ``use_fast_int8``.
-
-    Args:
-        model: A Llama model, wrapped by PEFT or not.
-        activation_memory_budget: Share of the activations to keep for the backward pass, in (0, 1]; below 1
-            the compiler recomputes the cheapest products, see
-            https://pytorch.org/blog/activation-checkpointing-techniques/.
+    Rows of another length do not compile again. Call it last: after ``get_peft_model``, after building the
+    trainer, after ``use_fast_int8``. The budget is the share of the activations to keep for the backward
+    pass, in (0, 1]; below 1 the compiler recomputes the cheapest products:
+    https://pytorch.org/blog/activation-checkpointing-techniques/.
 
     Returns:
         A report: graphs and seconds of compilation so far, ``remove()`` to undo. Each layer's instance gets

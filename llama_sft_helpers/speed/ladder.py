@@ -17,10 +17,7 @@ _ACROSS = {"tokens_per_second": "tokens/s", "peak_reserved_gib": "GiB reserved"}
 
 
 def read_results(name: str) -> dict[str, Any]:
-    """What a benchmark measured and the project keeps, with its card, versions and command.
-
-    Args:
-        name: A file of ``benchmarks/results`` without ``.json``, for example ``speed_h100_40gib``.
+    """A file of ``benchmarks/results``, such as ``speed_h100_40gib``, with its card, versions and command.
 
     Raises:
         FileNotFoundError: No such file; the message lists those that are there.
@@ -38,10 +35,7 @@ def read_results(name: str) -> dict[str, Any]:
 def summarize_ladder(results: Mapping[str, Any], epoch_tokens: int, price_per_hour: float) -> pd.DataFrame:
     """One row for each rung: speed, memory, distance to the ceiling, hours and price of an epoch.
 
-    Args:
-        results: What ``benchmarks/speed_ladder.py`` wrote.
-        epoch_tokens: Real tokens in an epoch.
-        price_per_hour: Price of an hour of the card, in any currency.
+    ``results`` are those of ``benchmarks/speed_ladder.py``; the price of an hour is in any currency.
 
     Raises:
         ValueError: The results have no rungs.

@@ -70,11 +70,7 @@ def _data_checksum(dataset: Any) -> str:
 
 
 class RunGuardCallback(TrainerCallback):
-    """Writes ``run.json`` beside the checkpoints and ``checksums.json`` into each; saves only with room.
-
-    Args:
-        run: From ``describe_run``.
-    """
+    """Writes what ``describe_run`` gave beside the checkpoints, seals each, and saves only with room."""
 
     def __init__(self, run: Mapping[str, Any]) -> None:
         self._run = dict(run)

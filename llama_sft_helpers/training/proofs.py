@@ -19,9 +19,6 @@ def check_loss_history(log_history: Iterable[Mapping[str, Any]]) -> None:
     The trainer replaces a NaN loss by 0 before it logs it (``logging_nan_inf_filter``), so that a training
     that broke down looks like a perfect one.
 
-    Args:
-        log_history: ``trainer.state.log_history``.
-
     Raises:
         LossError: The first such loss, its step and what to do.
     """

@@ -99,8 +99,7 @@ class ThroughputCallback(TrainerCallback):
 class LiveLossCallback(TrainerCallback):
     """Draws the training and held-out loss while the run goes on, in one figure that updates in place.
 
-    Args:
-        throughput: Its figures go into the title; put it before this callback in the trainer's list.
+    The throughput's figures go into the title; put that callback before this one in the trainer's list.
     """
 
     def __init__(self, throughput: ThroughputCallback) -> None:
@@ -145,10 +144,7 @@ class LiveLossCallback(TrainerCallback):
 def plot_loss(log_history: Sequence[Mapping[str, Any]], label: str = "", ax: Axes | None = None) -> Axes:
     """Draw the training loss (line) and the held-out loss (points) over optimizer steps.
 
-    Args:
-        log_history: ``trainer.state.log_history``, or the same list from a ``trainer_state.json``.
-        label: Put before the legend's names, to tell two runs apart.
-        ax: Axes to draw on; None makes a figure.
+    ``log_history`` is the trainer's or that of a ``trainer_state.json``; ``label`` tells two runs apart.
     """
     ax = ax or new_axes(3.4)
     train = [(row["step"], row["loss"]) for row in log_history if "loss" in row]
@@ -165,9 +161,6 @@ def plot_overfitting(log_history: Sequence[Mapping[str, Any]]) -> Axes:
 
     The training loss is averaged over the steps since the held-out loss before, so that noise of single
     batches does not hide its course.
-
-    Args:
-        log_history: ``trainer.state.log_history`` with at least one ``eval_loss``.
 
     Raises:
         ValueError: No held-out loss was logged.
