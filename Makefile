@@ -84,7 +84,7 @@ record: $(VENV)/.installed  ## run the notebooks with cpu-demo and save their ou
 failures: $(VENV)/.installed  ## run the drills and write docs/failures.md from their counts (some minutes)
 	$(BIN)/python tools/failures.py --record
 
-tiny-llama: $(VENV)/.installed  ## train the tests' model again after a change to tiny_llama.py or the rows
+tiny-llama: $(VENV)/.installed  ## train the tests' model again after a change to its recipe or the rows
 	$(BIN)/python tools/tiny_llama.py
 
 badges: $(VENV)/.installed  ## point badges and install cells at another repository: make badges REPO=owner/name

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
 import json
 import logging
 import math
@@ -25,7 +24,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,6 +31,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+from report import card, source, write  # noqa: E402
+
+from llama_sft_helpers.core.llama import load_llama3_config  # noqa: E402
 from llama_sft_helpers.memory import plan_memory, planned_peak_gib  # noqa: E402
 from llama_sft_helpers.profiles import Profile, read_profile  # noqa: E402
 
@@ -321,24 +322,11 @@ def compare(result: dict) -> str:
         return f"{result['error']} {result['setting']}"
     settings = {**_PLAIN, **result["setting"]}
     quantization = settings.pop("quantization")
-    raw = json.loads((ROOT / "llama_sft_helpers/configs/llama3_8b.json").read_text())
     settings.setdefault("gradient_accumulation_steps", 1)
-    plan = plan_memory(
-        SimpleNamespace(**raw), read_profile("colab-a100", **settings), quantization=quantization
-    )
+    profile = read_profile("colab-a100", **settings)
+    plan = plan_memory(load_llama3_config(), profile, quantization=quantization)
     planned, measured = planned_peak_gib(plan), result["measured_gib"]
     return f"{planned:6.2f} {measured:6.2f} {100 * (planned / measured - 1):+5.1f} % {result['setting']}"
-
-
-def environment() -> dict:
-    flags = [flag for flag in ("--fast", "--presets") if flag in sys.argv]
-    names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
-    return {
-        "card": torch.cuda.get_device_name(0),
-        "card_gib": torch.cuda.get_device_properties(0).total_memory / 2**30,
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "command": " ".join(["python benchmarks/calibrate_memory.py", *flags]),
-    }
 
 
 def groups() -> list[list[int]]:
@@ -407,10 +395,9 @@ def main() -> None:
     for task in tasks:
         in_process(task)
     results = [json.loads(line) for line in lines.read_text().splitlines()]
-    args.out.write_text(
-        json.dumps({**environment(), "std": 0.02 if args.fast else args.std, "results": results}, indent=1)
-        + "\n"
-    )
+    total_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    about = {**source(card()), "card_gib": total_gib, "std": 0.02 if args.fast else args.std}
+    write(args.out, {**about, "results": results})
     lines.unlink()
     if not args.keep:
         shutil.rmtree(args.folder, ignore_errors=True)

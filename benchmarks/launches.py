@@ -129,10 +129,3 @@ def kill_rank(launcher: int, rank: int) -> None:
     for child in psutil.Process(launcher).children():
         if child.environ().get("LOCAL_RANK") == str(rank):
             child.kill()
-
-
-def card() -> str:
-    """The GPUs' names, asked of the driver, so that this process opens none."""
-    names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-                           capture_output=True, text=True, check=True).stdout.split("\n")  # fmt: skip
-    return ", ".join(f"{len(list(group))} x {name}" for name, group in itertools.groupby(filter(None, names)))

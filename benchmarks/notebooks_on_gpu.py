@@ -23,11 +23,9 @@ import argparse
 import concurrent.futures
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -36,8 +34,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+from report import card, source, write  # noqa: E402
+
 PROFILES = ("colab-a100", "colab-l4", "colab-t4")
-LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
 # cell id -> what random weights cannot show there
 RANDOM_WEIGHTS_LACK: dict[str, str] = {}
@@ -218,13 +217,6 @@ def as_package(gguf_file: Path, site: Path) -> Path:
     return site
 
 
-def card() -> str:
-    """The GPU's name, or CPU."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-
-
 def record(path: Path, row: dict[str, Any]) -> None:
     """Add a row to the JSON, in the place of an earlier one of the same notebook, profile and model."""
     from filelock import FileLock
@@ -236,13 +228,12 @@ def record(path: Path, row: dict[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
         merged = {key(old): old for old in [*before, row]}
         content = {
+            **source(row["card"]),
             "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-            "command": shlex.join(["python", "benchmarks/notebooks_on_gpu.py", *sys.argv[1:]]),
             "short_settings": SHORT_RUN,
             "runs": [merged[name] for name in sorted(merged)],
         }
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write(path, content)
 
 
 def main() -> int:

@@ -12,15 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import itertools
 import json
 import logging
-import os
-import platform
-import shlex
 import statistics
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +24,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear8bitLt
 from datasets import load_dataset
+from report import card, source, write
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -301,20 +297,12 @@ def main() -> None:
 
         args.model = str(ensure_model(read_profile("cpu-demo").model_id.removeprefix("local:")))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cpu = f"CPU, {os.cpu_count()} cores, {platform.machine()}"
-    flags = list(sys.argv[1:])
     report = {
-        "card": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "command": f"python benchmarks/padding_and_int8.py {shlex.join(flags)}",
-        "versions": {
-            p: importlib.metadata.version(p) for p in ("torch", "transformers", "trl", "bitsandbytes")
-        },
+        **source(card(), PACKAGES),
         "model": Path(args.model).name,
         **{name: measure(args, getattr(torch, name), device) for name in args.dtypes},
     }
-    part = Path(args.out).with_suffix(".part")
-    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, args.out)
+    write(args.out, report)
     print(json.dumps({name: report[name]["summary"] for name in args.dtypes}, indent=1))
 
 

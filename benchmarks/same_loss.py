@@ -11,17 +11,13 @@ activations rounded and outliers taken aside. Each model's held-out loss is meas
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import logging
-import os
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
+from report import card, source, write
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -86,18 +82,12 @@ def main() -> None:
     pairs = list(zip(curves["fast"]["losses"], curves["plain"]["losses"], strict=True))
     report = {
         "model": "SmolLM2-135M-Instruct, int8",
-        "card": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
-        "command": "python benchmarks/same_loss.py --out benchmarks/results/speed_same_loss.json",
-        "versions": {
-            p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft", "trl", "bitsandbytes")
-        },
+        **source(card(), ("torch", "transformers", "peft", "trl", "bitsandbytes")),
         "largest_loss_difference": max(abs(a - b) / b for a, b in pairs),
         "eval_loss_difference": abs(curves["fast"]["eval_loss"] / curves["plain"]["eval_loss"] - 1),
         **curves,
     }
-    part = Path(args.out).with_suffix(".part")
-    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, args.out)
+    write(args.out, report)
     print({k: v for k, v in report.items() if k.endswith("difference")}, curves["plain"]["losses"][::10])
 
 

@@ -14,7 +14,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import importlib.metadata
 import itertools
 import json
 import os
@@ -31,12 +30,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from launches import Memory, card, difference, kill_rank, watched  # noqa: E402
+from launches import Memory, difference, kill_rank, watched  # noqa: E402
+from report import cards, source, write  # noqa: E402
 
 PARTS = ("ddp-int8", "fsdp-nf4", "fast", "resume", "70b")
 SIZES_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 ONE_PROCESS = ["--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
 LEAST_SECONDS = 15  # no launch does anything in less
 SAVED, KILLED = 5, 7  # the updates after which the run to be killed saves, and is killed
@@ -76,10 +75,8 @@ class Bench:
         if "70b" in self.parts:
             self.models["70b"] = self.work / f"llama3-70b-{args.layers_70b}-layers"
         self.report: dict[str, Any] = {
-            "card": card() if self.on_gpu else "CPU",
+            **source(cards() if self.on_gpu else "CPU"),
             "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-            "command": shlex.join(["python", "benchmarks/several_gpus.py", *sys.argv[1:]]),
             "adapters": {},
         }
         if args.add and args.out.is_file():
@@ -99,11 +96,9 @@ class Bench:
         return max(0.0, self.deadline - time.monotonic())
 
     def save(self) -> None:
-        """Write the report beside its place, then move it there: a cut run leaves a whole file."""
+        """Write the report as far as it has come."""
         self.report |= {"scaling": compare(self.runs), "runs": list(self.runs.values())}
-        part = self.args.out.with_suffix(".part")
-        part.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self.args.out)
+        write(self.args.out, self.report)
 
     def prepare(self) -> None:
         """Build the models that are not there, side by side, and write 07's files for each."""

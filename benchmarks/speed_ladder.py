@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -28,6 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from report import LIBRARIES, card, source, write  # noqa: E402
 
 # Packed rows differ in length; without this the allocator keeps a block for every length it has seen.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -418,27 +418,18 @@ def main() -> None:
     for rung in results:
         if "tokens_per_second" in rung:
             rung["share_of_ceiling"] = round(rung["tokens_per_second"] * FLOP_PER_TOKEN / rate, 4)
-    packages = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
-    versions = {}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+    about = source(card() if device == "cuda" else "CPU", ("triton", *LIBRARIES))
+    about["command"] = about["command"].replace(args.out, f"benchmarks/results/{Path(args.out).name}")
     report = {
-        "card": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        **about,
         "cap_gib": args.cap_gib or None,
-        "versions": versions,
         "allocator": os.environ["PYTORCH_CUDA_ALLOC_CONF"],
-        "command": shlex.join(["python", "benchmarks/speed_ladder.py", *sys.argv[1:]]).replace(
-            args.out, f"benchmarks/results/{Path(args.out).name}"
-        ),
         "matmul_flop_per_second": rate,
         "flop_per_token": FLOP_PER_TOKEN,
         "ceiling_tokens_per_second": round(rate / FLOP_PER_TOKEN),
         "rungs": results,
     }
-    temporary = Path(args.out).with_suffix(".part")
-    temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    os.replace(temporary, args.out)
+    write(args.out, report)
     ceiling = report["ceiling_tokens_per_second"]
     print(f"bf16 ceiling: {ceiling} tokens/s at {rate / 1e12:.0f} TFLOP/s, {report['card']}")
     for rung in results:

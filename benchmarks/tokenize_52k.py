@@ -8,7 +8,6 @@ from a cache, and the peak memory is that of this process, imports and tokenizer
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import datasets
 from llama3_tokenizer import build_llama3_tokenizer
+from report import card, source, write
 
 from llama_sft_helpers import data
 from llama_sft_helpers.profiles import read_profile
@@ -82,35 +82,21 @@ def measure(path: Path, cache: Path, max_length: int) -> dict[str, object]:
     }
 
 
-def environment() -> dict[str, object]:
-    packages = ("datasets", "tokenizers", "transformers", "pyarrow", "llama-models")
-    return {
-        "card": f"CPU, {len(os.sched_getaffinity(0))} cores, {platform.machine()}",
-        "command": "python benchmarks/tokenize_52k.py",
-        "cpus": len(os.sched_getaffinity(0)),
-        "load_average_before": round(os.getloadavg()[0], 2),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=52_000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tokenize_52k.json")
     options = parser.parse_args()
-    about = environment()
+    about = source(card(), ("datasets", "tokenizers", "transformers", "pyarrow", "llama-models"))
+    about |= {"cpus": len(os.sched_getaffinity(0)), "load_average_before": round(os.getloadavg()[0], 2)}
+    about |= {"machine": platform.machine(), "python": platform.python_version()}
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "rows.jsonl"
         write_rows(path, options.rows)
         max_length = read_profile("colab-a100").max_length
         result = {**about, **measure(path, Path(scratch) / "cache", max_length)}
     result["limits"] = {"seconds": LIMIT_SECONDS, "gib": LIMIT_GIB}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(options.out)
+    write(options.out, result)
     print(json.dumps(result, indent=1))
     return int(result["total_seconds"] > LIMIT_SECONDS or result["peak_memory_gib"] > LIMIT_GIB)
 

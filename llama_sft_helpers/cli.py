@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -85,12 +85,11 @@ def train(
     """
     from llama_sft_helpers.profiles import pick_profile
 
-    named = {"dataset_id": data, "columns": columns, "model_id": model}
     settings = list(changes or [])
     length_is_set = any(setting.startswith(("epochs=", "max_steps=")) for setting in settings)
     if data and not length_is_set and not pick_profile(profile).endswith(".toml"):
         settings.append("epochs=3")
-    _run(settings, named, cell_timeout, profile_name=profile, only="09", out=out)
+    _run(settings, data, columns, model, cell_timeout, profile_name=profile, only="09", out=out)
 
 
 @app.command()
@@ -107,23 +106,32 @@ def run(
     changes: SetOption = None,
 ) -> None:
     """Execute the notebooks in order into a folder (.ipynb and .html); stops at the first failing cell."""
-    named = {"dataset_id": data, "columns": columns, "model_id": model}
     choices = {"profile_name": profile, "only": only, "out": out, "notebooks": notebooks}
-    _run(changes or [], named, cell_timeout, **choices)
+    _run(changes or [], data, columns, model, cell_timeout, **choices)
 
 
-def _run(changes: list[str], named: dict[str, str | None], cell_timeout: int, **choices: Any) -> None:
+def _run(
+    changes: list[str],
+    data: str | None,
+    columns: str | None,
+    model: str | None,
+    cell_timeout: int,
+    **choices: Any,
+) -> None:
     from llama_sft_helpers.demo_model import ModelBuildError
     from llama_sft_helpers.run import RunError, run_notebooks
     from llama_sft_helpers.settings import SettingsError, parse_settings
 
     try:
-        settings = parse_settings(changes, **named)
+        settings = parse_settings(changes, dataset_id=data, columns=columns, model_id=model)
         run_notebooks(settings=settings, cell_timeout_seconds=cell_timeout or None, **choices)
     except (RunError, SettingsError, ModelBuildError) as error:
         _fail(error)
     except KeyboardInterrupt:
-        _stop("Interrupted. Finished notebooks and checkpoints are kept: run again to resume.")
+        typer.echo(
+            "\nInterrupted. Finished notebooks and checkpoints are kept: run again to resume.", err=True
+        )
+        raise typer.Exit(128 + signal.SIGINT) from None
 
 
 @app.command()
@@ -132,7 +140,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare this machine with what the series is tested with; exit code 1 if something must be fixed."""
-    from llama_sft_helpers.environment.checks import list_problems, summarize_environment
+    from llama_sft_helpers.environment.checks import MUST_FIX, list_problems, summarize_environment
     from llama_sft_helpers.profiles import ProfileError, read_profile
 
     try:
@@ -144,25 +152,24 @@ def check(
         report = {"ok": not problems, "problems": problems, "components": summary.to_dict(orient="records")}
         typer.echo(json.dumps(report, indent=2))
     else:
-        _print_environment(summary, problems)
+        colours = {"ok": "green", **dict.fromkeys(MUST_FIX, "red")}
+        _print_table(summary.drop(columns="fix"), "This machine", colours)
+        for problem in problems:
+            typer.secho(problem, fg="red")
     raise typer.Exit(1 if problems else 0)
 
 
-def _print_environment(summary: pd.DataFrame, problems: list[str]) -> None:
+def _print_table(frame: pd.DataFrame, title: str, colours: Mapping[str, str] | None = None) -> None:
+    """Print a table in the terminal's width; ``colours`` gives some cells of the last column theirs."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from llama_sft_helpers.environment.checks import MUST_FIX
-
-    table = Table(*summary.columns[:-1], title="This machine")
-    for *cells, status, _ in summary.itertuples(index=False):
-        style = "red" if status in MUST_FIX else "green" if status == "ok" else ""
-        table.add_row(*(Text(str(cell)) for cell in cells), Text(str(status), style))
-    console = Console(highlight=False)
-    console.print(table)
-    for problem in problems:
-        console.print(Text(problem, "red"), soft_wrap=True)
+    table = Table(*map(str, frame.columns), title=title)
+    for row in frame.itertuples(index=False):
+        *cells, last = (f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row)
+        table.add_row(*map(Text, cells), Text(last, (colours or {}).get(last, "")))
+    Console(highlight=False).print(table)
 
 
 @app.command()
@@ -197,11 +204,6 @@ def _print_plan(
     config: Any, profile: Profile, quantization: str, gpu_gib: float | None, as_json: bool
 ) -> bool:
     """Print the plan and its verdict on cards; whether it fits every card asked about."""
-    import sys
-
-    from rich.console import Console
-    from rich.table import Table
-
     from llama_sft_helpers.memory.plan import CARDS_GIB, plan_fit, plan_memory
 
     plan = plan_memory(config, profile, quantization=quantization)
@@ -210,14 +212,10 @@ def _print_plan(
     if as_json:
         tables = {"plan": plan.to_dict("records"), "fit": fit.to_dict("records")}
         content = {"profile": profile.name, "quantization": quantization, **tables}
-        sys.stdout.write(json.dumps(content, indent=1) + "\n")
+        typer.echo(json.dumps(content, indent=1))
     else:
-        total = f"{plan['gib'].sum():.2f} GiB"
-        for frame, title in ((plan, f"{profile.name}, {quantization}: {total} in all"), (fit, "On a card")):
-            table = Table(*map(str, frame.columns), title=title)
-            for row in frame.itertuples(index=False):
-                table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
-            Console().print(table)
+        _print_table(plan, f"{profile.name}, {quantization}: {plan['gib'].sum():.2f} GiB in all")
+        _print_table(fit, "On a card")
     return bool((fit["verdict"] != "does not fit").all())
 
 
@@ -227,9 +225,7 @@ def _model_config(model_id: str) -> Any:
 
     from llama_sft_helpers.core.llama import is_llama3, load_llama3_config
 
-    if is_llama3(model_id, "8B"):
-        return load_llama3_config()
-    return AutoConfig.from_pretrained(model_id)
+    return load_llama3_config() if is_llama3(model_id, "8B") else AutoConfig.from_pretrained(model_id)
 
 
 @app.command()
@@ -297,16 +293,8 @@ def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
     return PeftModel.from_pretrained(model, folder), tokenizer
 
 
-def _stop(message: str) -> NoReturn:
-    typer.echo(f"\n{message}", err=True)
-    raise typer.Exit(128 + signal.SIGINT)
-
-
 def _fail(error: Exception) -> NoReturn:
-    from rich.console import Console
-    from rich.text import Text
-
-    Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
+    typer.secho(f"error: {error}", fg="red", err=True)
     raise typer.Exit(1)
 
 

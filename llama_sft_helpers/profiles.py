@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 _PACKAGE = Path(__file__).parent
-_OWN = Path("llama-sft.toml")
+OWN_PROFILE = Path("llama-sft.toml")
 _DRIVE = Path("/content/drive")  # where Colab's own examples and its Files panel mount Google Drive
+Setting = tuple[Any, str]  # a value and its reason
 _CHOICES = {
     "dtype": ("bfloat16", "float16", "float32"),
     "attn_implementation": ("sdpa", "varlen"),
@@ -38,7 +39,7 @@ _PLAIN = {
     "activation_memory_budget": 1.0,
 }
 # (least GiB of GPU memory as the driver reports it, profile): the first that fits is taken
-_BY_GPU_GIB = ((36.0, "colab-a100"), (20.0, "colab-l4"), (0.0, "colab-t4"))
+_BY_GPU_GIB = ((36.0, "colab-a100"), (20.0, "colab-l4"), (0.1, "colab-t4"), (0.0, "cpu-demo"))
 
 
 class ProfileError(SettingsError):
@@ -47,62 +48,33 @@ class ProfileError(SettingsError):
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """What the notebooks read from a profile; see ``profiles/*.toml`` for each value's reason.
-
-    Attributes:
-        name: The profile's name.
-        gpu_gib: GPU memory the profile is planned for, in GiB; 0 for none.
-        model_id: Hub id or folder for ``from_pretrained``.
-        dataset_id: File, folder or hub id for ``data.load_rows``.
-        columns: What the data's columns are here, ``question=instruction,answer=output``; empty for none.
-        prompt_format: ``alpaca``, ``chat``, ``plain``, or ``auto`` (``data.choose_prompt_format``).
-        train_rows: Rows to train on; 0 takes all.
-        eval_rows: Rows held out.
-        max_length: Longest row, and the block size when packing, in tokens.
-        packing: Whether documents share a block.
-        per_device_train_batch_size: Rows (or blocks) in a micro-batch.
-        gradient_accumulation_steps: Micro-batches in an optimizer step.
-        max_steps: Optimiser steps.
-        epochs: How often each row is seen; sets ``max_steps`` by ``data.plan_steps``. None: it does not.
-        learning_rate: Peak learning rate.
-        dtype: Name of the 16- or 32-bit type of everything that is not quantized.
-        attn_implementation: ``sdpa``, or ``varlen`` (``speed.register_varlen_attention``).
-        gradient_checkpointing: Whether activations are recomputed in the backward pass.
-        fast_int8: Whether ``speed.use_fast_int8`` is switched on.
-        compile_layers: Whether ``speed.compile_decoder_layers`` is switched on.
-        activation_memory_budget: Share of activations that compiled layers keep, in (0, 1].
-        eval_steps: Optimiser steps between held-out losses.
-        save_steps: Optimiser steps between checkpoints.
-        max_new_tokens: Longest generated answer, in tokens.
-        sweep_seconds: Seconds that notebook 04's comparison of adapters may take.
-        reasons: One line for each setting.
-    """
+    """What the notebooks read from a profile; see ``profiles/*.toml`` for each value's reason."""
 
     name: str
-    gpu_gib: float
-    model_id: str
-    dataset_id: str
-    columns: str
-    prompt_format: str
-    train_rows: int
-    eval_rows: int
-    max_length: int
-    packing: bool
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    max_steps: int
-    epochs: float | None
-    learning_rate: float
-    dtype: str
-    attn_implementation: str
-    gradient_checkpointing: bool
-    fast_int8: bool
-    compile_layers: bool
-    activation_memory_budget: float
-    eval_steps: int
-    save_steps: int
-    max_new_tokens: int
-    sweep_seconds: int
+    gpu_gib: float  # GPU memory that it is planned for; 0 for none
+    model_id: str  # hub id or folder for from_pretrained
+    dataset_id: str  # file, folder or hub id for data.load_rows
+    columns: str  # the data's columns and what they are, question=instruction,answer=output; "" for none
+    prompt_format: str  # alpaca, chat, plain, or auto (data.choose_prompt_format)
+    train_rows: int  # 0 takes all
+    eval_rows: int  # held out
+    max_length: int  # longest row, and the block size when packing, in tokens
+    packing: bool  # whether documents share a block
+    per_device_train_batch_size: int  # rows (or blocks) in a micro-batch
+    gradient_accumulation_steps: int  # micro-batches in an optimizer step
+    max_steps: int  # optimizer steps
+    epochs: float | None  # how often each row is seen; sets max_steps by data.plan_steps unless None
+    learning_rate: float  # its peak
+    dtype: str  # the 16- or 32-bit type of everything that is not quantized
+    attn_implementation: str  # sdpa, or varlen (speed.register_varlen_attention)
+    gradient_checkpointing: bool  # whether activations are recomputed in the backward pass
+    fast_int8: bool  # whether speed.use_fast_int8 is switched on
+    compile_layers: bool  # whether speed.compile_decoder_layers is switched on
+    activation_memory_budget: float  # share of activations that compiled layers keep, in (0, 1]
+    eval_steps: int  # optimizer steps between held-out losses
+    save_steps: int  # optimizer steps between checkpoints
+    max_new_tokens: int  # longest generated answer
+    sweep_seconds: int  # how long notebook 04's comparison of adapters may take
     reasons: dict[str, str] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -203,9 +175,14 @@ def load_profile(
         ProfileError: The name, a key or a value is not valid; the message lists the valid ones.
     """
     profile = read_profile(name, fast=fast, form=form, **overrides)
-    return dataclasses.replace(
-        profile, model_id=_resolve_model(profile.model_id), dataset_id=_resolve_dataset(profile.dataset_id)
-    )
+    model_id, dataset_id = profile.model_id, profile.dataset_id
+    if model_id.startswith("local:"):
+        from llama_sft_helpers.demo_model import ensure_model
+
+        model_id = str(ensure_model(model_id.removeprefix("local:")))
+    if dataset_id == "local:alpaca_mini":
+        dataset_id = str(_PACKAGE / "datasets")
+    return dataclasses.replace(profile, model_id=model_id, dataset_id=dataset_id)
 
 
 def read_profile(
@@ -223,35 +200,39 @@ def read_profile(
         learning_rate = { value = 1e-4, reason = "our rows are long" }
     """
     name = pick_profile(name)
-    layers = [{key: (value, "set in the form") for key, value in (form or {}).items()}]
-    if name.endswith(".toml"):
-        name, changed = _read_changes(Path(name))
-        layers.append(changed)
-    path = _PACKAGE / "profiles" / f"{name}.toml"
+    name, own = _read_changes(Path(name)) if name.endswith(".toml") else (name, {})
     if name not in available_profiles():
         raise ProfileError(
             f"There is no profile {name!r}. Valid profiles: {', '.join(available_profiles())}."
         )
-    settings = tomllib.loads(path.read_text(encoding="utf-8"))["settings"]
-    values = {key: entry.get("value") for key, entry in settings.items()}  # TOML has no null: left out
-    reasons = {key: entry["reason"] for key, entry in settings.items()}
+    content = tomllib.loads((_PACKAGE / "profiles" / f"{name}.toml").read_text(encoding="utf-8"))
+    # TOML has no null: its value is left out
+    settings = {key: (entry.get("value"), entry["reason"]) for key, entry in content["settings"].items()}
     if not fast:
-        checkpointing = values["gradient_checkpointing"] or values["compile_layers"]
-        plain = {**_PLAIN, "gradient_checkpointing": checkpointing}
-        reasons |= {key: "fast=False: the plain path" for key, value in plain.items() if values[key] != value}
-        values |= plain
-    layers.append({key: (value, "set in SFT_SETTINGS") for key, value in environment_settings().items()})
-    layers.append({key: (value, "set by you") for key, value in overrides.items()})
-    for changes in layers:
+        settings |= _plain(settings)
+    in_form, by_you = _because("set in the form", form or {}), _because("set by you", overrides)
+    for changes in (in_form, own, _because("set in SFT_SETTINGS", environment_settings()), by_you):
         if "max_steps" in changes:  # then epochs that were asked for before no longer count
             changes.setdefault("epochs", (None, changes["max_steps"][1]))
-        values |= {key: value for key, (value, _) in changes.items()}
-        reasons |= {key: reason for key, (_, reason) in changes.items()}
-    return Profile(name=name, reasons=reasons, **_validated(name, values))
+        settings |= changes
+    reasons = {key: reason for key, (_, reason) in settings.items()}
+    return Profile(name=name, reasons=reasons, **_checked(name, {k: v for k, (v, _) in settings.items()}))
 
 
-def _read_changes(path: Path) -> tuple[str, dict[str, tuple[Any, str]]]:
-    """A reader's own file: the shipped profile it starts from, and setting -> (value, reason)."""
+def _plain(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """What turns off the settings that notebook 08 adds."""
+    checkpointing = settings["gradient_checkpointing"][0] or settings["compile_layers"][0]
+    plain = {**_PLAIN, "gradient_checkpointing": checkpointing}
+    changed = {key: value for key, value in plain.items() if settings[key][0] != value}
+    return _because("fast=False: the plain path", changed)
+
+
+def _because(reason: str, values: Mapping[str, Any]) -> dict[str, Setting]:
+    return {key: (value, reason) for key, value in values.items()}
+
+
+def _read_changes(path: Path) -> tuple[str, dict[str, Setting]]:
+    """A reader's own file: the shipped profile it starts from, and what it changes."""
     example = 'profile = "colab-a100", then [settings] and max_steps = 200'
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -265,14 +246,16 @@ def _read_changes(path: Path) -> tuple[str, dict[str, tuple[Any, str]]]:
             f"{path.absolute()} must name the shipped profile that it starts from, one of "
             f"{', '.join(available_profiles())}: {example}. Found the keys {', '.join(content) or 'none'}."
         )
-    entries = {key: entry if isinstance(entry, dict) else {"value": entry} for key, entry in settings.items()}
-    if lacking := [key for key, entry in entries.items() if "value" not in entry]:
-        raise ProfileError(f"{path.absolute()}, setting {lacking[0]!r}: a table must hold value = ...")
-    for key in {"model_id", "dataset_id"} & set(entries):
-        entries[key] = entries[key] | {"value": absolute_path(str(entries[key]["value"]), path.parent)}
-    return base, {
-        key: (e["value"], str(e.get("reason", f"set in {path.name}"))) for key, e in entries.items()
-    }
+    changes = {}
+    for key, entry in settings.items():
+        table = entry if isinstance(entry, dict) else {"value": entry}
+        if "value" not in table:
+            raise ProfileError(f"{path.absolute()}, setting {key!r}: a table must hold value = ...")
+        value = table["value"]
+        if key in ("model_id", "dataset_id"):
+            value = absolute_path(str(value), path.parent)
+        changes[key] = value, str(table.get("reason", f"set in {path.name}"))
+    return base, changes
 
 
 def _fields() -> dict[str, str]:
@@ -281,7 +264,8 @@ def _fields() -> dict[str, str]:
     return {f.name: str(f.type) for f in dataclasses.fields(Profile) if f.name not in hidden}
 
 
-def _validated(name: str, values: dict[str, Any]) -> dict[str, Any]:
+def _checked(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The values, whole numbers made floats where a float is meant."""
     fields = _fields()
     if unknown := sorted(set(values) - set(fields)):
         raise ProfileError(
@@ -290,28 +274,31 @@ def _validated(name: str, values: dict[str, Any]) -> dict[str, Any]:
         )
     if missing := sorted(set(fields) - set(values)):
         raise ProfileError(f"Profile {name!r} lacks the setting {', '.join(map(repr, missing))}.")
-    return {key: _checked(name, key, value, fields[key]) for key, value in values.items()}
+    for key, value in values.items():
+        if fault := _fault(key, value, fields[key]):
+            raise ProfileError(f"Profile {name!r}, setting {key!r}: {value!r} {fault}.")
+    return {
+        key: float(value) if "float" in fields[key] and value is not None else value
+        for key, value in values.items()
+    }
 
 
-def _checked(name: str, key: str, value: Any, type_name: str) -> Any:
+def _fault(key: str, value: Any, type_name: str) -> str:
+    """What is wrong with a value; empty where nothing is."""
+    found = type(value).__name__
     if value is None and type_name.endswith("None"):
-        return None
-    expected: Any = {"str": str, "int": int, "float": float, "bool": bool}[type_name.removesuffix(" | None")]
-    if expected is float and type(value) is int:
-        value = float(value)
-    where = f"Profile {name!r}, setting {key!r}"
-    if type(value) is not expected:
-        raise ProfileError(f"{where}: {value!r} is of type {type(value).__name__}, expected {type_name}.")
+        return ""
+    if found not in type_name.split(" | ") and not (found == "int" and type_name.startswith("float")):
+        return f"is of type {found}, expected {type_name}"
     if key in _CHOICES and value not in _CHOICES[key]:
-        raise ProfileError(f"{where}: {value!r} is not one of {', '.join(_CHOICES[key])}.")
-    least = 0 if key in ("gpu_gib", "train_rows") else 1 if expected is int else None
+        return f"is not one of {', '.join(_CHOICES[key])}"
+    least = 0 if key in ("gpu_gib", "train_rows") else 1 if type_name == "int" else None
     if least is not None and value < least:
-        raise ProfileError(f"{where}: {value!r} is too small, expected at least {least}.")
+        return f"is too small, expected at least {least}"
     if key == "epochs" and not 0 < value < float("inf"):
-        raise ProfileError(f"{where}: {value!r} is not above 0.")
-    if key in ("learning_rate", "activation_memory_budget") and not 0 < value <= 1:
-        raise ProfileError(f"{where}: {value!r} is outside (0, 1].")
-    return value
+        return "is not above 0"
+    outside = key in ("learning_rate", "activation_memory_budget") and not 0 < value <= 1
+    return "is outside (0, 1]" if outside else ""
 
 
 @functools.cache
@@ -323,22 +310,7 @@ def _gpu_gib() -> float:
 
 def pick_profile(name: str | None = None) -> str:
     """The profile to load: the one named, by the environment, by a file that lies here, or by the GPU."""
-    name = name or os.environ.get("SFT_PROFILE") or (str(_OWN) if _OWN.is_file() else "")
+    name = name or os.environ.get("SFT_PROFILE") or (str(OWN_PROFILE) if OWN_PROFILE.is_file() else "")
     if name:
         return str(Path(name).absolute()) if name.endswith(".toml") else name
-    gib = _gpu_gib()
-    if not gib:
-        return "cpu-demo"
-    return next(profile for least, profile in _BY_GPU_GIB if gib >= least)
-
-
-def _resolve_model(model_id: str) -> str:
-    if not model_id.startswith("local:"):
-        return model_id
-    from llama_sft_helpers.demo_model import ensure_model
-
-    return str(ensure_model(model_id.removeprefix("local:")))
-
-
-def _resolve_dataset(dataset_id: str) -> str:
-    return str(_PACKAGE / "datasets") if dataset_id == "local:alpaca_mini" else dataset_id
+    return next(profile for least, profile in _BY_GPU_GIB if _gpu_gib() >= least)

@@ -12,7 +12,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from llama_sft_helpers.settings import environment_settings
 from llama_sft_helpers.training.summary import read_training_summary
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
 _IN_CHECKOUT = Path(__file__).parent.parent / "notebooks"
 
@@ -61,7 +62,7 @@ def run_notebooks(
         profile_name: Profile or a TOML file of one's own; None picks by the GPU that is there.
         only: Comma-separated numbers, ``"03,04"``; None runs all.
         out: Folder for the results; made if missing.
-        notebooks: Folder of the originals; default ``./notebooks``, else the checkout's.
+        notebooks: Folder of the originals; None as for ``find_notebooks``.
         cell_timeout_seconds: Limit for one cell; None for none.
         settings: What to change of the profile, for every notebook alike.
 
@@ -92,14 +93,15 @@ def run_notebooks(
         environment.pop("MPLBACKEND", None)  # figures belong in the notebooks
         pages = _execute_all(paths, out, cell_timeout_seconds, environment)
         _write(out / "index.html", _index_page(profile.name, pages))
+    console = Console(soft_wrap=True, highlight=False)
     for folder in [out / _RESULTS[path.stem] for path in paths if path.stem in _RESULTS]:
-        _report(folder)
-    Console(soft_wrap=True, highlight=False).print(f"open:          {out / 'index.html'}")
+        _report(folder, console)
+    console.print(f"open:          {out / 'index.html'}")
     return dict(pages)
 
 
 def find_notebooks(folder: Path | None = None, only: str | None = None) -> list[Path]:
-    """The series' notebooks in order.
+    """The notebooks in order, of ``./notebooks`` or else of the checkout unless a folder is given.
 
     Raises:
         RunError: No notebook is found, or a number in ``only`` is not among them.
@@ -134,17 +136,14 @@ def _output_folder(out: Path) -> Iterator[None]:
         raise RunError(
             f"Cannot write to the output folder {out}: {error.strerror}. Choose another: --out DIR."
         ) from error
-    lock = FileLock(out / ".llama-sft-run.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunError(
-            f"Another run is writing to {out}. Wait for it, or choose another folder: --out DIR."
-        ) from error
-    try:
+    with ExitStack() as held:
+        try:
+            held.enter_context(FileLock(out / ".llama-sft-run.lock", timeout=0))
+        except Timeout as error:
+            raise RunError(
+                f"Another run is writing to {out}. Wait for it, or choose another folder: --out DIR."
+            ) from error
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -167,15 +166,9 @@ def _terminable() -> Iterator[None]:
 def _execute_all(
     paths: list[Path], out: Path, timeout: int | None, environment: dict[str, str]
 ) -> list[tuple[str, float]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    columns = (
-        TextColumn("{task.description:<18}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("cells"),
-        TimeElapsedColumn(),
-    )
+    columns = ("{task.description:<18}", BarColumn(), MofNCompleteColumn(), "cells", TimeElapsedColumn())
     pages = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for path in paths:
@@ -200,67 +193,42 @@ def _execute(
         timeout=timeout,
         kernel_name="python3",
         resources={"metadata": {"path": str(out)}},
-        on_cell_complete=_advance(progress, task),
+        on_cell_complete=lambda **_: progress.advance(task),
     )
-    try:
-        with tempfile.TemporaryFile() as kernel_log:
-            try:
-                _execute_interruptibly(client, env=environment, stderr=kernel_log)
-            except DeadKernelError as error:
-                raise RunError(
-                    f"{path.name}: the kernel died; most often the machine ran out of memory."
-                    f"{_last_words(kernel_log)}"
-                ) from error
-    except CellExecutionError as error:
-        raise RunError(
-            f"{path.name}: a cell failed with {error.ename}: {error.evalue}\n(see {out / path.name})"
-            f"{_explained(error)}"
-        ) from error
-    except CellTimeoutError as error:
-        raise RunError(f"{path.name}: a cell took longer than {timeout} seconds.") from error
-    finally:
-        _write_notebook(notebook, out / path.name)
+    with tempfile.TemporaryFile() as kernel_log:
+        try:
+            _execute_interruptibly(client, env=environment, stderr=kernel_log)
+        except DeadKernelError as error:
+            death = "the kernel died; most often the machine ran out of memory."
+            raise RunError(f"{path.name}: {death}{_last_words(kernel_log)}") from error
+        except CellExecutionError as error:
+            failure = f"a cell failed with {error.ename}: {error.evalue}\n(see {out / path.name})"
+            raise RunError(f"{path.name}: {failure}{_explained(error)}") from error
+        except CellTimeoutError as error:
+            raise RunError(f"{path.name}: a cell took longer than {timeout} seconds.") from error
+        finally:
+            _write_notebook(notebook, out / path.name)
 
 
 def _execute_interruptibly(client: Any, **kernel: Any) -> None:
     """Execute in a second thread: in the main one, nbclient takes a Ctrl-C for the kernel's death."""
-    loop = asyncio.new_event_loop()
-    task = loop.create_task(_execute_and_stop(client, **kernel))
-    failures: list[BaseException] = []
-
-    def work() -> None:
+    started: Future[Any] = Future()
+    with ThreadPoolExecutor(1) as pool:
+        execution = pool.submit(asyncio.run, _execute_and_stop(client, started, **kernel))
         try:
-            loop.run_until_complete(task)
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            _cancel_rest(loop)
-            loop.close()
-
-    thread = threading.Thread(target=work, name="notebook", daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(0.2)  # with a timeout, so that signals are seen
-    except BaseException:  # Ctrl-C or SIGTERM
-        client.shutdown_kernel = "immediate"
-        loop.call_soon_threadsafe(task.cancel)
-        thread.join(10)
-        raise
-    if failures:
-        raise failures[0]
+            while not wait([execution], timeout=0.2).done:  # with a timeout, so that signals are seen
+                pass
+        except BaseException:  # Ctrl-C or SIGTERM
+            client.shutdown_kernel = "immediate"
+            task = started.result()
+            with suppress(RuntimeError):  # its loop has just ended by itself
+                task.get_loop().call_soon_threadsafe(task.cancel)
+            raise
+    execution.result()
 
 
-def _cancel_rest(loop: asyncio.AbstractEventLoop) -> None:
-    """End what a cancelled nbclient leaves waiting; asyncio would remark on each such task."""
-    rest = asyncio.all_tasks(loop)
-    for task in rest:
-        task.cancel()
-    if rest:
-        loop.run_until_complete(asyncio.wait(rest))
-
-
-async def _execute_and_stop(client: Any, **kernel: Any) -> None:
+async def _execute_and_stop(client: Any, started: Future[Any], **kernel: Any) -> None:
+    started.set_result(asyncio.current_task())
     try:
         await client.async_execute(**kernel)
     finally:
@@ -283,13 +251,6 @@ def _explained(error: Exception) -> str:
 
     found = explain(error)
     return f"\n{found}" if found else ""
-
-
-def _advance(progress: Progress, task: TaskID) -> Any:
-    def on_cell_complete(**_: Any) -> None:
-        progress.advance(task)
-
-    return on_cell_complete
 
 
 def _write_notebook(notebook: Any, path: Path) -> None:
@@ -325,15 +286,14 @@ def _write(path: Path, text: str) -> None:
 
 
 def _index_page(profile_name: str, pages: list[tuple[str, float]]) -> str:
+    names = [(html.escape(stem), seconds) for stem, seconds in pages]
     rows = "\n".join(
-        f'<li><a href="{html.escape(stem)}.html">{html.escape(stem)}</a> ({seconds:.0f} s)</li>'
-        for stem, seconds in pages
+        f'<li><a href="{name}.html">{name}</a> ({seconds:.0f} s)</li>' for name, seconds in names
     )
-    title = f"llama-sft run, profile {html.escape(profile_name)}"
-    return _INDEX_PAGE.format(title=title, rows=rows)
+    return _INDEX_PAGE.format(title=f"llama-sft run, profile {html.escape(profile_name)}", rows=rows)
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path, console: Console) -> None:
     """Print what a training left in its folder."""
     if not (path := folder / "training_summary.json").is_file():
         return
@@ -342,6 +302,5 @@ def _report(folder: Path) -> None:
     except FilesError as error:
         raise RunError(str(error)) from error
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
-    console = Console(soft_wrap=True, highlight=False)
     console.print(f"held-out loss: {before:.4f} before, {after:.4f} after training")
     console.print(f"adapter:       {folder / 'adapter'}")

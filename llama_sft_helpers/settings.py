@@ -53,9 +53,10 @@ def parse_settings(pairs: Iterable[str], **named: str | None) -> dict[str, Any]:
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return value if isinstance(value, str | int | float) else text  # no setting is a date, a list or a table
 
 
 def absolute_path(name: str, folder: Path | None = None) -> str:

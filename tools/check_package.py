@@ -19,7 +19,6 @@ PIPELINE_CALLS = {"from_pretrained", "get_peft_model", "SFTTrainer", "train", "m
 # What a module may run after all, and why.
 EXCEPTIONS = {
     "demo_model": {"from_pretrained"},  # The builder reads the GGUF.
-    "tiny_llama": {"train"},  # The recipe of the tests' model.
     "cli": {"from_pretrained"},  # `chat` loads the adapter it talks to.
 }
 # What is imported only where it is there, and why none of it is a requirement.
@@ -117,7 +116,7 @@ def names_have_one_path(repo: Repository) -> Iterator[str]:
     """Each public name is offered once, and no module hides it by carrying the same name."""
     names = Counter(name for table in repo.contents.values() for name in table)
     for path in [*repo.package.glob("*.py")]:
-        if path.stem in (*STEPS, "profiles"):
+        if path.stem in (*STEPS, "profiles", "tables"):
             names.update(name for name in _defined(repo.text(path)) if not name.startswith("_"))
     for package, table in repo.contents.items():
         path = repo.package / package / "__init__.py"

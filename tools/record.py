@@ -15,6 +15,7 @@ import ast
 import base64
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from PIL import Image
 
 from llama_sft_helpers.demo_model import models_dir
 from llama_sft_helpers.run import find_notebooks, run_notebooks
@@ -143,9 +145,12 @@ def _is_progress(output: Any) -> bool:
 
 def _clean_output(output: Any, alt: str | None, replacements: dict[str, str], table_id: str) -> None:
     data = output.get("data", {})
-    data.pop("application/vnd.jupyter.widget-view+json", None)
+    if data.pop("application/vnd.jupyter.widget-view+json", None) is not None:
+        data["text/plain"] = "A widget, which a running notebook draws here."
+    if "image/png" in data:
+        data["image/png"] = _in_few_colours(data["image/png"])
     if alt and "image/png" in data:
-        output.metadata["image/png"] = {"alt": alt}
+        output.metadata.setdefault("image/png", {})["alt"] = alt  # beside the size of a figure of 2x pixels
     for holder, key in [(output, "text"), *((data, key) for key in data if key.startswith("text/"))]:
         if key in holder:
             text = holder[key]
@@ -153,6 +158,15 @@ def _clean_output(output: Any, alt: str | None, replacements: dict[str, str], ta
                 text = text.replace(old, new)
             text = re.sub(r" at 0x[0-9a-f]+>", ">", text)
             holder[key] = re.sub(r"\bT_[0-9a-f]{5}\b", table_id, text)  # pandas draws a style's id by lot
+
+
+def _in_few_colours(png: str) -> str:
+    """A figure of 128 colours looks like one of millions and takes a third of the bytes."""
+    image, smaller = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
+    if image.mode == "P":
+        return png
+    image.convert("RGB").quantize(128).save(smaller, "PNG", optimize=True)
+    return base64.b64encode(smaller.getvalue()).decode()
 
 
 def pictures(notebook: Any) -> dict[str, bytes]:

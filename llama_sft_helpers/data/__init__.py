@@ -30,6 +30,7 @@ CONTENTS = {
     "plan_packing": "packing",  # tokens and padding of three ways to fill a batch, from lengths
     "summarize_packing": "packing",  # the same, counted in real batches
     "plot_packing": "packing",  # packed blocks and the rows in them
+    "plot_packing_mask": "packing",  # which tokens of a block each token sees
     "summarize_isolation": "packing",  # packed losses beside those of each row alone
     "check_isolation": "packing",  # no packed row sees its neighbours
     "TokenError": "packing",  # tokens, labels or losses are not what training needs

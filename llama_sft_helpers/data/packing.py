@@ -64,7 +64,12 @@ def plot_lengths(lengths: Iterable[int], max_length: int | None = None) -> Axes:
     if max_length is not None:
         label = f"max_length: {max_length} tokens"
         ax.axvline(max_length, color="black", linestyle="--", linewidth=1.6, label=label)
-    ax.set(title=f"Length of {len(tokens):,} rows", xlabel="tokens in a row (EOS counted)", ylabel="rows")
+    half = float(np.median(tokens))
+    ax.set(
+        title=f"Half of {len(tokens):,} rows have {half:.0f} tokens or fewer",
+        xlabel="tokens in a row (EOS counted)",
+        ylabel="rows",
+    )
     ax.legend(framealpha=1)
     return ax
 
@@ -164,11 +169,39 @@ def plot_packing(seq_lengths: Sequence[Sequence[int]], max_length: int) -> Axes:
     ax.invert_yaxis()
     count = sum(map(len, seq_lengths))
     ax.set(
-        title=f"{count:,} documents in {len(seq_lengths):,} blocks, {filled:.1%} filled (hatched: free)",
+        title=f"{count:,} rows in {len(seq_lengths):,} blocks, {filled:.1%} filled (hatched: free)",
         xlabel=f"tokens (a block holds {max_length:,})",
         ylabel="block" if len(drawn) == len(seq_lengths) else f"block (first {len(drawn)})",
         xlim=(0, max_length),
     )
+    return ax
+
+
+def plot_packing_mask(lengths: Sequence[int]) -> Axes:
+    """Draw which tokens of a packed block each token sees, with and without ``position_ids``.
+
+    Args:
+        lengths: Tokens of each row of the block, so few that a square a token can be seen.
+    """
+    ax = new_axes(5.2)
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    for place, number in enumerate(row):
+        for seen in range(place + 1):
+            own = row[seen] == number
+            look: Any = {"facecolor": BLUE} if own else {"facecolor": "#fbe3b0", "hatch": "////"}
+            ax.fill_between([seen, seen + 1], place, place + 1, edgecolor="white" if own else ORANGE, **look)
+    middles = np.cumsum(lengths) - np.array(lengths) / 2
+    names = [f"row {number}" for number in range(len(lengths))]
+    ax.set_xticks(middles, names)
+    ax.set_yticks(middles, names)
+    ax.set(
+        xlim=(0, len(row)),
+        ylim=(len(row), 0),
+        aspect="equal",
+        xlabel="token that is read",
+        ylabel="token that reads",
+    )
+    ax.set_title("Filled: a token sees its own row. Hatched: what it would see without position_ids")
     return ax
 
 

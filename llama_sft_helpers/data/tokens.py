@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 Batch = Mapping[str, Any]
 
 _CHUNK_ROWS = 1000
-# Okabe-Ito hues; the frame tells the roles apart without colour too.
+# Role -> its name, the marks around its tokens, and Okabe-Ito hues. GitHub strips the last: the marks stay.
 _STYLES = {
-    "prompt": ("not scored", "background:#e3e3e3;color:#333"),
-    "completion": ("scored", "background:#bfe3f7;color:#111;border-bottom:2px solid #0072B2"),
-    "eos": ("EOS, scored", "background:#E69F00;color:#111;border:2px solid #111;font-weight:bold"),
-    "eos_lost": ("EOS, NOT scored", "background:#8f2d00;color:#fff;border:2px dashed #fff;font-weight:bold"),
-    "pad": ("padding", "background:#fff;color:#666;border:1px dotted #999"),
+    "prompt": ("not scored", "{}", "background:#e3e3e3;color:#333"),
+    "completion": ("scored", "«{}»", "background:#bfe3f7;color:#111;border-bottom:2px solid #0072B2"),
+    "eos": ("EOS, scored", "«{}»", "background:#E69F00;color:#111;border:2px solid #111"),
+    "eos_lost": ("EOS, NOT scored", "[{}]", "background:#8f2d00;color:#fff;border:2px dashed #fff"),
+    "pad": ("padding", "({})", "background:#fff;color:#666;border:1px dotted #999"),
 }
 _STRIPES = ("background:#bfe3f7;color:#111", "background:#fbe3b0;color:#111")
 
@@ -110,12 +110,12 @@ def summarize_tokens(tokenizer: Any, texts: Mapping[str, str]) -> pd.DataFrame:
 
 
 def render_tokens(tokenizer: Any, texts: Mapping[str, str]) -> HTML:
-    """Each text with its tokens in alternating colours; a token's id shows under the mouse."""
+    """Each text with bars between its tokens, in alternating colours; an id shows under the mouse."""
     lines = []
     for name, text in texts.items():
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         spans = [_span(tokenizer, token, _STRIPES[n % 2], "") for n, token in enumerate(ids)]
-        lines.append(f"<div><b>{html.escape(name)}</b> ({len(ids)} tokens)<br>{''.join(spans)}</div>")
+        lines.append(f"<div><b>{html.escape(name)}</b> ({len(ids)} tokens)<br>{'|'.join(spans)}</div>")
     return _page(lines)
 
 
@@ -174,7 +174,7 @@ def summarize_loss_mask(batch: Batch, tokenizer: Any) -> pd.DataFrame:
 
 
 def render_loss_mask(batch: Batch, tokenizer: Any, rows: Sequence[int] = (0,)) -> HTML:
-    """Colour each token of a collated batch by what the loss does with it.
+    """Mark each token of a collated batch by what the loss does with it, with colours and without.
 
     Args:
         batch: As in ``summarize_loss_mask``.
@@ -183,7 +183,8 @@ def render_loss_mask(batch: Batch, tokenizer: Any, rows: Sequence[int] = (0,)) -
     """
     documents = _documents(batch)
     legend = " ".join(
-        f'<span style="{style};padding:0 .4em">{label}</span>' for label, style in _STYLES.values()
+        f'<span style="{style};padding:0 .4em">{marks.format(label)}</span>'
+        for label, marks, style in _STYLES.values()
     )
     lines = [f"<div>{legend}</div>"]
     for row in rows:
@@ -246,15 +247,15 @@ def _roles(ids: torch.Tensor, labels: torch.Tensor, attended: list[bool], eos_to
 
 
 def _spans(tokenizer: Any, ids: list[int], labels: list[int], roles: list[str]) -> Iterator[str]:
-    """One span a token; of several pad tokens in a row, the first and their number."""
+    """One span a token, marks around those of a role; of several pad tokens the first and their number."""
     position = 0
     for role, run in itertools.groupby(roles):
+        label, marks, style = _STYLES[role]
         length = len(list(run))
-        for place in range(position, position + (1 if role == "pad" else length)):
-            note = f"label {labels[place]}, {_STYLES[role][0]}"
-            yield _span(tokenizer, ids[place], _STYLES[role][1], note)
-        if role == "pad" and length > 1:
-            yield f'<span style="{_STYLES["pad"][1]}">&times; {length}</span>'
+        shown = range(position, position + (1 if role == "pad" else length))
+        spans = [_span(tokenizer, ids[place], style, f"label {labels[place]}, {label}") for place in shown]
+        times = f" &times; {length}" if length > len(spans) else ""
+        yield marks.format("".join(spans) + times)
         position += length
 
 

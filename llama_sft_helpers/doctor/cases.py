@@ -15,21 +15,13 @@ _MAX_MESSAGE = 20_000
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One exception; known from its text alone when it was raised in another process.
+    """One exception; known from its text alone when it was raised in another process."""
 
-    Attributes:
-        names: Bare names of its class and of those it is derived from.
-        message: Its text.
-        where: The traceback's ``file:function`` lines.
-        line: The line of a notebook's cell that raised it; "" elsewhere.
-        exception: None if it was raised in another process.
-    """
-
-    names: frozenset[str]
+    names: frozenset[str]  # of its class and of those it is derived from
     message: str
-    where: str
-    line: str
-    exception: BaseException | None
+    where: str  # the traceback's file:function lines
+    line: str  # of a notebook's cell that raised it; "" elsewhere
+    exception: BaseException | None  # None if it was raised in another process
 
     @property
     def variables(self) -> Iterator[tuple[str, Any]]:

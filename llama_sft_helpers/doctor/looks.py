@@ -1,7 +1,6 @@
 """Looks at the surroundings of a failure: versions, files, the plan; each fills in texts, or declines.
 
-A look gets the case, the values that the message gave, and the run's settings; None says that the sign does
-not hold.
+A look gets the case and the values that the message gave; None says that the sign does not hold.
 """
 
 from __future__ import annotations
@@ -14,17 +13,13 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama_sft_helpers.doctor.cases import Case
 from llama_sft_helpers.doctor.table import RENAMED_ARGUMENTS
 from llama_sft_helpers.environment.versions import same_version, version_on_disk
 
-if TYPE_CHECKING:
-    from llama_sft_helpers.profiles import Profile
-
 Values = dict[str, str]
-Settings = tuple[Any, "Profile | None"]  # the model's configuration and the profile, where they are known
 _WATCHED = (
     "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "huggingface_hub", "tokenizers",
     "safetensors", "pyarrow", "numpy", "torch",
@@ -48,28 +43,19 @@ def surroundings(case: Case) -> Values:
 # --- Versions ---
 
 
-def _stale(package: str) -> Values | None:
-    """The package's two versions, if the one in memory is not the one on disk."""
-    loaded, on_disk = getattr(sys.modules.get(package), "__version__", None), version_on_disk(package)
-    if not isinstance(loaded, str) or not on_disk or same_version(loaded, on_disk):
-        return None
-    return {"package": package, "loaded": loaded, "on_disk": on_disk}
-
-
-def _stale_package(case: Case, values: Values, settings: Settings) -> Values | None:
+def _stale_package(case: Case, values: Values) -> Values | None:
+    """Both versions of a package that the failure names, if the one in memory is not the one on disk."""
     if case.exception is None:  # raised in another process: this one's packages say nothing
         return None
-    named = [
-        name for name in _WATCHED if re.search(rf"\b{name}\b", case.message) or f"/{name}/" in case.where
-    ]
-    return next((stale for name in named if (stale := _stale(name))), None)
+    for name in _WATCHED:
+        if re.search(rf"\b{name}\b", case.message) or f"/{name}/" in case.where:
+            loaded, on_disk = getattr(sys.modules.get(name), "__version__", None), version_on_disk(name)
+            if isinstance(loaded, str) and on_disk and not same_version(loaded, on_disk):
+                return {"package": name, "loaded": loaded, "on_disk": on_disk}
+    return None
 
 
-def _stale_numpy(case: Case, values: Values, settings: Settings) -> Values | None:
-    return _stale("numpy") if case.exception is not None else None
-
-
-def _unseen_bitsandbytes(case: Case, values: Values, settings: Settings) -> Values | None:
+def _unseen_bitsandbytes(case: Case, values: Values) -> Values | None:
     """By now bitsandbytes is installed, but transformers looked for it before and remembers the answer."""
     if case.exception is None or not importlib.util.find_spec("bitsandbytes"):
         return None
@@ -77,11 +63,11 @@ def _unseen_bitsandbytes(case: Case, values: Values, settings: Settings) -> Valu
     return {"package": "bitsandbytes", "loaded": "not installed", "on_disk": on_disk} if on_disk else None
 
 
-def _renamed_argument(case: Case, values: Values, settings: Settings) -> Values | None:
+def _renamed_argument(case: Case, values: Values) -> Values | None:
     owner, old = values["owner"], values["old"]
     if new := RENAMED_ARGUMENTS.get(old):
         return {"advice": f"Use {new}."}
-    modules = [sys.modules.get(name) for name in ("trl", "transformers", "peft")]
+    modules = (sys.modules.get(name) for name in ("trl", "transformers", "peft"))
     known = next((getattr(module, owner) for module in modules if hasattr(module, owner)), None)
     if known is None:
         return None
@@ -100,7 +86,7 @@ def _nearest(path: Path) -> str:
     return ""
 
 
-def _missing_folder(case: Case, values: Values, settings: Settings) -> Values | None:
+def _missing_folder(case: Case, values: Values) -> Values | None:
     """A folder that is not there, which the library took for a name of the hub."""
     asked = [values.get("path"), *(value for name, value in case.variables if name in _PATH_ARGUMENTS)]
     given = next((name for name in asked if isinstance(name, str)), "")
@@ -112,44 +98,47 @@ def _missing_folder(case: Case, values: Values, settings: Settings) -> Values | 
     return {"path": given, "cwd": str(Path.cwd()), "near": near} if a_path or near else None
 
 
-def _missing_file(case: Case, values: Values, settings: Settings) -> Values | None:
+def _missing_file(case: Case, values: Values) -> Values | None:
     path = Path(values["path"])
     return None if path.is_file() else {"cwd": str(Path.cwd()), "near": _nearest(path)}
 
 
-def _folder_is_there(case: Case, values: Values, settings: Settings) -> Values | None:
+def _folder_is_there(case: Case, values: Values) -> Values | None:
     return {} if Path(values["path"]).expanduser().is_dir() else None
 
 
 # --- The run ---
 
 
-def _cell_assert(case: Case, values: Values, settings: Settings) -> Values | None:
+def _cell_assert(case: Case, values: Values) -> Values | None:
     return {"line": case.line} if case.line.startswith("assert") else None
 
 
-def _memory_plan(case: Case, values: Values, settings: Settings) -> Values | None:
+def _memory_plan(case: Case, values: Values) -> Values:
     """The plan's largest item, and the mildest change that makes the plan smaller."""
-    with contextlib.suppress(Exception):
-        from llama_sft_helpers.memory.plan import plan_memory, smaller_profiles
-        from llama_sft_helpers.profiles import read_profile
-
-        profile = settings[1] or read_profile()
-        config = settings[0] or _config_in(case) or config_of(profile.model_id)
-        if config is None:
-            return {}
-        plan = plan_memory(config, profile)
-        largest, total = plan.loc[plan["gib"].idxmax()], float(plan["gib"].sum())
-        text = (
-            f"The plan for profile {profile.name} is {total:.2f} GiB; its largest item is "
-            f"{largest['component']}: {largest['gib']:.2f} GiB ({largest['how']})."
-        )
-        for change, smaller in smaller_profiles(profile):
-            needed = float(plan_memory(config, smaller)["gib"].sum())
-            if needed < 0.9 * total:
-                return {"plan": text, "change": f"Set {change}: planned {needed:.2f} GiB instead."}
-        return {"plan": text}
+    with contextlib.suppress(Exception):  # without a plan the sign holds as well
+        return _planned(case)
     return {}
+
+
+def _planned(case: Case) -> Values:
+    from llama_sft_helpers.core.llama import is_llama3, load_llama3_config
+    from llama_sft_helpers.memory.plan import plan_memory, smaller_profiles
+    from llama_sft_helpers.profiles import read_profile
+
+    profile = read_profile()
+    config = _config_in(case) or (load_llama3_config() if is_llama3(profile.model_id, "8B") else None)
+    plan = plan_memory(config, profile)
+    largest, total = plan.loc[plan["gib"].idxmax()], plan["gib"].sum()
+    text = (
+        f"The plan for profile {profile.name} is {total:.2f} GiB; its largest item is "
+        f"{largest['component']}: {largest['gib']:.2f} GiB ({largest['how']})."
+    )
+    for change, smaller in smaller_profiles(profile):
+        needed = plan_memory(config, smaller)["gib"].sum()
+        if needed < 0.9 * total:
+            return {"plan": text, "change": f"Set {change}: planned {needed:.2f} GiB instead."}
+    return {"plan": text}
 
 
 def _config_in(case: Case) -> Any:
@@ -162,16 +151,8 @@ def _config_in(case: Case) -> Any:
     return None
 
 
-def config_of(model_id: str) -> Any:
-    """The configuration that a model's name tells: Llama 3 8B's, or None."""
-    from llama_sft_helpers.core.llama import is_llama3, load_llama3_config
-
-    return load_llama3_config() if is_llama3(model_id, "8B") else None
-
-
-LOOKS: dict[str, Callable[[Case, Values, Settings], Values | None]] = {
+LOOKS: dict[str, Callable[[Case, Values], Values | None]] = {
     "stale_package": _stale_package,
-    "stale_numpy": _stale_numpy,
     "unseen_bitsandbytes": _unseen_bitsandbytes,
     "renamed_argument": _renamed_argument,
     "missing_folder": _missing_folder,

@@ -46,8 +46,7 @@ def _show_warning(message: Warning | str, *arguments: Any, **keywords: Any) -> N
 
 
 def _show(exception: object) -> None:
-    explanation = explain(exception)
-    if explanation:
+    if explanation := explain(exception):
         from IPython.display import display
 
         display(explanation)

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from llama_sft_helpers.demo_model import demo_model_fix
 from llama_sft_helpers.environment.machine import NO_ANSWER, Machine, hub_cache, measure
 from llama_sft_helpers.environment.needs import needed_disk_gib, needed_gpu_gib, needed_ram_gib
 from llama_sft_helpers.environment.versions import (
@@ -16,7 +17,7 @@ from llama_sft_helpers.environment.versions import (
     tested_python,
     tested_versions,
 )
-from llama_sft_helpers.profiles import Profile, read_profile
+from llama_sft_helpers.profiles import OWN_PROFILE, Profile, read_profile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,11 +35,10 @@ _POST_2025 = {
 MUST_FIX = (
     "no GPU", "GPU hidden", "unsupported", "too little", "missing", "broken", "too old", "too new", "restart",
 )  # fmt: skip
-_OPTIONAL = ("torchao",)
+_OPTIONAL = "torchao"
 _LEAST_CAPABILITY = (7, 5)  # LLM.int8's tensor cores: Turing, https://huggingface.co/docs/bitsandbytes
+_BF16_CAPABILITY = (8, 0)  # Ampere
 _NOT_THERE = ("not there", "")
-_RESTART = "Runtime > Restart session, then run from the top"
-_CHANGE_RUNTIME = "Runtime > Change runtime type > A100, L4 or T4 GPU"
 _Row = tuple[str, str, str, str, str, str]  # in the order of COLUMNS
 
 
@@ -54,22 +54,21 @@ def summarize_environment(profile: Profile | None = None) -> pd.DataFrame:
     """
     import pandas as pd
 
-    machine = measure()
-    rows = _judge(machine, profile or _default_profile(machine), _chosen(profile))
+    machine, named = measure(), profile or _named_profile()
+    rows = _judge(machine, named or read_profile("cpu-demo" if _blind(machine) else None), named is not None)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def check_environment(profile: Profile | None = None, *, summary: pd.DataFrame | None = None) -> None:
+def check_environment(summary: pd.DataFrame | None = None) -> None:
     """Stop early, with every problem in one message, the first to fix first.
 
     Args:
-        profile: As for ``summarize_environment``.
         summary: A table of ``summarize_environment`` to check; None makes one.
 
     Raises:
         EnvironmentCheckError: Something must be fixed; the message has one line for each, with its fix.
     """
-    problems = list_problems(summarize_environment(profile) if summary is None else summary)
+    problems = list_problems(summarize_environment() if summary is None else summary)
     if problems:
         count = f"{len(problems)} thing{'s' * (len(problems) > 1)} to fix, in this order:"
         raise EnvironmentCheckError("\n".join([count, *problems]))
@@ -86,17 +85,14 @@ def list_problems(summary: pd.DataFrame) -> list[str]:
     ]
 
 
-def _default_profile(machine: Machine) -> Profile:
-    if os.environ.get("SFT_PROFILE"):
-        return read_profile()
-    if machine.driver_cuda == NO_ANSWER or "torch" not in machine.on_disk or machine.torch_error:
-        return read_profile("cpu-demo")
-    return read_profile()
+def _named_profile() -> Profile | None:
+    """The profile that a variable or a file names; then one without a GPU is no mistake."""
+    return read_profile() if os.environ.get("SFT_PROFILE") or OWN_PROFILE.is_file() else None
 
 
-def _chosen(profile: Profile | None) -> bool:
-    """Whether somebody named the profile, so that one without a GPU is no mistake."""
-    return profile is not None or bool(os.environ.get("SFT_PROFILE"))
+def _blind(machine: Machine) -> bool:
+    """Whether nothing is known of a GPU: torch cannot be imported, or the driver that it would ask hangs."""
+    return bool(machine.torch_error) or machine.driver_cuda == NO_ANSWER
 
 
 def _judge(machine: Machine, profile: Profile, chosen: bool) -> list[_Row]:
@@ -112,7 +108,7 @@ def _judge(machine: Machine, profile: Profile, chosen: bool) -> list[_Row]:
         _judge_tool("CUDA driver", machine.driver_cuda),
         _judge_tool("CUDA toolkit", machine.toolkit_cuda),
         *_judge_gpu(machine, profile, chosen),
-        *_judge_demo_model(machine, profile),
+        *_judge_demo_model(profile),
         _size_row("free disk", machine.free_disk_gib, needed_disk, profile, move),
         _size_row("RAM", machine.ram_gib, needed_ram, profile, "use a machine with more memory"),
     ]
@@ -137,23 +133,24 @@ def _judge_package(machine: Machine, name: str, tested: str, bounds: SpecifierSe
     here, loaded = machine.on_disk.get(name), machine.in_memory.get(name)
     shown, install = tested or "none needed", _install(name, tested, bounds)
     if here is None:
-        return _row(name, "", shown, False, _NOT_THERE if name in _OPTIONAL else ("missing", install))
-    if name == "torch" and machine.torch_error:
-        again = f"pip install -q --force-reinstall --no-deps torch=={Version(here).public}"
-        return _row(name, f"{here}; {machine.torch_error}", shown, False, ("broken", again))
+        return _row(name, "", shown, False, _NOT_THERE if name == _OPTIONAL else ("missing", install))
     public = Version(here).public
+    if name == "torch" and machine.torch_error:
+        again = f"{_typed('%pip', 'pip')} install -q --force-reinstall --no-deps torch=={public}"
+        return _row(name, f"{here}; {machine.torch_error}", shown, False, ("broken", again))
     if not bounds.contains(public):
         return _row(name, here, tested or str(bounds), False, (_side(public, bounds), install))
     if loaded and not same_version(loaded, here):
-        return _row(name, f"{here} on disk, {loaded} in memory", shown, False, ("restart", _RESTART))
+        anew = ("restart", "Runtime > Restart session, then run from the top")
+        return _row(name, f"{here} on disk, {loaded} in memory", shown, False, anew)
     return _row(name, here, shown, not tested or same_version(here, tested), ("other version", ""))
 
 
-def _judge_demo_model(machine: Machine, profile: Profile) -> list[_Row]:
+def _judge_demo_model(profile: Profile) -> list[_Row]:
     if not profile.model_id.endswith("smollm2-135m-instruct"):
         return []
-    here = "" if machine.demo_model_fix else "can be built"
-    return [_row("demo model", here, profile.name, bool(here), ("missing", machine.demo_model_fix))]
+    fix = demo_model_fix()
+    return [_row("demo model", "" if fix else "can be built", profile.name, not fix, ("missing", fix))]
 
 
 def _side(here: str, bounds: SpecifierSet) -> str:
@@ -166,22 +163,18 @@ def _side(here: str, bounds: SpecifierSet) -> str:
 
 def _install(name: str, tested: str, bounds: SpecifierSet) -> str:
     wanted = f"=={tested}" if tested and bounds.contains(tested) else str(bounds)
-    alone = "--no-deps -U " if name in _OPTIONAL else ""  # else pip might replace Colab's torch
-    return f'{_pip()} install -q {alone}"{name}{wanted}"'
-
-
-def _pip() -> str:
-    """``%pip`` in a notebook, where a plain ``pip`` may serve another Python."""
-    return "%pip" if _in_notebook() else "pip"
+    alone = "--no-deps -U " if name == _OPTIONAL else ""  # else pip might replace Colab's torch
+    return f'{_typed("%pip", "pip")} install -q {alone}"{name}{wanted}"'
 
 
 def _use_profile(name: str) -> str:
-    return f"{'%env' if _in_notebook() else 'export'} SFT_PROFILE={name}"
+    return f"{_typed('%env', 'export')} SFT_PROFILE={name}"
 
 
-def _in_notebook() -> bool:
+def _typed(in_notebook: str, in_shell: str) -> str:
+    """A command as it is typed here: in a notebook a plain ``pip`` may serve another Python."""
     ipython = sys.modules.get("IPython")
-    return bool(ipython and ipython.get_ipython())
+    return in_notebook if ipython and ipython.get_ipython() else in_shell
 
 
 def _judge_tool(component: str, version: str | None) -> _Row:
@@ -193,37 +186,40 @@ def _judge_tool(component: str, version: str | None) -> _Row:
 
 def _judge_gpu(machine: Machine, profile: Profile, chosen: bool) -> list[_Row]:
     wanted = "none needed" if profile.gpu_gib == 0 else f"{profile.gpu_gib:g} GiB card ({profile.name})"
-    if machine.gpu is None or machine.capability is None:
+    if machine.gpu is None:
         row = _no_gpu(machine, wanted, needed=profile.gpu_gib > 0 or (machine.colab and not chosen))
         rest = ("GPU memory", "compute capability", "bf16")
         return [row, *(_row(name, "", "", False) for name in rest)]
-    memory, least = needed_gpu_gib(profile), ".".join(map(str, _LEAST_CAPABILITY))
-    here = ".".join(map(str, machine.capability))
+    capability, gib = (machine.gpu.major, machine.gpu.minor), machine.gpu.total_memory / 2**30
+    here, least = ("{}.{}".format(*pair) for pair in (capability, _LEAST_CAPABILITY))
     newer = ("unsupported", "use a T4, L4, A100 or newer GPU")
     fp16 = ("unsupported", _use_profile("colab-t4"))
-    needs_bf16 = profile.dtype == "bfloat16"
+    has_bf16, needs_bf16 = capability >= _BF16_CAPABILITY, profile.dtype == "bfloat16"
     bf16 = f"{'' if needs_bf16 else 'not '}needed ({profile.name})"
     return [
-        _row("GPU", machine.gpu, wanted),
-        _size_row("GPU memory", machine.gpu_gib, memory, profile, _use_profile(_that_fits(machine.gpu_gib))),
-        _row("compute capability", here, f">= {least}", machine.capability >= _LEAST_CAPABILITY, newer),
-        _row("bf16", "yes" if machine.bf16 else "no", bf16, machine.bf16 or not needs_bf16, fp16),
+        _row("GPU", machine.gpu.name, wanted),
+        _size_row("GPU memory", gib, needed_gpu_gib(profile), profile, _use_profile(_that_fits(gib))),
+        _row("compute capability", here, f">= {least}", capability >= _LEAST_CAPABILITY, newer),
+        _row("bf16", "yes" if has_bf16 else "no", bf16, has_bf16 or not needs_bf16, fp16),
     ]
 
 
 def _no_gpu(machine: Machine, wanted: str, *, needed: bool) -> _Row:
-    if machine.driver_cuda not in (None, NO_ANSWER):
+    if _blind(machine):
+        return _row("GPU", "not known", wanted, False)
+    if machine.driver_cuda:
         build = machine.on_disk.get("torch", "(missing)")
         fix = f"update the NVIDIA driver: it runs CUDA up to {machine.driver_cuda}"
         if build.endswith("+cpu"):
-            fix = f'{_pip()} install --force-reinstall "torch=={build.removesuffix("+cpu")}"'
-        elif machine.visible_devices is not None:
+            fix = f'{_typed("%pip", "pip")} install --force-reinstall "torch=={build.removesuffix("+cpu")}"'
+        elif (hidden := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
             if not needed:  # hidden on purpose
                 return _row("GPU", "hidden by CUDA_VISIBLE_DEVICES", wanted, False)
-            fix = f"CUDA_VISIBLE_DEVICES={machine.visible_devices!r} hides it: unset that and start anew"
+            fix = f"CUDA_VISIBLE_DEVICES={hidden!r} hides it: unset that and start anew"
         return _row("GPU", f"torch {build} does not see it", wanted, False, ("GPU hidden", fix))
-    other = f"use a machine with a GPU, or: {_use_profile('cpu-demo')}"
-    fix = _CHANGE_RUNTIME if machine.colab else other
+    fix = f"use a machine with a GPU, or: {_use_profile('cpu-demo')}"
+    if machine.colab:
+        fix = "Runtime > Change runtime type > A100, L4 or T4 GPU"
     return _row("GPU", "", wanted, False, ("no GPU", fix) if needed else _NOT_THERE)
 
 

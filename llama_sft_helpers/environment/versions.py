@@ -6,6 +6,7 @@ no version is written down twice.
 
 from __future__ import annotations
 
+import email.message
 import functools
 import importlib.metadata
 import sys
@@ -81,8 +82,7 @@ def tested_versions() -> dict[str, str]:
     pins: dict[str, str] = {}
     for requirement in _requirements_of(_PACKAGE):
         exact = [item.version for item in requirement.specifier if item.operator == "=="]
-        in_extra = any(_applies(requirement, extra) for extra in ("tested", "colab"))
-        if exact and in_extra:
+        if exact and any(_applies(requirement, extra) for extra in ("tested", "colab")):
             pins[_normalized(requirement.name)] = exact[0]
     return pins
 
@@ -95,7 +95,7 @@ def bounds_of_packages() -> dict[str, SpecifierSet]:
     for package in (_PACKAGE, *PACKAGES):
         for requirement in _requirements_of(package):
             name = _normalized(requirement.name)
-            if name in bounds and _applies(requirement, ""):
+            if name in bounds and _applies(requirement):
                 bounds[name] &= requirement.specifier
     return bounds
 
@@ -104,15 +104,18 @@ def bounds_of_packages() -> dict[str, SpecifierSet]:
 def _requirements_of(package: str) -> list[Any]:
     from packaging.requirements import Requirement
 
+    return [Requirement(line) for line in _metadata_of(package).get_all("Requires-Dist", [])]
+
+
+def _metadata_of(package: str) -> Any:
+    """What a package says of itself; nothing where it is not installed."""
     try:
-        return [Requirement(line) for line in importlib.metadata.requires(package) or []]
+        return importlib.metadata.metadata(package)
     except importlib.metadata.PackageNotFoundError:
-        return []
+        return email.message.Message()
 
 
-def _applies(requirement: Any, extra: str) -> bool:
-    if extra and (requirement.marker is None or "extra" not in str(requirement.marker)):
-        return False
+def _applies(requirement: Any, extra: str = "") -> bool:
     return requirement.marker is None or bool(requirement.marker.evaluate({"extra": extra}))
 
 
@@ -122,7 +125,4 @@ def _normalized(name: str) -> str:
 
 def tested_python() -> str:
     """The Pythons that this package accepts."""
-    try:
-        return importlib.metadata.metadata(_PACKAGE)["Requires-Python"] or ""
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    return str(_metadata_of(_PACKAGE).get("Requires-Python", ""))

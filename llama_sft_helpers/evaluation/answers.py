@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from llama_sft_helpers.core.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, new_axes
+
 if TYPE_CHECKING:
     from IPython.display import HTML
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette, told apart by colour-blind readers; with more models it begins again.
-_PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_PALETTE = (RED, BLUE, GREEN, PINK, ORANGE, SKY)  # with more models it begins again
 
 
 def summarize_generations(
@@ -118,22 +119,20 @@ def plot_stops(rows: Mapping[str, pd.DataFrame], stops: pd.DataFrame, ax: Axes |
         stops: ``summarize_stops`` of the same models.
         ax: Axes to draw on; a new figure by default.
     """
-    import matplotlib.pyplot as plt
-
-    if ax is None:
-        _, ax = plt.subplots(figsize=(7, 1.2 + 0.9 * len(rows)), layout="constrained")
-    labels = []
+    ax = ax or new_axes(1.4 + 0.8 * len(rows))
+    labels, medians = [], []
     for y, (name, colour) in enumerate(zip(rows, itertools.cycle(_PALETTE), strict=False)):
         values = rows[name]["eos_probability"].dropna().to_numpy()
         spread = np.random.default_rng(0).uniform(-0.2, 0.2, len(values))
         ax.scatter(values, y + spread, s=22, color=colour, alpha=0.6, linewidths=0)
+        medians.append(f"{name} {np.median(values):.2f}")
         ax.plot([np.median(values)] * 2, [y - 0.32, y + 0.32], color="black", linewidth=2)
         stopped = stops.loc[name]
-        labels.append(f"{name}\n{int(stopped['stopped'])} of {int(stopped['prompts'])} answers stop")
+        labels.append(f"{name}:\n{int(stopped['stopped'])} of {int(stopped['prompts'])}\nanswers stop")
     ax.set_yticks(range(len(rows)), labels)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlim(-0.02, 1.02)
-    ax.set_xlabel("probability of EOS where the reference answer ends (line: median)")
-    ax.set_title("Does the model know when to stop?")
+    ax.set_xlabel("probability of EOS, one dot a held-out row")
+    ax.set_title(f"Where an answer should end, EOS gets\n{', '.join(medians)} (median, black line)")
     ax.grid(axis="x", alpha=0.3)
     return ax

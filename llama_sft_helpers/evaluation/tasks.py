@@ -53,7 +53,7 @@ def score_tasks(
     prompt_of: Callable[[str], str],
     *,
     max_new_tokens: int = 48,
-    batch_size: int = 8,
+    batch_size: int = 32,
 ) -> pd.DataFrame:
     """Let a model answer the tasks, greedily, and check each answer.
 

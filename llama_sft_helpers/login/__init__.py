@@ -12,10 +12,8 @@ CONTENTS = {
     "summarize_token_sources": "tokens",  # every place that a token may lie in
     "mask": "tokens",  # a token's last four characters at most
     "check_access": "access",  # does a token open a model, and if not, why
-    "check_token": "access",  # the hub's answer to whose a token is
     "HUB_SECONDS": "access",  # how long the hub may take to answer
     "AccessError": "access",  # why a model does not open, and what to do
-    "REASONS": "access",  # the reasons that are told apart
     "summarize_reasons": "access",  # with the page to open and what to do there
     "login_widget": "widget",  # a password field that never blocks
     "use_token": "widget",  # the one call of notebooks 03 to 08

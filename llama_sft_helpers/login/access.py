@@ -24,23 +24,15 @@ _Result = TypeVar("_Result")
 _REMEDIES: dict[str, dict[str, str]] = tomllib.loads(
     Path(__file__).with_name("reasons.toml").read_text(encoding="utf-8")
 )
-REASONS = tuple(_REMEDIES)
 
 
 class AccessError(ValueError):
-    """A model cannot be downloaded, and why.
-
-    Attributes:
-        reason: One of ``REASONS``.
-        repo_id: The model.
-        page: The page to open.
-        action: What to do there.
-    """
+    """A model cannot be downloaded; ``reason`` is one of ``summarize_reasons``, the message has the fix."""
 
     def __init__(self, reason: str, repo_id: str, detail: str = "") -> None:
-        self.reason, self.repo_id = reason, repo_id
-        case, self.page, self.action = _filled(reason, repo_id, detail)
-        super().__init__(f"{reason}: {case}.\nPage: {self.page}\nNext: {self.action}.")
+        self.reason = reason
+        case, page, action = _filled(reason, repo_id, detail)
+        super().__init__(f"{reason}: {case}.\nPage: {page}\nNext: {action}.")
 
 
 def _filled(reason: str, repo_id: str, detail: str) -> list[str]:
@@ -51,7 +43,7 @@ def summarize_reasons(repo_id: str) -> pd.DataFrame:
     """Every reason that ``check_access`` tells apart: columns reason, case, page, action."""
     import pandas as pd
 
-    rows = [(reason, *_filled(reason, repo_id, "the hub's words")) for reason in REASONS]
+    rows = [(reason, *_filled(reason, repo_id, "the hub's words")) for reason in _REMEDIES]
     return pd.DataFrame(rows, columns=["reason", "case", "page", "action"])
 
 
@@ -65,29 +57,17 @@ def check_access(repo_id: str, token: str | None = None) -> None:
         token: Token to ask with; None takes what ``find_token`` finds.
 
     Raises:
-        AccessError: The model is not open; ``reason`` is one of ``REASONS``, the message says what to do.
+        AccessError: The model is not open.
     """
     if Path(repo_id).is_dir():
         return
     token = token or find_token().token
-    _check_shape(token, repo_id)
     _ask_hub(lambda api: api.auth_check(repo_id, token=token or False), repo_id, token)
 
 
-def check_token(token: str, repo_id: str = "") -> dict[str, Any]:
-    """The hub's ``whoami`` answer for a token.
-
-    Raises:
-        AccessError: ``invalid-token`` or ``hub-unreachable``.
-    """
-    _check_shape(token, repo_id)
+def check_token(token: str, repo_id: str) -> dict[str, Any]:
+    """The hub's ``whoami`` answer for a token, or an ``AccessError``."""
     return _ask_hub(lambda api: api.whoami(token=token), repo_id, token)
-
-
-def _check_shape(token: str | None, repo_id: str) -> None:
-    """Refuse what cannot be a token before an HTTP library quotes it in an error message."""
-    if token and not (token.isascii() and token.isprintable() and " " not in token):
-        raise AccessError("invalid-token", repo_id, "it holds spaces or characters that no token has")
 
 
 def _ask_hub(call: Callable[[HfApi], _Result], repo_id: str, token: str | None) -> _Result:
@@ -95,6 +75,9 @@ def _ask_hub(call: Callable[[HfApi], _Result], repo_id: str, token: str | None) 
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
+    # What cannot be a token is refused before an HTTP library quotes it in an error message.
+    if token and not (token.isascii() and token.isprintable() and " " not in token):
+        raise AccessError("invalid-token", repo_id, "it holds spaces or characters that no token has")
     client = sys.modules[HTTPError.__module__]  # httpx with huggingface_hub 1.x, httpx2 with 2.x
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=False)
     try:
@@ -121,9 +104,8 @@ def _explain(error: HfHubHTTPError, repo_id: str, token: str | None) -> AccessEr
     status = error.response.status_code
     code, message = (error.response.headers.get(name, "") for name in ("X-Error-Code", "X-Error-Message"))
     detail = f"HTTP {status}" + (f", {message}" if message else "")
-    return AccessError(
-        _reason(status, code, message.lower(), bool(token)), repo_id, detail.replace(token or "\0", "…")
-    )
+    reason = _reason(status, code, message.lower(), bool(token))
+    return AccessError(reason, repo_id, detail.replace(token or "\0", "…"))
 
 
 def _reason(status: int, code: str, message: str, has_token: bool) -> str:

@@ -5,24 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # the order in which huggingface_hub reads them
 PLACES = {"env": "the environment", "cache": "the cache", "colab-secret": "Colab's secrets"}
-_COLAB_SECRET = "HF_TOKEN"  # noqa: S105 (the secret's name)
 colab_refused = False  # Colab asks at every look; after a no, huggingface_hub does not ask again either
 
 
 class FoundToken(NamedTuple):
-    """A token and where it was found; its representation never shows the token.
-
-    Attributes:
-        token: The token's text, or None.
-        source: ``env``, ``cache``, ``colab-secret`` or ``none``.
-    """
+    """A token, and ``env``, ``cache``, ``colab-secret`` or ``none``; its representation hides the token."""
 
     token: str | None
     source: str
@@ -49,11 +43,10 @@ def summarize_token_sources() -> pd.DataFrame:
     from huggingface_hub import constants
 
     used = find_token().source
-    secret = _colab_state(asked=used in ("none", "colab-secret"))
     rows = [
         ("env", "environment variable HF_TOKEN", mask(_env_token())),
         ("cache", str(constants.HF_TOKEN_PATH), mask(_cached_token())),
-        ("colab-secret", "key icon in Colab, secret HF_TOKEN", secret),
+        ("colab-secret", "key icon in Colab, secret HF_TOKEN", _colab_state(used)),
     ]
     table = [(*row, "yes" if row[0] == used else "") for row in rows]
     return pd.DataFrame(table, columns=["source", "place", "token", "used"])
@@ -64,12 +57,6 @@ def mask(token: str | None) -> str:
     if not token:
         return "none"
     return f"ends in …{token[-4:]}" if len(token) >= 16 else "present"
-
-
-def ask_colab_again() -> None:
-    """Forget that the secret was refused: the reader runs the cell again after granting access."""
-    global colab_refused  # noqa: PLW0603
-    colab_refused = False
 
 
 def _env_token() -> str | None:
@@ -88,29 +75,21 @@ def _cached_token() -> str | None:
 def _colab_token() -> str | None:
     """The Colab secret; None if it is missing, refused, or this is not Colab."""
     global colab_refused  # noqa: PLW0603
-    if colab_refused or not (userdata := _colab_userdata()):
+    if colab_refused or "google.colab" not in sys.modules:
         return None
     try:
-        return _clean(userdata.get(_COLAB_SECRET))
+        from google.colab import userdata
+
+        return _clean(userdata.get("HF_TOKEN"))
     except Exception as error:  # refused, missing, or no browser to ask: a token typed below serves as well
         colab_refused = type(error).__name__ == "NotebookAccessError"
         return None
 
 
-def _colab_userdata() -> Any:
+def _colab_state(used: str) -> str:
     if "google.colab" not in sys.modules:
-        return None
-    try:
-        from google.colab import userdata
-    except ImportError:
-        return None
-    return userdata
-
-
-def _colab_state(*, asked: bool) -> str:
-    if not _colab_userdata():
         return "not on Colab"
-    if not asked:
+    if used in ("env", "cache"):
         return "not asked"
     token = _colab_token()
     return "refused: allow it under the key icon, then restart the session" if colab_refused else mask(token)

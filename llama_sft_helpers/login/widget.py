@@ -55,9 +55,9 @@ def login_widget(repo_id: str, login: Callable[..., None] | None = None) -> Any:
 def use_token(model_id: str) -> Any:
     """Find the token for a model of the hub and give it to this session's ``huggingface_hub``.
 
-    The token is the one of ``find_token``; Colab's secret is handed on as the environment variable
-    ``HF_TOKEN``, for this session only. Then the hub is asked whether the model is open, as ``check_access``
-    does. A folder needs no token: nothing is looked for or asked.
+    The token is the one of ``find_token``, and the hub is asked whether it opens the model, as
+    ``check_access`` does. If so, Colab's secret is handed on as the environment variable ``HF_TOKEN``, for
+    this session only. A folder needs no token: nothing is looked for or asked.
 
     Args:
         model_id: The model that the notebook will load, ``owner/name``, or a folder.
@@ -67,12 +67,12 @@ def use_token(model_id: str) -> Any:
     """
     if model_id.startswith("local:") or Path(model_id).is_dir():
         return "The model is a folder on this machine: no token is needed."
-    tokens.ask_colab_again()
+    tokens.colab_refused = False  # the reader may have granted access since the last look
     found = find_token()
-    if found.source == "colab-secret" and found.token:
-        os.environ["HF_TOKEN"] = found.token
     text, opens = _try_token(model_id, found)
-    if opens:
+    if opens:  # a secret that opens nothing is looked up again: the reader may have replaced it
+        if found.source == "colab-secret" and found.token:
+            os.environ["HF_TOKEN"] = found.token
         return text
     widget = login_widget(model_id)
     widget.children[-1].value = _status(text, "error")

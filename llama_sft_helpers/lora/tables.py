@@ -233,17 +233,17 @@ def plot_update_spectrum(model: Any) -> Axes:
         spectra.setdefault(name.rpartition(".")[2], []).append(_singular_values(layer, adapter).cpu())
     r = max(values.numel() for group in spectra.values() for values in group)
     shown = range(1, r + max(2, r // 4) + 1)
-    axes: Any = new_axes(4.2, 7.5)
+    axes: Any = new_axes(4.4)
     for i, (projection, group) in enumerate(spectra.items()):
         padded = torch.stack([torch.nn.functional.pad(v, (0, len(shown) - v.numel())) for v in group])
         style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markersize": 4, "linewidth": 1.2}
         axes.plot(shown, padded.quantile(0.5, dim=0), label=projection, **style)
     axes.axvline(r + 0.5, color="0.4", linestyle="--", linewidth=1, label=f"r = {r}: 0 beyond")
-    axes.set_title("Singular values of the update B·A·α/r, median over the layers")
+    axes.set_title(f"Beyond r = {r} the update's singular values are 0 (median over the layers)")
     axes.set(xlabel="index of the singular value", ylabel="singular value (units of W)")
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(ncols=2, title="projection")
+    axes.legend()
     return axes
 
 

@@ -118,16 +118,17 @@ def reconcile_memory(plan: pd.DataFrame, measured_gib: float) -> pd.DataFrame:
 
 def plot_memory(plan: pd.DataFrame, card_gib: float) -> Axes:
     """Draw the plan as horizontal bars, one a component; the card's size, unless 0, goes into the title."""
-    ax = new_axes(3.4)
+    ax = new_axes(3.8)
     shown = plan[plan["gib"] > 0].iloc[::-1]
     bars = ax.barh(shown["component"], shown["gib"], color=BLUE)
     total = plan["gib"].sum()
     unit, name = (1024, "MiB") if total < 1 else (1, "GiB")
-    ax.bar_label(bars, [f"{size * unit:.2f}" for size in shown["gib"]], padding=3, fontsize=8)
+    ax.bar_label(bars, [f"{size * unit:.2f}" for size in shown["gib"]], padding=3)
     of_card = f" of {card_gib:g} GiB" if card_gib else ""
-    ax.set_title(f"Planned memory of a training step: {total * unit:.2f} {name}{of_card}")
+    largest = plan.loc[plan["gib"].idxmax(), "component"]
+    ax.set_title(f"Planned: {total * unit:.2f} {name}{of_card}, the largest part: {largest}")
     ax.set_xlabel("GiB (labels in MiB)" if unit > 1 else "GiB")
-    ax.margins(x=0.12)
+    ax.margins(x=0.2)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

@@ -13,6 +13,7 @@ CONTENTS = {
     "summarize_memory": "layers",  # a model's bytes in five formats, from its configuration
     "plot_weight_grid": "plots",  # one row's weights on the int8 grid
     "plot_quantization_error": "plots",  # the error of each matrix over the depth
+    "plot_int8_product": "plots",  # one output worked out in int8
     "plot_outliers": "plots",  # where the outlier columns are
 }
 __all__ = list(CONTENTS)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llama_sft_helpers.core.plots import BLUE, COLOURS, RED, SKY, new_axes
+from llama_sft_helpers.core.plots import BLUE, COLOURS, GREEN, ORANGE, RED, SKY, new_axes, new_diagram
 from llama_sft_helpers.quantization.layers import quantize_absmax
 
 if TYPE_CHECKING:
@@ -23,18 +23,17 @@ def plot_quantization_error(errors: pd.DataFrame) -> Axes:
     Returns:
         Axes: projection against relative Frobenius error in %, log scale; a dot a matrix, a colour a format.
     """
-    ax = new_axes(4.2, 7.2)
+    ax = new_axes(4)
     modules = list(errors["module"].unique())
     for (kind, group), colour, marker in zip(
         errors.groupby("format", sort=False), COLOURS, "osD", strict=False
     ):
         places = [modules.index(module) for module in group["module"]]
         ax.plot(places, 100 * group["relative_error"], marker, ms=5, alpha=0.4, color=colour, label=kind)
-    ax.set_xticks(range(len(modules)), modules)
-    ax.set(
-        yscale="log", ylabel="relative error of the weight (%)",
-        title=f"Error that quantization adds to each matrix ({', '.join(errors['format'].unique())})",
-    )  # fmt: skip
+    ax.set_xticks(range(len(modules)), modules, rotation=40, ha="right", rotation_mode="anchor")
+    means = 100 * errors.groupby("format", sort=False)["relative_error"].mean()
+    about = ", ".join(f"{kind} about {mean:.2g}%" for kind, mean in means.items())
+    ax.set(yscale="log", ylabel="relative error (%)", title=f"Error of each matrix: {about}")
     ax.legend(loc="center right")
     _percent_ticks(ax)
     return ax
@@ -53,8 +52,6 @@ def plot_weight_grid(weight: torch.Tensor, row: int = 0) -> Axes:
     Raises:
         ValueError: The matrix has no such row.
     """
-    import numpy as np
-
     codes, absmax = quantize_absmax(weight)
     if not 0 <= row < len(weight):
         raise ValueError(f"row={row} is not a row of this matrix; it has rows 0 to {len(weight) - 1}.")
@@ -63,27 +60,50 @@ def plot_weight_grid(weight: torch.Tensor, row: int = 0) -> Axes:
         raise ValueError(f"Row {row} holds only zeros and has no grid; choose another row.")
     counts = torch.bincount(codes[row].long().cpu() + 127, minlength=255)
     levels = [step * level for level in range(-127, 128)]
-    ax = new_axes(4.2, 7.2)
+    ax = new_axes(4)
     ax.bar(levels, counts.tolist(), width=step, color=BLUE)
+    used = int((counts > 0).sum())
     ax.set(
         xlabel="weight", ylabel="weights per level",
-        title=f"Row {row}: {len(values)} weights on 255 levels, one step = {step:.3g}",
+        title=f"Row {row}, {len(values)} weights: {used} of 255 levels are used; one step is {step:.3g}",
     )  # fmt: skip
-    ax.margins(y=0.1)
-    top = ax.secondary_xaxis("top", functions=(lambda x: np.divide(x, step), lambda x: np.multiply(x, step)))
-    top.set_xlabel("int8 code")
-    zoom = ax.inset_axes((0.66, 0.5, 0.33, 0.42))
+    zoom = ax.inset_axes((0.62, 0.5, 0.37, 0.36))
     near = values[abs(values) < 3.5 * step]
     zoom.hist(near / step, bins=42, range=(-3.5, 3.5), color=SKY)
     for level in range(-3, 4):
         zoom.axvline(level, color=RED, lw=1)
-    zoom.set_title("before rounding; lines: levels", fontsize=8)
-    zoom.tick_params(labelsize=8)
-    zoom.set_xlabel("weight / step", fontsize=8)
+    zoom.set_title("before rounding;\nlines: levels")
+    zoom.set(xlabel="weight / step", yticks=[])
     return ax
 
 
-def plot_outliers(outliers: pd.DataFrame, at_most: int = 12) -> Axes:
+def plot_int8_product(x: torch.Tensor, w: torch.Tensor) -> Axes:
+    """Draw how one output of a layer is worked out in int8, with the numbers of an example.
+
+    Args:
+        x: The layer's input for one token, shape (d_in,), at most four numbers.
+        w: One row of its weight, of the same shape.
+    """
+    codes, absmax = quantize_absmax(torch.stack([x, w]))
+    total = int(codes[0].int() @ codes[1].int())
+    rows = [(7.6, x, SKY), (6.5, codes[0], SKY), (4.9, w, BLUE), (3.8, codes[1], BLUE)]
+    boxes = [
+        (3.2 + 1.7 * place, y, 1.7, 1, f"{number:g}", colour)
+        for y, row, colour in rows
+        for place, number in enumerate(row.tolist())
+    ]
+    result = total * (absmax[0] * absmax[1] / 127**2).item()
+    boxes += [(3.2, 2.1, 6.8, 1, f"{total:,}", ORANGE), (3.2, 0.4, 6.8, 1, f"{result:.4f}", GREEN)]
+    ax = new_diagram(9, boxes, [((6.6, 3.8), (6.6, 3.1)), ((6.6, 2.1), (6.6, 1.4))])
+    names = ["token's input", "its codes", "weight's row", "its codes", "sum in int32", "output"]
+    for y, name in zip((8.1, 7, 5.4, 4.3, 2.6, 0.9), names, strict=True):
+        ax.text(3, y, name, ha="right", va="center")
+    ax.text(6.4, 1.75, f"times {absmax[0]:.2g} · {absmax[1]:.2g} / 127²", ha="right", va="center")
+    ax.set_title(f"In int8 the output is {result:.4f}, without rounding {(x @ w).item():.4f}")
+    return ax
+
+
+def plot_outliers(outliers: pd.DataFrame, at_most: int = 8) -> Axes:
     """Draw the layer inputs that have the most outlier channels.
 
     Args:
@@ -95,15 +115,15 @@ def plot_outliers(outliers: pd.DataFrame, at_most: int = 12) -> Axes:
     """
     few = outliers[outliers["outlier_channels"] > 0].nlargest(at_most, "channels_share")[::-1]
     none = int((outliers["outlier_channels"] == 0).sum())
-    ax = new_axes(1.6 + 0.26 * len(few), 7.2)
+    ax = new_axes(1.8 + 0.26 * len(few))
     names = [f"layer {row.layer}, {row.module}" for row in few.itertuples()]
     bars = ax.barh(names, 100 * few["channels_share"], color=BLUE)
     ax.bar_label(bars, labels=[str(count) for count in few["outlier_channels"]], padding=3)
     ax.set(
-        xlabel="outlier channels (% of the input's channels; number: their count)",
+        xlabel="outlier channels (%; number: count)",
         title=f"The {len(few)} inputs with the most outliers; {none} have none",
     )  # fmt: skip
-    ax.margins(x=0.1)
+    ax.margins(x=0.15)
     return ax
 
 

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-_ACROSS = {"tokens_per_second": "tokens/s", "peak_reserved_gib": "GiB reserved"}
+_ACROSS = {
+    "tokens_per_second": "tokens per second",
+    "peak_reserved_gib": "peak of reserved memory (GiB)",
+}
 
 
 def read_results(name: str) -> dict[str, Any]:
@@ -54,25 +57,27 @@ def summarize_ladder(results: Mapping[str, Any], epoch_tokens: int, price_per_ho
     return table[[c for c in columns if c in table] + ["epoch_hours", "epoch_price"]]
 
 
-def plot_ladder(table: pd.DataFrame, column: str, ax: Axes | None = None) -> Axes:
+def plot_ladder(
+    table: pd.DataFrame, column: str, ax: Axes | None = None, missing: str = "did not finish"
+) -> Axes:
     """Horizontal bars of one column of ``summarize_ladder``, the first rung on top, each with its value.
 
-    A rung without a value is shown as one that did not finish.
+    A rung without a value has ``missing`` in its place.
 
     Raises:
         ValueError: The table has no such column; the message lists those it has.
     """
     if column not in table:
         raise ValueError(f"there is no column {column!r}; expected one of {', '.join(table.columns)}.")
-    ax = ax or new_axes(0.45 * len(table) + 1.2)
+    ax = ax or new_axes(0.36 * len(table) + 1.2)
     values = table[column]
     bars = ax.barh(range(len(values)), values.fillna(0), color=BLUE)
     pattern = "{:,.0f}" if values.max() > 100 else "{:.1f}"
-    labels = values.map(pattern.format, na_action="ignore").fillna("did not finish")
-    ax.bar_label(bars, labels=labels, padding=3, fontsize=9)
+    labels = values.map(pattern.format, na_action="ignore").fillna(missing)
+    ax.bar_label(bars, labels=labels, padding=3)
     ax.set_yticks(range(len(values)), [str(name) for name in values.index])
     ax.invert_yaxis()
-    ax.set_xlim(0, float(values.max()) * 1.18)
+    ax.set_xlim(0, float(values.max()) * 1.3)
     ax.set_xlabel(_ACROSS.get(column, column.replace("_", " ")))
     ax.set_title(f"{column.replace('_', ' ').replace(' gib', '')} by rung")
     return ax

@@ -21,6 +21,7 @@ CONTENTS = {
     "CheckpointError": "checkpoints",  # a checkpoint is damaged or of another run
     "CheckpointWriteError": "checkpoints",  # a checkpoint could not be written
     "summarize_training_result": "findings",  # whether training lowered the held-out loss
+    "summarize_advice": "advice",  # rate, rank and epochs by size of data, as a sweep found them
     "write_training_summary": "summary",  # what this run says of itself, for 07
     "read_training_summary": "summary",  # the same, read and checked
     "hash_files": "core.files",  # SHA-256 of a folder's weights

@@ -7,9 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from llama_sft_helpers.core.findings import FEW_ROWS
-
-LEVEL = 0.01  # a held-out loss that rose by less than this share of itself is taken for level
+from llama_sft_helpers.core.findings import FEW_ROWS, LEVEL
 
 
 def rose(lowest: float, end: float) -> bool:
@@ -35,7 +33,7 @@ def summarize_training_result(
         best_is_saved: Whether the saved adapter is that one (``load_best_model_at_end``), not the last.
 
     Returns:
-        One row, index ``finding``; ``hoped_for``, ``measured``, ``verdict``, ``advice``.
+        One row, index ``finding``; ``hoped for``, ``measured``, ``verdict``, ``advice``.
     """
     losses = [(row["eval_loss"], row["step"]) for row in log_history if "eval_loss" in row]
     end, last = losses[-1]
@@ -61,4 +59,4 @@ def summarize_training_result(
     verdict = "as hoped" if after < before else "not as hoped"
     row = (f"below {before:.4f}", f"{after:.4f}", verdict, " ".join(advice) or "nothing to do")
     index = pd.Index(["held-out loss"], name="finding")
-    return pd.DataFrame([row], index, ["hoped_for", "measured", "verdict", "advice"])
+    return pd.DataFrame([row], index, ["hoped for", "measured", "verdict", "advice"])

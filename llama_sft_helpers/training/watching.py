@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from llama_sft_helpers.core.findings import LEVEL
 from llama_sft_helpers.core.plots import BLUE, RED, new_axes
-from llama_sft_helpers.training.findings import LEVEL, rose
+from llama_sft_helpers.training.findings import rose
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,11 +100,16 @@ class ThroughputCallback(TrainerCallback):
 class LiveLossCallback(TrainerCallback):
     """Draws the training and held-out loss while the run goes on, in one figure that updates in place.
 
-    The throughput's figures go into the title; put that callback before this one in the trainer's list.
+    The axes stay as they are from the first drawing on, unless a loss rises above twice ``before``.
+
+    Args:
+        throughput: Its figures go into the title; put it before this callback in the trainer's list.
+        before: The held-out loss before training, in nats per token, drawn at step 0.
     """
 
-    def __init__(self, throughput: ThroughputCallback) -> None:
+    def __init__(self, throughput: ThroughputCallback, before: float) -> None:
         self._throughput = throughput
+        self._before = before
         self._drawn = 0.0
         self._handle: Any = None
 
@@ -120,10 +126,14 @@ class LiveLossCallback(TrainerCallback):
         import matplotlib.pyplot as plt
         from IPython.display import display
 
-        if not any("loss" in row for row in state.log_history):
+        losses = [row["loss"] for row in state.log_history if "loss" in row]
+        if not losses:
             return
-        ax = plot_loss(state.log_history, ax=new_axes(3))
-        ax.set_title(self._title(state))
+        ax = plot_loss(state.log_history, before=self._before)
+        top = max(2 * self._before, 1.05 * max(losses))
+        ax.set(
+            title=self._title(state), xlim=(-0.02 * state.max_steps, 1.02 * state.max_steps), ylim=(0, top)
+        )
         if self._handle is None:
             self._handle = display(ax.figure, display_id=True)
         else:
@@ -132,64 +142,86 @@ class LiveLossCallback(TrainerCallback):
         self._drawn = time.perf_counter()
 
     def _title(self, state: Any) -> str:
+        held_out = _held_out(state.log_history, self._before)
         title = f"step {state.global_step} of {state.max_steps}"
-        if not self._throughput.rows:
-            return title
-        row = self._throughput.rows[-1]
-        minutes, seconds = divmod(round(row["seconds_left"]), 60)
-        pace = f"{row['tokens_per_second']:,.0f} tokens/s · peak {row['peak_gib']:.1f} GiB"
-        return f"{title} · {pace} · {minutes}:{seconds:02d} left"
+        if len(held_out) > 1:
+            first, last = (held_out[step][1] for step in (min(held_out), max(held_out)))
+            title += f", held-out loss {first:.2f} → {last:.2f}"
+        if self._throughput.rows:
+            row = self._throughput.rows[-1]
+            minutes, seconds = divmod(round(row["seconds_left"]), 60)
+            title += f"\n{row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_gib']:.1f} GiB"
+            title += f", {minutes}:{seconds:02d} left" if state.global_step < state.max_steps else ""
+        return title
 
 
-def plot_loss(log_history: Sequence[Mapping[str, Any]], label: str = "", ax: Axes | None = None) -> Axes:
+def _held_out(
+    log_history: Sequence[Mapping[str, Any]], before: float | None
+) -> dict[int, tuple[float, float]]:
+    """Step -> epoch and held-out loss, ``before`` at step 0."""
+    found = {} if before is None else {0: (0.0, before)}
+    return found | {
+        row["step"]: (row.get("epoch", 0.0), row["eval_loss"]) for row in log_history if "eval_loss" in row
+    }
+
+
+def _finish(ax: Axes, across: str) -> None:
+    ax.set(xlabel=across, ylabel="loss (nats per token)")
+    ax.spines[["top", "right"]].set_visible(False)
+    if ax.get_lines():
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + 0.2 * (high - low))  # room for the legend above the lines
+        ax.legend(loc="upper center", ncols=2, frameon=False, labelcolor="linecolor")
+
+
+def plot_loss(log_history: Sequence[Mapping[str, Any]], label: str = "", before: float | None = None) -> Axes:
     """Draw the training loss (line) and the held-out loss (points) over optimizer steps.
 
-    ``log_history`` is the trainer's or that of a ``trainer_state.json``; ``label`` tells two runs apart.
+    ``log_history`` is the trainer's or that of a ``trainer_state.json``; ``label`` tells two runs apart;
+    ``before`` is the held-out loss before training, drawn at step 0.
     """
-    ax = ax or new_axes(3.4)
+    ax = new_axes(3.4)
     train = [(row["step"], row["loss"]) for row in log_history if "loss" in row]
-    held_out = [(row["step"], row["eval_loss"]) for row in log_history if "eval_loss" in row]
+    held_out = [(step, loss) for step, (_, loss) in _held_out(log_history, before).items()]
     if train:
-        ax.plot(*zip(*train, strict=True), color=BLUE, label=f"{label} training".strip())
+        ax.plot(*zip(*train, strict=True), color=BLUE, linewidth=1, label=f"{label} training".strip())
     if held_out:
-        ax.plot(*zip(*held_out, strict=True), "o--", color=RED, label=f"{label} held out".strip())
-    return _finish(ax, title="Loss during training", xlabel="optimizer step")
+        ax.plot(*zip(*held_out, strict=True), "o-", color=RED, linewidth=2, label=f"{label} held out".strip())
+    ax.set_title("Loss during training")
+    _finish(ax, "optimizer step")
+    return ax
 
 
-def plot_overfitting(log_history: Sequence[Mapping[str, Any]]) -> Axes:
+def plot_overfitting(log_history: Sequence[Mapping[str, Any]], before: float | None = None) -> Axes:
     """Draw training and held-out loss by epoch, and mark the step where the held-out loss was lowest.
 
     The training loss is averaged over the steps since the held-out loss before, so that noise of single
     batches does not hide its course.
 
+    Args:
+        log_history: ``trainer.state.log_history`` with at least one ``eval_loss``.
+        before: The held-out loss before training, drawn at step 0.
+
     Raises:
         ValueError: No held-out loss was logged.
     """
-    held_out = {row["step"]: (row["epoch"], row["eval_loss"]) for row in log_history if "eval_loss" in row}
-    if not held_out:
+    if not any("eval_loss" in row for row in log_history):
         raise ValueError("The history has no eval_loss; train with eval_strategy='steps'.")
+    held_out = _held_out(log_history, before)
     ax = new_axes(3.4)
     train = []
-    for since, until in itertools.pairwise([0, *held_out]):
+    for since, until in itertools.pairwise(sorted({0, *held_out})):
         losses = [row["loss"] for row in log_history if "loss" in row and since < row["step"] <= until]
         train += [(held_out[until][0], sum(losses) / len(losses))] if losses else []
     if train:
-        ax.plot(*zip(*train, strict=True), "s-", color=BLUE, label="training, mean since the last point")
-    ax.plot(*zip(*held_out.values(), strict=True), "o--", color=RED, label="held out")
+        ax.plot(*zip(*train, strict=True), "s-", color=BLUE, label="training (mean)")
+    ax.plot(*zip(*held_out.values(), strict=True), "o-", color=RED, label="held out")
     step = min(held_out, key=lambda step: held_out[step][1])
-    epoch, lowest = held_out[step]
-    ax.axvline(epoch, color="black", linewidth=1, label=f"lowest: step {step}")
-    ending = f"level since, within {LEVEL:.0%}"
-    if step == max(held_out):
-        ending = "the last one measured"
-    elif rose(lowest, held_out[max(held_out)][1]):
-        ending = "then rose: overfitting"
-    return _finish(ax, title=f"Held-out loss was lowest at step {step}, {ending}", xlabel="epoch")
-
-
-def _finish(ax: Axes, **names: str) -> Axes:
-    ax.set(ylabel="cross-entropy (nats per token)", **names)
-    if ax.lines:
-        ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.axvline(held_out[step][0], color="black", linewidth=1)
+    lowest, (_, end) = held_out[step][1], held_out[max(held_out)]
+    ending = "then rose: overfitting" if rose(lowest, end) else f"level since, within {LEVEL:.0%}"
+    ending = ending if step < max(held_out) else "the last one measured"
+    course = f"Held-out loss: {held_out[min(held_out)][1]:.2f} at step {min(held_out)}, lowest {lowest:.2f}"
+    ax.set_title(f"{course}\nat step {step} (line), {ending}")
+    _finish(ax, "epoch")
     return ax

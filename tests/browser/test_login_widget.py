@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from browser_lab import ARTIFACTS, jupyter_lab, open_and_run_all
-from fake_hub import Account, FakeHub, wait_for
+from browser_lab import ARTIFACTS, jupyter_lab, open_and_run_all, wait_for
+from fake_hub import Account, FakeHub
 
 pytestmark = pytest.mark.browser
 

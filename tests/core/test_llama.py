@@ -7,7 +7,6 @@ import pytest
 
 from llama_sft_helpers import cli
 from llama_sft_helpers.core.llama import is_llama3, load_llama3_config
-from llama_sft_helpers.doctor import looks
 from llama_sft_helpers.environment import needs
 from llama_sft_helpers.evaluation import publishing
 from llama_sft_helpers.profiles import read_profile
@@ -55,7 +54,6 @@ def test_all_who_ask_agree(name, monkeypatch):
     monkeypatch.setattr(needs, "_left_to_download_gib", lambda model_id: None)
     profile = read_profile("colab-a100", model_id=name)
     assert (cli._model_config(name) is not None) == eight
-    assert (looks.config_of(name) is not None) == eight
     assert (needs.needed_disk_gib(profile) > 10) == eight
     assert (needs.needed_gpu_gib(profile) != 0.9 * profile.gpu_gib) == eight
     assert (publishing._licence(name) == "llama3") == any_size

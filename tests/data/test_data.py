@@ -622,10 +622,26 @@ def test_picture_shows_every_token_with_its_role(tiny_tokenizer):
     assert roles.count("scored") == table["completion"].sum()
     assert roles.count("EOS, scored") == table["eos"].sum() == 2
     pads = int(table["pad"].sum())
-    assert f"&times; {pads}<" in page
+    assert f"&times; {pads})" in page
     size = len(encoded[0].input_ids)
     assert [int(token) for token, _, _ in titles[:size]] == encoded[0].input_ids
     assert [int(label) for _, label, _ in titles[:size]] == batch["labels"][0, :size].tolist()
+
+
+def test_the_picture_speaks_without_styles(tiny_tokenizer):
+    """GitHub strips styles: between the marks stands what is scored."""
+    batch = plain_batch(
+        tiny_tokenizer, data.choose_pad_token(tiny_tokenizer), [{"prompt": "Say:\n", "completion": "a b"}]
+    )
+    batch["labels"][0, : len(tiny_tokenizer("Say:\n").input_ids)] = -100
+    eos = tiny_tokenizer.eos_token
+    for label, marked in ((tiny_tokenizer.eos_token_id, f"«{eos}»"), (-100, f"[{eos}]")):
+        batch["labels"][0, -1] = label
+        page = data.render_loss_mask(batch, tiny_tokenizer).data
+        assert html.unescape(re.sub(r"<[^>]+>", "", page)).endswith(f"Say:⏎«a b»{marked}")
+    page = data.render_tokens(tiny_tokenizer, {"two": "a b"}).data
+    ids = tiny_tokenizer("a b", add_special_tokens=False).input_ids
+    assert re.sub(r"<[^>]+>", "", page).count("|") == len(ids) - 1 > 0
 
 
 # --- Lengths and packing ---
@@ -757,7 +773,7 @@ def test_figures_are_labelled():
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("tokens in a row (EOS counted)", "rows")
     assert "max_length: 256 tokens" in [text.get_text() for text in ax.get_legend().get_texts()]
     ax = data.plot_packing([[60, 30], [50]] * 15, max_length=100)
-    assert ax.get_title() == "45 documents in 30 blocks, 70.0% filled (hatched: free)"
+    assert ax.get_title() == "45 rows in 30 blocks, 70.0% filled (hatched: free)"
     assert ax.get_ylabel() == "block (first 20)"
     assert sum(patch.get_width() for patch in ax.patches) == 20 * 100
     plt.close("all")

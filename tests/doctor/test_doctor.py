@@ -6,16 +6,26 @@ import json
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
+import numpy
 import pandas
 import pytest
+import torch
+from datasets import Dataset, load_dataset
+from huggingface_hub import HfApi, constants, hf_hub_download
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from IPython.core.interactiveshell import InteractiveShell
+from nbclient import NotebookClient
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft.import_utils import is_torchao_available
 from provocations import (
     PROVOKED,
     DownloadHub,
@@ -28,25 +38,39 @@ from provocations import (
     small_disk,
 )
 from tiny_models import build_trainer, random_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
 
+from llama_sft_helpers import load_ipython_extension, unload_ipython_extension
+from llama_sft_helpers.core.llama import load_llama3_config
+from llama_sft_helpers.data import check_file
 from llama_sft_helpers.doctor import TABLE, Explanation, explain, looks, notebook
 from llama_sft_helpers.doctor.table import RENAMED_ARGUMENTS
-from llama_sft_helpers.training import check_loss_history
+from llama_sft_helpers.memory import plan_memory
+from llama_sft_helpers.profiles import read_profile
+from llama_sft_helpers.training import (
+    check_checkpoint,
+    check_gradients_reach_adapters,
+    check_loss_history,
+    latest_checkpoint,
+)
+from llama_sft_helpers.training.checkpoints import RUN_FILE
 
 ROOT = Path(__file__).parents[2]
 ROWS = [{"prompt": "Say hi. ", "completion": "hi there"}] * 8
 
 
-@pytest.fixture
-def lora():
-    from peft import LoraConfig
-
-    def config(rank=4, targets=("q_proj", "v_proj"), **keywords):
-        return LoraConfig(
-            r=rank, lora_alpha=16, task_type="CAUSAL_LM", target_modules=list(targets), **keywords
-        )
-
-    return config
+def with_lora(model, rank=4, targets=("q_proj", "v_proj"), **keywords):
+    config = LoraConfig(
+        r=rank, lora_alpha=16, task_type="CAUSAL_LM", target_modules=list(targets), **keywords
+    )
+    return get_peft_model(model, config)
 
 
 @pytest.fixture
@@ -58,6 +82,14 @@ def trainer(tmp_path, tiny_tokenizer):
         return build_trainer(model, folder, tiny_tokenizer, rows or ROWS, **arguments)
 
     return build
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """An empty current folder, and no hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
 
 
 @pytest.fixture
@@ -79,28 +111,26 @@ def disk(tmp_path):
 @provokes("stale-import")
 def test_a_package_upgraded_under_a_running_session(tmp_path):
     # An older huggingface_hub without `auth_check` is imported, then upgraded on the disk, as pip does it.
-    site = tmp_path / "site"
-    real = Path(importlib.metadata.distribution("huggingface_hub").locate_file("huggingface_hub"))
-    shutil.copytree(real, site / "huggingface_hub", ignore=shutil.ignore_patterns("__pycache__"))
-    init = site / "huggingface_hub" / "__init__.py"
-    new = init.read_text(encoding="utf-8")
     version = importlib.metadata.version("huggingface_hub")
-    old = "".join(line for line in new.splitlines(keepends=True) if "auth_check" not in line)
+    init = tmp_path / "huggingface_hub" / "__init__.py"
+    shutil.copytree(_installed("huggingface_hub"), init.parent, ignore=shutil.ignore_patterns("__pycache__"))
+    new = tmp_path / "new_init"
+    init.rename(new)
+    lines = new.read_text(encoding="utf-8").splitlines(keepends=True)
+    old = "".join(line for line in lines if "auth_check" not in line)
     init.write_text(old.replace(f'__version__ = "{version}"', '__version__ = "0.36.0"'), encoding="utf-8")
-    (tmp_path / "new_init").write_text(new, encoding="utf-8")
-    _write_metadata(site, "huggingface_hub", "0.36.0")
+    _write_metadata(tmp_path, "huggingface_hub", "0.36.0")
     code = f"""
-import shutil
 from pathlib import Path
-sys.path.insert(0, {str(site)!r})
+site = Path({str(tmp_path)!r})
+sys.path.insert(0, str(site))
 import huggingface_hub
 def use():
     from huggingface_hub import auth_check
 provoke(use)  # before the upgrade: a plain missing name
-site = Path({str(site)!r})
-shutil.copy({str(tmp_path / "new_init")!r}, site / "huggingface_hub" / "__init__.py")
-shutil.move(site / "huggingface_hub-0.36.0.dist-info", site / "huggingface_hub-{version}.dist-info")
-metadata = site / "huggingface_hub-{version}.dist-info" / "METADATA"
+(site / "new_init").replace({str(init)!r})
+metadata = site / "huggingface_hub-0.36.0.dist-info"
+metadata = metadata.rename(site / "huggingface_hub-{version}.dist-info") / "METADATA"
 metadata.write_text(metadata.read_text().replace("0.36.0", "{version}"))
 provoke(use)
 """
@@ -139,10 +169,9 @@ provoke(load)
 @provokes("bitsandbytes-native")
 def test_bitsandbytes_without_its_compiled_library(tmp_path):
     # The package as it is, but for its libraries, where torch reports a CUDA card.
-    real = Path(importlib.metadata.distribution("bitsandbytes").locate_file("bitsandbytes"))
     broken = tmp_path / "bitsandbytes"
     broken.mkdir()
-    for path in real.iterdir():
+    for path in _installed("bitsandbytes").iterdir():
         if path.suffix != ".so":
             (broken / path.name).symlink_to(path)
     code = f"""
@@ -162,16 +191,13 @@ provoke(lambda: lib.cquantize_blockwise_fp32())
 
 
 @provokes("torchao-too-old")
-def test_torchao_of_colabs_image(tmp_path, tiny_model, lora, monkeypatch):
-    from peft import get_peft_model
-    from peft.import_utils import is_torchao_available
-
+def test_torchao_of_colabs_image(tmp_path, tiny_model, monkeypatch):
     (tmp_path / "torchao").mkdir()
     (tmp_path / "torchao" / "__init__.py").write_text("__version__ = '0.10.0'\n")
     _write_metadata(tmp_path, "torchao", "0.10.0")
     monkeypatch.syspath_prepend(tmp_path)
     is_torchao_available.cache_clear()
-    found = raised(get_peft_model, tiny_model, lora())
+    found = raised(with_lora, tiny_model)
     is_torchao_available.cache_clear()
     assert "here it is 0.10.0" in explain(found).cause
     return [found]
@@ -179,10 +205,6 @@ def test_torchao_of_colabs_image(tmp_path, tiny_model, lora, monkeypatch):
 
 @provokes("renamed-argument")
 def test_arguments_of_older_releases(tiny_model, tiny_tokenizer, tmp_path):
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM
-    from trl import SFTConfig, SFTTrainer
-
     tokenizer = raised(SFTTrainer, model=tiny_model, tokenizer=tiny_tokenizer)
     assert "processing_class" in explain(tokenizer).fix
     length = raised(SFTConfig, max_seq_length=512)
@@ -197,8 +219,6 @@ def test_arguments_of_older_releases(tiny_model, tiny_tokenizer, tmp_path):
 
 @pytest.mark.parametrize("old", RENAMED_ARGUMENTS)
 def test_the_renamed_arguments_are_refused_and_their_successors_are_taken(old):
-    from trl import SFTConfig, SFTTrainer
-
     new = RENAMED_ARGUMENTS[old]
     if old in ("load_in_8bit", "load_in_4bit"):
         return  # from_pretrained's; provoked above
@@ -213,8 +233,6 @@ def test_the_renamed_arguments_are_refused_and_their_successors_are_taken(old):
 
 @provokes("flash-attention-missing")
 def test_flash_attention_without_its_package(tiny_model_dir):
-    from transformers import AutoModelForCausalLM
-
     load = AutoModelForCausalLM.from_pretrained
     return [raised(load, tiny_model_dir, attn_implementation="flash_attention_2")]
 
@@ -236,14 +254,10 @@ provoke(lambda: __import__("ipywidgets"))
 
 
 def _download(repo, tmp_path, token=None):
-    from huggingface_hub import hf_hub_download
-
     return raised(hf_hub_download, repo, "config.json", token=token or False, cache_dir=tmp_path)
 
 
 def _load(repo, tmp_path, token=None):
-    from transformers import AutoTokenizer
-
     return raised(AutoTokenizer.from_pretrained, repo, token=token or False, cache_dir=tmp_path)
 
 
@@ -270,15 +284,11 @@ def test_the_hub_refuses(key, repo, token, hub, tmp_path):
 
 @provokes("token-invalid")
 def test_whose_a_token_is_that_the_hub_does_not_know(hub):
-    from huggingface_hub import HfApi
-
     return [raised(HfApi(endpoint=hub.url).whoami, token="hf_unknown")]
 
 
 @provokes("hub-unreachable")
 def test_a_hub_that_is_down_or_refuses_connections(hub, tmp_path, monkeypatch):
-    from datasets import load_dataset
-
     hub.fail_status = 503
     down = [_download("org/gated", tmp_path), _load("org/gated", tmp_path)]
     hub.__exit__()
@@ -289,11 +299,8 @@ def test_a_hub_that_is_down_or_refuses_connections(hub, tmp_path, monkeypatch):
 
 
 @provokes("hub-unreachable")
-def test_a_model_that_is_not_in_the_cache_while_offline(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return [_download("org/gated", tmp_path), _load("org/gated", tmp_path)]
+def test_a_model_that_is_not_in_the_cache_while_offline(offline):
+    return [_download("org/gated", offline), _load("org/gated", offline)]
 
 
 @provokes("download-interrupted")
@@ -306,23 +313,17 @@ def test_a_download_that_breaks_off(tmp_path, monkeypatch):
 
 
 @provokes("disk-full")
-def test_a_full_disk_under_every_writer(tiny_model, lora, trainer, disk, monkeypatch):
-    import torch
-    from datasets import load_dataset
-    from huggingface_hub import hf_hub_download
-    from peft import get_peft_model
-
+def test_a_full_disk_under_every_writer(tiny_model, trainer, disk, monkeypatch):
     found = [raised(tiny_model.save_pretrained, disk / "model")]
     found.append(raised(torch.save, tiny_model.state_dict(), disk / "weights.pt"))
     _empty(disk)
-    found.append(raised(load_dataset, str(doctor_rows()), cache_dir=str(disk)))
+    found.append(raised(load_dataset, str(ROOT / "llama_sft_helpers" / "datasets"), cache_dir=str(disk)))
     _empty(disk)
     with file_server(monkeypatch):
         found.append(raised(hf_hub_download, "org/large", "config.json", cache_dir=disk))
     _empty(disk)
-    model = get_peft_model(tiny_model, lora(rank=64))
-    run = trainer(model, output_dir=str(disk / "run"), save_strategy="steps", save_steps=1)
-    found.append(raised(run.train))
+    run = {"output_dir": str(disk / "run"), "save_strategy": "steps", "save_steps": 1}
+    found.append(raised(trainer(with_lora(tiny_model, rank=64), **run).train))
     assert not (disk / "run" / "checkpoint-1" / "adapter_model.safetensors").exists()
     return found
 
@@ -330,10 +331,6 @@ def test_a_full_disk_under_every_writer(tiny_model, lora, trainer, disk, monkeyp
 @provokes("disk-full")
 def test_a_file_beyond_the_limit(tiny_model, tmp_path):
     """Without root: the system's limit on a file's size."""
-    import signal
-
-    import torch
-
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, before[1]))
@@ -374,15 +371,8 @@ provoke(lambda: open({str(tmp_path / "file")!r}, "w"))
 
 
 @provokes("folder-missing")
-def test_a_folder_that_is_not_there(tiny_model, tmp_path, monkeypatch):
-    from datasets import load_dataset
-    from huggingface_hub import constants
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    (tmp_path / "outputs" / "adapter").mkdir(parents=True)
+def test_a_folder_that_is_not_there(tiny_model, offline):
+    (offline / "outputs" / "adapter").mkdir(parents=True)
     typo = raised(AutoModelForCausalLM.from_pretrained, "outputs/adaptr")  # also the form of a hub name
     assert "The nearest name there is outputs/adapter." in explain(typo).cause
     return [
@@ -403,24 +393,15 @@ def test_a_folder_that_a_hub_which_answers_does_not_know(hub, tmp_path, monkeypa
 
 
 @provokes("adapter-missing")
-def test_a_folder_without_an_adapter(tiny_model, tmp_path, monkeypatch):
-    from huggingface_hub import constants
-    from peft import AutoPeftModelForCausalLM, PeftModel
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    (tmp_path / "merged").mkdir()
+def test_a_folder_without_an_adapter(tiny_model, offline):
+    (offline / "merged").mkdir()
     load = PeftModel.from_pretrained
-    found = [raised(load, tiny_model, name) for name in ("merged", str(tmp_path / "merged"))]
+    found = [raised(load, tiny_model, name) for name in ("merged", str(offline / "merged"))]
     return [*found, raised(AutoPeftModelForCausalLM.from_pretrained, "merged")]
 
 
 @provokes("data-file-missing")
 def test_a_data_file_that_is_not_there(tmp_path, monkeypatch):
-    from datasets import load_dataset
-
-    from llama_sft_helpers.data import check_file
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_rows.csv").write_text("")
     found = raised(pandas.read_csv, "my_row.csv")
@@ -437,8 +418,6 @@ def test_a_data_file_that_is_not_there(tmp_path, monkeypatch):
 
 
 def _rows(number):
-    from datasets import Dataset
-
     return Dataset.from_list([{"question": "a", "answer": "b"}] * number)
 
 
@@ -476,8 +455,6 @@ def test_fewer_rows_than_a_split_needs():
 
 @provokes("dtype-mismatch")
 def test_a_product_of_two_dtypes():
-    import torch
-
     half, ones = torch.ones(1, 4, 4, dtype=torch.float16), torch.ones(1, 4, 4)
     found = raised(torch.nn.Linear(4, 4).half(), ones[0])
     assert "(Float and Half)" in explain(found).cause
@@ -492,8 +469,6 @@ def test_a_product_of_two_dtypes():
 
 @provokes("fp16-unscale")
 def test_weights_trained_in_fp16(tiny_model, tiny_tokenizer):
-    import torch
-
     model = tiny_model.half()
     scaler = torch.amp.GradScaler("cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -504,16 +479,11 @@ def test_weights_trained_in_fp16(tiny_model, tiny_tokenizer):
 
 @provokes("cast-of-8-bit-model")
 def test_a_cast_of_an_8_bit_model(tiny_model_int8):
-    import torch
-
     return [raised(tiny_model_int8.to, torch.float16), raised(tiny_model_int8.half)]
 
 
 @provokes("no-gpu")
 def test_a_gpu_is_asked_for_where_there_is_none(tiny_model_dir):
-    import torch
-    from transformers import AutoModelForCausalLM, TrainingArguments
-
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     return [
@@ -532,52 +502,39 @@ def test_a_quantized_model_without_adapters(tiny_model_int8, trainer):
 
 
 @provokes("no-gradient")
-def test_an_adapter_loaded_for_inference(tiny_model, lora, trainer, tmp_path):
-    from peft import PeftModel, get_peft_model
-
-    base = get_peft_model(tiny_model, lora())
+def test_an_adapter_loaded_for_inference(tiny_model, trainer, tmp_path):
+    base = with_lora(tiny_model)
     base.save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(base.unload(), tmp_path / "adapter")
     return [raised(trainer(model).train)]
 
 
 @provokes("no-gradient")
-def test_gradients_that_do_not_reach_the_adapters(tiny_model, lora):
-    import torch
-    from peft import get_peft_model
-
-    from llama_sft_helpers.training import check_gradients_reach_adapters
-
-    model = get_peft_model(tiny_model, lora())
+def test_gradients_that_do_not_reach_the_adapters(tiny_model):
+    model = with_lora(tiny_model)
     with torch.no_grad():
         model(input_ids=torch.tensor([[1, 2, 3]]))
     return [raised(check_gradients_reach_adapters, model)]
 
 
 @provokes("no-trained-token")
-def test_prompts_that_fill_max_length(tiny_model, lora, trainer):
-    from peft import get_peft_model
-
+def test_prompts_that_fill_max_length(tiny_model, trainer):
     rows = [{"prompt": "Say hi. " * 40, "completion": "hi there"}] * 8
-    return [raised(trainer(get_peft_model(tiny_model, lora()), rows=rows, max_length=16).train)]
+    return [raised(trainer(with_lora(tiny_model), rows=rows, max_length=16).train)]
 
 
 @provokes("loss-nan-or-zero")
-def test_a_number_that_overflowed(tiny_model, lora, trainer):
-    import torch
-    from peft import get_peft_model
-
+def test_a_number_that_overflowed(tiny_model, trainer):
     with torch.no_grad():
         tiny_model.model.norm.weight.fill_(float("inf"))
     ids = torch.tensor([[1, 2, 3]])
     sampled = raised(tiny_model.generate, input_ids=ids, do_sample=True, max_new_tokens=2, pad_token_id=0)
-    loss = tiny_model.train()(input_ids=ids, labels=ids).loss
+    tiny_model.train()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.autograd.detect_anomaly():
-            loss = tiny_model(input_ids=ids, labels=ids).loss
-            backward = raised(loss.backward)
-    run = trainer(get_peft_model(tiny_model, lora()))
+            backward = raised(tiny_model(input_ids=ids, labels=ids).loss.backward)
+    run = trainer(with_lora(tiny_model))
     run.train()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert losses == [0.0, 0.0]  # what the trainer logs for NaN
@@ -591,8 +548,6 @@ def test_a_number_that_overflowed(tiny_model, lora, trainer):
 
 @provokes("pad-token-missing")
 def test_no_token_to_pad_with(tiny_model, tiny_tokenizer, trainer):
-    from transformers import DataCollatorForLanguageModeling
-
     assert tiny_tokenizer.pad_token is None
     rows = [tiny_tokenizer("a"), tiny_tokenizer("b c d e")]
     collator = DataCollatorForLanguageModeling(tiny_tokenizer, mlm=False)
@@ -605,32 +560,24 @@ def test_no_token_to_pad_with(tiny_model, tiny_tokenizer, trainer):
 
 @provokes("token-id-out-of-range")
 def test_ids_and_labels_outside_the_vocabulary(tiny_model):
-    import torch
-
     good, bad = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, 1024]])
     return [raised(tiny_model, input_ids=bad), raised(tiny_model, input_ids=good, labels=bad)]
 
 
 @provokes("embedding-size-mismatch")
-def test_an_embedding_of_another_size(tiny_model_dir, tiny_model, lora, tmp_path):
-    from peft import PeftModel, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def test_an_embedding_of_another_size(tiny_model_dir, tiny_model, tmp_path):
     config = AutoConfig.from_pretrained(tiny_model_dir)
     config.vocab_size = 2048
     whole = raised(AutoModelForCausalLM.from_pretrained, tiny_model_dir, config=config)
     tiny_model.resize_token_embeddings(1032)
-    model = get_peft_model(tiny_model, lora(modules_to_save=["embed_tokens", "lm_head"]))
-    model.save_pretrained(tmp_path / "adapter")
+    with_lora(tiny_model, modules_to_save=["embed_tokens", "lm_head"]).save_pretrained(tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     return [whole, raised(PeftModel.from_pretrained, base, tmp_path / "adapter")]
 
 
 @provokes("adapter-of-another-base")
-def test_an_adapter_of_another_base(tiny_model, lora, tmp_path):
-    from peft import PeftModel, get_peft_model
-
-    tiny_model = get_peft_model(tiny_model, lora())
+def test_an_adapter_of_another_base(tiny_model, tmp_path):
+    tiny_model = with_lora(tiny_model)
     tiny_model.save_pretrained(tmp_path / "adapter")
     wide = random_model(hidden_size=128)
     shapes = raised(PeftModel.from_pretrained, wide, tmp_path / "adapter")
@@ -640,10 +587,8 @@ def test_an_adapter_of_another_base(tiny_model, lora, tmp_path):
 
 
 @provokes("target-modules-missing")
-def test_target_modules_of_another_architecture(tiny_model, lora):
-    from peft import get_peft_model
-
-    found = raised(get_peft_model, tiny_model, lora(targets=["c_attn"]))
+def test_target_modules_of_another_architecture(tiny_model):
+    found = raised(with_lora, tiny_model, targets=["c_attn"])
     assert "{'c_attn'}" in explain(found).cause
     return [found]
 
@@ -657,13 +602,11 @@ def test_rows_without_the_trainers_columns(tiny_model, trainer):
 
 
 @pytest.fixture
-def checkpointed(tiny_model_dir, lora, trainer, tmp_path):
+def checkpointed(tiny_model_dir, trainer, tmp_path):
     """Trains to step 2 with checkpoints, then returns a builder of trainers that resume from there."""
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    def build(config=None, **arguments):
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config or lora())
+    def build(adapter=None, **arguments):
+        model = with_lora(AutoModelForCausalLM.from_pretrained(tiny_model_dir), **(adapter or {}))
         return trainer(model, **{"save_strategy": "steps", "save_steps": 1, **arguments})
 
     build().train()
@@ -673,64 +616,49 @@ def checkpointed(tiny_model_dir, lora, trainer, tmp_path):
 
 
 @provokes("resume-with-other-settings")
-def test_resuming_with_other_settings(checkpointed, lora):
-    return [
-        raised(checkpointed(config, max_steps=3, **arguments).train, resume_from_checkpoint=True)
-        for config, arguments in [
-            (lora(rank=8), {}),
-            (lora(targets=["q_proj"]), {}),
-            (lora(targets=["q_proj", "v_proj", "o_proj"]), {}),
-            (None, {"optim": "adafactor"}),
-        ]
-    ]
+def test_resuming_with_other_settings(checkpointed):
+    others = ({"rank": 8}, {"targets": ["q_proj"]}, {"targets": ["q_proj", "v_proj", "o_proj"]})
+    trainers = [checkpointed(other, max_steps=3) for other in others]
+    trainers.append(checkpointed(max_steps=3, optim="adafactor"))
+    return [raised(one.train, resume_from_checkpoint=True) for one in trainers]
 
 
 @provokes("resume-with-other-settings")
 def test_the_training_helpers_refuse_another_run(checkpointed):
-    from llama_sft_helpers.training import latest_checkpoint
-    from llama_sft_helpers.training.checkpoints import RUN_FILE
-
     (checkpointed.folder.parent / RUN_FILE).write_text(json.dumps({"model": "a"}))
     return [raised(latest_checkpoint, checkpointed.folder.parent, {"model": "b"})]
 
 
 @provokes("truncated-file")
 def test_files_that_are_cut_off(checkpointed, tiny_model_dir, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    from llama_sft_helpers.training import check_checkpoint
-
-    found = []
-    for name in (
+    names = (
         "adapter_model.safetensors",
         "optimizer.pt",
         "scheduler.pt",
         "rng_state.pth",
         "trainer_state.json",
-    ):
-        path = checkpointed.folder / name
+    )
+    found = []
+    for path in (checkpointed.folder / name for name in names):
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         found.append(raised(checkpointed(max_steps=3).train, resume_from_checkpoint=True))
-        if name == "adapter_model.safetensors":
+        if path.suffix == ".safetensors":
             found.append(raised(check_checkpoint, checkpointed.folder))
         path.write_bytes(whole)
     for kept in (0, 4, 100, 50_000):
-        folder = tmp_path / f"model-{kept}"
-        shutil.copytree(tiny_model_dir, folder)
-        path = folder / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:kept])
+        folder = shutil.copytree(tiny_model_dir, tmp_path / f"model-{kept}")
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:kept])
         found.append(raised(AutoModelForCausalLM.from_pretrained, folder))
     return found
 
 
 @provokes("merge-into-8-bit")
-def test_merging_into_8_bit_weights(tiny_model_int8, lora):
-    from peft import get_peft_model
-
+def test_merging_into_8_bit_weights(tiny_model_int8):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        get_peft_model(tiny_model_int8, lora()).merge_and_unload()
+        with_lora(tiny_model_int8).merge_and_unload()
     return [warning.message for warning in caught if "Merge lora" in str(warning.message)][:1]
 
 
@@ -739,38 +667,32 @@ def test_merging_into_8_bit_weights(tiny_model_int8, lora):
 
 @provokes("system-memory")
 def test_more_ram_than_there_is():
-    import numpy
-    import torch
-
     return [raised(torch.empty, 2**50), raised(numpy.ones, 2**50)]
+
+
+def _client(folder, *cells, **options):
+    built = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    where = {"metadata": {"path": folder}}
+    return NotebookClient(built, timeout=60, kernel_name="python3", resources=where, **options)
 
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     """Executed in a real kernel: known, unknown and warned-of failures, with and without the extension."""
-    from nbclient import NotebookClient
-    from nbclient.exceptions import DeadKernelError
-
-    fail = 'open("/")'  # IsADirectoryError: not in the table
-    cells = [
+    client = _client(
+        tmp_path_factory.mktemp("notebook"),
         "%load_ext llama_sft_helpers",
         "import torch\ntorch.empty(2**50)",
-        fail,
+        'open("/")',  # IsADirectoryError: not in the table
         'import warnings\nwarnings.warn("Merge lora module to 8-bit linear may get different generations")',
         "1 + 1",
         "%unload_ext llama_sft_helpers",
         "torch.empty(2**50)",
         "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)  # what the system does when RAM is full",
-    ]
-    built = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    folder = tmp_path_factory.mktemp("notebook")
-    client = NotebookClient(
-        built, timeout=60, allow_errors=True, kernel_name="python3", resources={"metadata": {"path": folder}}
+        allow_errors=True,
     )
-    with pytest.raises(DeadKernelError) as dead:
-        client.execute()
-    built.dead = dead.value
-    return built
+    client.nb.dead = raised(client.execute)
+    return client.nb
 
 
 @provokes("kernel-died")
@@ -778,56 +700,36 @@ def test_a_kernel_that_was_killed(executed):
     return [executed.dead]
 
 
-def _shown(cell):
-    return [output.data for output in cell.outputs if output.output_type == "display_data"]
-
-
 def test_the_extension_shows_cause_and_fix_under_the_traceback(executed):
-    known = executed.cells[1].outputs
-    assert [output.output_type for output in known] == ["error", "display_data"]
-    assert known[0].ename == "RuntimeError"  # the traceback itself stays
-    assert "torch.empty(2**50)" in re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(known[0].traceback))
-    text, page = known[1].data["text/plain"], known[1].data["text/html"]
-    assert "Cause: Not the graphics card" in text
-    assert "Fix:" in text
-    assert '<a href="https://huggingface.co/docs/' in page
+    error, shown = executed.cells[1].outputs
+    assert (error.output_type, shown.output_type) == ("error", "display_data")
+    assert error.ename == "RuntimeError"  # the traceback itself stays
+    assert "torch.empty(2**50)" in re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+    assert re.search("Cause: Not the graphics card.*Fix:", shown.data["text/plain"], re.DOTALL)
+    assert '<a href="https://huggingface.co/docs/' in shown.data["text/html"]
 
 
-def test_the_extension_leaves_unknown_failures_alone_and_explains_warnings(executed):
-    unknown, warned, fine = executed.cells[2], executed.cells[3], executed.cells[4]
-    assert [output.output_type for output in unknown.outputs] == ["error"]
-    assert "merge_and_unload() there" in _shown(warned)[0]["text/plain"]
-    assert any("UserWarning" in output.get("text", "") for output in warned.outputs)
-    assert [output.output_type for output in fine.outputs] == ["execute_result"]
-
-
-def test_the_extension_can_be_unloaded(executed):
-    assert [output.output_type for output in executed.cells[6].outputs] == ["error"]
-
-
-def _failure_in_a_kernel(tmp_path, code):
-    from nbclient import NotebookClient
-
-    built = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-    client = NotebookClient(
-        built, timeout=60, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
-    )
-    return raised(client.execute)
+def test_the_extension_leaves_the_rest_alone_explains_warnings_and_can_be_unloaded(executed):
+    kinds = [[output.output_type for output in cell.outputs] for cell in executed.cells]
+    unknown, warned, fine, _, unloaded = kinds[2:7]
+    assert (unknown, fine, unloaded) == (["error"], ["execute_result"], ["error"])
+    warning, shown = executed.cells[3].outputs
+    assert warned == ["stream", "display_data"]
+    assert "UserWarning" in warning.text
+    assert "merge_and_unload() there" in shown.data["text/plain"]
 
 
 def test_a_cell_that_failed_in_a_kernel_is_explained_from_its_report(tmp_path):
     code = "import torch\ntorch.nn.Embedding(1024, 8)(torch.tensor([5000]))"
     wrapped = RuntimeError("01_x.ipynb: a cell failed")
-    wrapped.__cause__ = _failure_in_a_kernel(tmp_path, code)
+    wrapped.__cause__ = raised(_client(tmp_path, code).execute)
     assert explain(wrapped).key == "token-id-out-of-range"
 
 
 @provokes("cell-assert")
 def test_a_bare_assert_in_a_cell(tmp_path):
-    from IPython.core.interactiveshell import InteractiveShell
-
     code = "before, after = 2.0, 2.5\nassert after < before"
-    reported = _failure_in_a_kernel(tmp_path, code)
+    reported = raised(_client(tmp_path, code).execute)
     assert "`assert after < before` is false" in explain(reported).cause
     here = InteractiveShell().run_cell(code).error_in_exec
     return [reported, here]
@@ -836,17 +738,13 @@ def test_a_bare_assert_in_a_cell(tmp_path):
 # --- Out of memory: the plan's part needs no GPU ---
 
 
-def test_the_plan_names_its_largest_item_and_a_smaller_setting():
-    import torch
-
-    from llama_sft_helpers.memory import plan_memory
-    from llama_sft_helpers.profiles import read_profile
-
-    profile = read_profile("colab-t4", per_device_train_batch_size=8, gradient_checkpointing=False)
+def test_the_plan_names_its_largest_item_and_a_smaller_setting(monkeypatch):
+    settings = {"per_device_train_batch_size": 8, "gradient_checkpointing": False}
+    monkeypatch.setenv("SFT_PROFILE", "colab-t4")
+    monkeypatch.setenv("SFT_SETTINGS", json.dumps(settings))
     text = "CUDA out of memory. Tried to allocate 1.25 GiB. GPU 0 has a total capacity of 14.74 GiB"
-    found = explain(torch.OutOfMemoryError(text), profile=profile)
-    config = looks.config_of(profile.model_id)
-    plan = plan_memory(config, profile)
+    found = explain(torch.OutOfMemoryError(text))
+    plan = plan_memory(load_llama3_config(), read_profile("colab-t4", **settings))
     largest = plan.sort_values("gib").iloc[-1]
     assert found.key == "cuda-out-of-memory"
     assert "asked for 1.25 GiB more" in found.cause
@@ -855,16 +753,10 @@ def test_the_plan_names_its_largest_item_and_a_smaller_setting():
 
 
 def test_the_plan_is_that_of_the_model_in_the_traceback(tiny_model):
-    import torch
+    def step(model):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
 
-    class Trainer:
-        def __init__(self, model):
-            self.model = model
-
-        def step(self):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
-
-    found = explain(raised(Trainer(tiny_model).step))
+    found = explain(raised(step, SimpleNamespace(model=tiny_model)))  # as a trainer holds it
     assert "The plan for profile ci-tiny is 0.0" in found.cause  # of the tiny model, not of Llama 3 8B
 
 
@@ -888,40 +780,36 @@ def _refuse(message, kind=AssertionError):
 
 # Failures of everyday code, and failures that look like one of the table and are another.
 _NOT_KNOWN = {
-    "key": lambda torch: {}["loss"],
-    "index": lambda torch: list(range(3))[3],
-    "division": lambda torch: 1 / 0,
-    "number": lambda torch: int("x"),
-    "attribute": lambda torch: None.shape,
-    "package": lambda torch: __import__("no_such_package"),
-    "argument": lambda torch: print(1, colour="red"),
-    "JSON": lambda torch: json.loads("{"),
-    "bytes": lambda torch: b"\xff".decode(),
-    "syntax": lambda torch: eval("1 +"),
-    "iterator": lambda torch: next(iter([])),
-    "sum of two shapes": lambda torch: torch.ones(2) + torch.ones(3),
-    "tensor's index": lambda torch: torch.tensor([1, 2])[5],
-    "frame's column": lambda torch: pandas.DataFrame({"a": [1]})["text"],
-    "like dtype-mismatch: shapes": lambda torch: torch.ones(2, 3) @ torch.ones(2, 3),
-    "like dtype-mismatch: labels": lambda torch: torch.nn.functional.nll_loss(
-        torch.ones(2, 3), torch.ones(2)
-    ),
-    "like folder-missing": lambda torch: next(Path("/nowhere/at/all").iterdir()),
-    "like data-file-missing": lambda torch: Path("/nowhere/at/all.py").read_text(),
-    "like column-missing": lambda torch: {}["instruction"],
-    "like split-too-small": lambda torch: torch.arange(3)[63],
-    "like cell-assert: of a library": lambda torch: _refuse(""),
-    "like cell-assert: with its reason": lambda torch: _refuse("3 rows"),
-    "like target-modules-missing": lambda torch: torch.nn.Linear(2, 2).get_submodule("c_attn"),
-    "like adapter-missing": lambda torch: _refuse("Can't find 'vocab.json' at '/'", ValueError),
+    "key": lambda: {}["loss"],
+    "index": lambda: list(range(3))[3],
+    "division": lambda: 1 / 0,
+    "number": lambda: int("x"),
+    "attribute": lambda: None.shape,
+    "package": lambda: __import__("no_such_package"),
+    "argument": lambda: print(1, colour="red"),
+    "JSON": lambda: json.loads("{"),
+    "bytes": b"\xff".decode,
+    "syntax": lambda: eval("1 +"),
+    "iterator": lambda: next(iter([])),
+    "sum of two shapes": lambda: torch.ones(2) + torch.ones(3),
+    "tensor's index": lambda: torch.tensor([1, 2])[5],
+    "frame's column": lambda: pandas.DataFrame({"a": [1]})["text"],
+    "like dtype-mismatch: shapes": lambda: torch.ones(2, 3) @ torch.ones(2, 3),
+    "like dtype-mismatch: labels": lambda: torch.nn.functional.nll_loss(torch.ones(2, 3), torch.ones(2)),
+    "like folder-missing": lambda: next(Path("/nowhere/at/all").iterdir()),
+    "like data-file-missing": lambda: Path("/nowhere/at/all.py").read_text(),
+    "like column-missing": lambda: {}["instruction"],
+    "like split-too-small": lambda: torch.arange(3)[63],
+    "like cell-assert: of a library": lambda: _refuse(""),
+    "like cell-assert: with its reason": lambda: _refuse("3 rows"),
+    "like target-modules-missing": lambda: torch.nn.Linear(2, 2).get_submodule("c_attn"),
+    "like adapter-missing": lambda: _refuse("Can't find 'vocab.json' at '/'", ValueError),
 }
 
 
 @pytest.mark.parametrize("what", _NOT_KNOWN)
 def test_what_is_not_known_is_not_explained(what):
-    import torch
-
-    exception = raised(_NOT_KNOWN[what], torch)
+    exception = raised(_NOT_KNOWN[what])
     assert explain(exception) is None, (exception, explain(exception))
 
 
@@ -939,30 +827,18 @@ def test_what_is_no_exception_or_cannot_be_read_gives_none():
         deeper = ValueError(str(number))
         deeper.__cause__ = deep
         deep = deeper
-    odd = [
-        None,
-        "text",
-        3,
-        ValueError,
-        _UnprintableError(),
-        _LyingError("x"),
-        loop,
-        deep,
-        KeyboardInterrupt(),
-    ]
-    odd += [SystemExit(1), ValueError("x" * 5_000_000), ExceptionGroup("g", [ValueError("v")])]
+    group = ExceptionGroup("g", [ValueError("v")])
+    odd = [None, "text", 3, ValueError, _UnprintableError(), _LyingError("x"), loop, deep, group]
+    odd += [KeyboardInterrupt(), SystemExit(1), ValueError("x" * 5_000_000)]
     assert [explain(exception) for exception in odd] == [None] * len(odd)
 
 
 def test_a_known_failure_is_found_inside_a_group_and_behind_a_cause():
     full = OSError(28, "No space left on device")
-    assert explain(ExceptionGroup("tasks", [ValueError("v"), full])).key == "disk-full"
-    outer = ValueError("saving failed")
-    outer.__cause__ = full
-    assert explain(outer).key == "disk-full"
-    hidden = ValueError("mine")
-    hidden.__context__ = full
-    assert explain(hidden).key == "disk-full"
+    outer, hidden = ValueError("saving failed"), ValueError("mine")
+    outer.__cause__, hidden.__context__ = full, full
+    for exception in (ExceptionGroup("tasks", [ValueError("v"), full]), outer, hidden):
+        assert explain(exception).key == "disk-full"
     hidden.__suppress_context__ = True  # raise ... from None
     assert explain(hidden) is None
 
@@ -998,7 +874,7 @@ def test_entries_are_complete(failure):
         assert sign.raised
         re.compile(sign.message)
         re.compile(sign.where)
-        assert not sign.look or sign.look in looks.LOOKS
+        assert sign.look in ("", *looks.LOOKS)
         assert sign.message or sign.where or sign.look or sign.raised not in ("Exception", "RuntimeError")
     assert failure.link.startswith("https://")
     assert failure.fix[0].isupper() or failure.fix[0] in "`{" or "(" in failure.fix.split()[0]
@@ -1014,26 +890,18 @@ def test_the_failure_page_is_that_of_the_table_and_the_counts():
     for found in counts["failures"].values():
         assert found["provoked"] == found["explained"] > 0
     for found in counts["drills"].values():
-        assert [found.get(bad, 0) for bad in ("lost checkpoints", "tokens leaked", "silently wrong")] == [
-            0
-        ] * 3
+        assert not any(found.get(bad) for bad in ("lost checkpoints", "tokens leaked", "silently wrong"))
 
 
 def test_texts_from_the_exception_are_escaped_and_tokens_left_out():
-    error = OSError(28, "No space left on device", "/data/<script>alert(1)</script>/hf_abcDEF123456")
-    found = explain(error)
-    assert "hf_abcDEF123456" not in str(found)
+    found = explain(OSError(28, "No space left on device", "/data/<script>alert(1)</script>/hf_abcDEF123456"))
     page = found._repr_html_()
+    assert "hf_abcDEF123456" not in str(found) + page
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
-    assert "hf_abcDEF123456" not in page
 
 
 def test_attach_and_detach_leave_no_trace():
-    from IPython.core.interactiveshell import InteractiveShell
-
-    from llama_sft_helpers import load_ipython_extension, unload_ipython_extension
-
     shell = InteractiveShell()
     before = list(shell.events.callbacks["post_run_cell"]), warnings.showwarning
     load_ipython_extension(shell)
@@ -1044,17 +912,16 @@ def test_attach_and_detach_leave_no_trace():
     assert (list(shell.events.callbacks["post_run_cell"]), warnings.showwarning) == before
 
 
-def doctor_rows():
-    return ROOT / "llama_sft_helpers" / "datasets"
-
-
 def _empty(folder):
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _installed(package):
+    return Path(importlib.metadata.distribution(package).locate_file(package))
 
 
 def _write_metadata(site, name, version):
     folder = site / f"{name}-{version}.dist-info"
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    assert sys.version_info >= (3, 11)

@@ -154,7 +154,9 @@ def test_what_is_said_of_fsdp_and_a_killed_rank_is_in_the_results():
         for name in ("ddp", "fsdp")
     )
     rows = [row for row in fsdp["scaling"] if row["part"] == "fsdp-nf4"]
-    loads = {(r["fsdp_version"], r["peft"]): r["adapter"].startswith("loaded") for r in rows if "adapter" in r}
+    loads = {
+        (r["fsdp_version"], r["peft"]): r["adapter"].startswith("loaded") for r in rows if "adapter" in r
+    }
     assert loads == {(1, "0.21.0"): False, (1, "0.20.0"): True, (2, "0.21.0"): True}
     (exported,) = [row for row in rows if row["fsdp_version"] == 2 and not row.get("beside_other_jobs")]
     notebook = (root / "notebooks/07_evaluation.ipynb").read_text("utf-8")

@@ -229,10 +229,10 @@ def test_the_figure_has_a_dot_a_row_and_the_counts():
     ax = plot_stops(rows, summarize_stops(rows, TOKENS, EOS))
     assert [len(dots.get_offsets()) for dots in ax.collections] == [2, 2]
     assert [label.get_text() for label in ax.get_yticklabels()] == [
-        "base\n1 of 2 answers stop",
-        "tuned\n2 of 2 answers stop",
+        "base:\n1 of 2\nanswers stop",
+        "tuned:\n2 of 2\nanswers stop",
     ]
-    assert ax.get_title()
+    assert "base 0.30, tuned 0.30 (median" in ax.get_title()
     assert "probability of EOS" in ax.get_xlabel()
 
 
@@ -240,7 +240,7 @@ def test_the_figure_takes_as_many_models_as_there_are():
     names = [f"model {n}" for n in range(9)]
     rows = {name: pd.DataFrame({"eos_probability": [0.2, 0.4]}) for name in names}
     ax = plot_stops(rows, summarize_stops(rows, dict.fromkeys(names, TOKENS["base"]), EOS))
-    assert [label.get_text().partition("\n")[0] for label in ax.get_yticklabels()] == names
+    assert [label.get_text().partition(":")[0] for label in ax.get_yticklabels()] == names
     assert len(ax.collections) == 9
     colours = [tuple(dots.get_facecolor()[0]) for dots in ax.collections]
     assert len(set(colours[:5])) == 5

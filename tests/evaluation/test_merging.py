@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import SEVEN, load_int8, random_model
 
+from llama_sft_helpers import evaluation
 from llama_sft_helpers.evaluation import (
     AdapterError,
     MergeError,
@@ -326,19 +327,19 @@ def test_07_goes_on_where_neither_gpu_nor_ram_holds_the_model(
     names = list(sources)
     wanted = names[names.index("07-052") : names.index("07-055b") + 1]
     space = {"sys": sys}
-    for cell in ("07-002", "07-002a"):
-        exec(sources[cell].replace("%load_ext llama_sft_helpers", ""), space)
+    exec(sources["07-002"], space)
     settings = {"model_id": trained.profile.model_id, "output_dir": tmp_path}
-    held_out = space["encode_rows"](trained.tokenizer, trained.eval_rows.select(range(4)), 128)
+    held_out = evaluation.encode_rows(trained.tokenizer, trained.eval_rows.select(range(4)), 128)
     space |= {"profile": SimpleNamespace(**settings), "tokenizer": trained.tokenizer, "held_out": held_out}
     space |= {"adapter_folder": trained.adapter, "base": load_int8(trained.profile.model_id)}
-    space |= {"sizes": [0] * 2 * len(SEVEN)}
+    space |= {"sizes": [0] * 2 * len(SEVEN), "WORDS": {}, "batch_size": 4}
+    space["tuned_rows"] = evaluation.summarize_row_losses(space["base"], held_out)
     fake_memory(monkeypatch, ram=2**40 if room else 2**20, gpu=0 if room else 2**20)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     for name in wanted:
         exec(sources[name], space)
     monkeypatch.undo()
-    assert (space["merged"] is not None) == room
+    assert (space["merged"] is not None) == (space["in_16_bits"] is not None) == room
     assert ("A merge needs" in space["no_room"]) != room
     peft = merge_by_peft(trained.profile.model_id, trained.adapter, tmp_path / "peft")
     found = tensors_of(tmp_path / "merged")

@@ -321,7 +321,7 @@ from types import SimpleNamespace
 from huggingface_hub import create_repo, upload_file
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from llama_sft_helpers.evaluation import check_repo_id, hub_errors
+from llama_sft_helpers import evaluation
 shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 base = LlamaForCausalLM(LlamaConfig(vocab_size=32, **shape))
 model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))

@@ -21,6 +21,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
+    import transformers
+
+    # There is no notebook to draw in.
+    monkeypatch.setattr(training, "LiveLossCallback", lambda *_, **__: transformers.TrainerCallback())
     monkeypatch.setenv("SFT_PROFILE", "ci-tiny")
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
@@ -63,9 +67,9 @@ def namespace(profile, count=64):
     from trl import SFTConfig, SFTTrainer
 
     return {
-        **{name: getattr(package, name) for package in (training, memory) for name in dir(package)},
+        "training": training,
+        "memory": memory,
         "get_peft_model_state_dict": peft.get_peft_model_state_dict,
-        "LiveLossCallback": lambda throughput: transformers.TrainerCallback(),  # no notebook to draw in
         "SFTConfig": SFTConfig,
         "SFTTrainer": SFTTrainer,
         "gc": gc,
@@ -77,6 +81,7 @@ def namespace(profile, count=64):
         "split": {"test": rows(16)},
         "profile": profile,
         "every": profile.eval_steps,
+        "before": None,
     }
 
 

@@ -387,7 +387,7 @@ def test_sweep_is_drawn_with_ranks_and_base_line():
     assert lines["all seven"].get_ydata().tolist() == [3.0, 2.98]
     assert lines["all seven"].get_xdata().tolist() == [240, 3840]
     assert set(lines["base model, no adapter"].get_ydata()) == {3.5}
-    assert [text.get_text() for text in axes.texts] == ["r=4", "r=64"] * 3
+    assert [text.get_text() for text in axes.texts] == ["4", "64"] * 3
     assert "nats" in axes.get_ylabel()
     with pytest.raises(ValueError, match="lacks parameters"):
         lora.plot_sweep(make_sweep(SEEN).drop(columns="parameters"), 3.5)

@@ -11,7 +11,6 @@ import contextlib
 import json
 import re
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,14 +28,10 @@ class Answer:
 
 @dataclass
 class Request:
-    """What a route's handler is given. ``user`` is None without a token and "?" with an unknown one."""
+    """What a route's handler is given; ``account`` is None without a token."""
 
-    method: str
-    path: str
-    user: str | None
-    token_kind: str
+    account: Account | None
     body: bytes
-    headers: dict[str, str]
 
 
 @dataclass
@@ -55,10 +50,7 @@ Handler = Callable[..., Answer]
 
 def error(status: int, code: str, message: str) -> Answer:
     """An error as the hub words it: in its headers and in its body."""
-    headers = {"X-Error-Message": message, "X-Request-Id": "Root=1-test"}
-    if code:
-        headers["X-Error-Code"] = code
-    return Answer(status, {"error": message}, headers)
+    return Answer(status, {"error": message}, {"X-Error-Message": message, "X-Error-Code": code})
 
 
 class FakeHub:
@@ -69,7 +61,7 @@ class FakeHub:
         repos: repo_id -> "open", "gated" or "private:<name>" (seen by that user only).
         fail_status: A status that every answer has while it is set, as from a broken hub.
         delay_seconds: How long every answer takes.
-        requests: (method, path, user) of every request.
+        requests: (method, path, user) of every request: None without a token, "?" with an unknown one.
     """
 
     def __init__(self) -> None:
@@ -96,9 +88,7 @@ class FakeHub:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler_class())
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        ).start()
+        threading.Thread(target=self._server.serve_forever, args=[0.02], daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,27 +96,19 @@ class FakeHub:
         self._server.shutdown()
         self._server.server_close()
 
-    # --- The two routes that the login needs ---
-
     def _whoami(self, request: Request) -> Answer:
-        account = self._account(request)
-        if isinstance(account, Answer):
-            return account
-        if account is None:
+        if request.account is None:
             return error(401, "", "Invalid username or password.")
-        token = {"displayName": f"{account.name}-token", "role": account.role}
-        auth = {"type": "access_token", "accessToken": token}
-        return Answer(200, {"type": "user", "name": account.name, "auth": auth})
+        auth = {"type": "access_token", "accessToken": {"role": request.account.role}}
+        return Answer(200, {"type": "user", "name": request.account.name, "auth": auth})
 
     def _auth_check(self, request: Request, repo_id: str) -> Answer:
-        account = self._account(request)
-        if isinstance(account, Answer):
-            return account
-        kind = self.repos.get(repo_id, "")
-        owner = kind.removeprefix("private:")
-        if not kind or (kind.startswith("private:") and (account is None or account.name != owner)):
-            return error(404 if account else 401, "RepoNotFound", "Repository not found")
-        return self._gate(repo_id, account) if kind == "gated" else Answer(200, {})
+        account, kind = request.account, self.repos.get(repo_id, "")
+        if kind == "gated":
+            return self._gate(repo_id, account)
+        if kind == "open" or (account and kind == f"private:{account.name}"):
+            return Answer(200, {})
+        return error(404 if account else 401, "RepoNotFound", "Repository not found")
 
     def _gate(self, repo_id: str, account: Account | None) -> Answer:
         name = f"model {repo_id}"
@@ -145,26 +127,20 @@ class FakeHub:
         grant = account.grants.get(repo_id, "")
         return Answer(200, {}) if grant == "accepted" else error(403, "GatedRepo", texts[grant])
 
-    def _account(self, request: Request) -> Account | Answer | None:
-        """The owner of the token that was sent, None without a token, or the refusal."""
-        if request.user is None:
-            return None
-        if request.token_kind == "expired":
-            return error(401, "", 'User Access Token "laptop" is expired')
-        account = next((item for item in self.accounts.values() if item.name == request.user), None)
-        return account or error(401, "", "Invalid credentials in Authorization header")
-
-    # --- HTTP ---
-
-    def _answer(self, request: Request) -> Answer:
-        if self.delay_seconds:
-            self._stopped.wait(self.delay_seconds)
+    def _answer(self, method: str, path: str, token: str, body: bytes) -> Answer:
+        account = self.accounts.get(token)
+        self.requests.append((method, path, account.name if account else "?" if token else None))
+        self._stopped.wait(self.delay_seconds)
         if self.fail_status:
             return Answer(self.fail_status, "<html>upstream</html>", {"Content-Type": "text/html"})
-        for method, pattern, handler in self._routes:
-            if method == request.method and (found := pattern.fullmatch(request.path)):
-                return handler(request, *found.groups())
-        return error(404, "", f"The fake hub has no route {request.method} {request.path}")
+        if token and not account:
+            return error(401, "", "Invalid credentials in Authorization header")
+        if account and account.token_error == "expired":
+            return error(401, "", 'User Access Token "laptop" is expired')
+        for known, pattern, handler in self._routes:
+            if known == method and (found := pattern.fullmatch(path)):
+                return handler(Request(account, body), *found.groups())
+        return error(404, "", f"The fake hub has no route {method} {path}")
 
     def _handler_class(self) -> type[BaseHTTPRequestHandler]:
         hub = self
@@ -173,26 +149,19 @@ class FakeHub:
             protocol_version = "HTTP/1.1"
 
             def _serve(self) -> None:
-                length = int(self.headers.get("Content-Length") or 0)
                 token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-                account = hub.accounts.get(token)
-                user = None if not token else account.name if account else "?"
-                path = self.path.split("?")[0]
-                hub.requests.append((self.command, path, user))
-                kind = account.token_error if account else ""
-                body = self.rfile.read(length)
-                self._send(hub._answer(Request(self.command, path, user, kind, body, dict(self.headers))))
-
-            def _send(self, answer: Answer) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                answer = hub._answer(self.command, self.path.partition("?")[0], token, body)
                 text = answer.body if isinstance(answer.body, str | bytes) else json.dumps(answer.body)
                 data = text if isinstance(text, bytes) else text.encode()
                 self.send_response(answer.status)
-                for name, value in {"Content-Type": "application/json", **answer.headers}.items():
+                announced = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+                for name, value in (announced | answer.headers).items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(data)
+                    self.close_connection |= "Content-Length" in answer.headers  # more was announced
 
             do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = _serve  # noqa: N815
 
@@ -204,13 +173,3 @@ class FakeHub:
                 """Log nothing."""
 
         return _Handler
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-    """Wait until a condition holds; whether it did in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True

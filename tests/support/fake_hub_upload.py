@@ -24,30 +24,24 @@ class UploadHub(FakeHub):
 
     def _create(self, request: Request) -> Answer:
         wanted = json.loads(request.body)
-        owner = wanted.get("organization") or request.user
+        owner = wanted.get("organization") or (request.account and request.account.name)
         repo_id = f"{owner}/{wanted['name']}"
         if refusal := self._may_write(request, repo_id):
             return refusal
         url = f"{self.url}/{repo_id}"
         if repo_id in self.repos:
-            answer = error(409, "", "You already created this model repo")
-            answer.body |= {"url": url}
-            return answer
+            return Answer(409, {"error": "You already created this model repo", "url": url})
         private = wanted.get("private") or wanted.get("visibility") == "private"
         self.repos[repo_id] = f"private:{owner}" if private else "open"
         return Answer(200, {"url": url, "name": repo_id, "id": repo_id})
 
     def _may_write(self, request: Request, repo_id: str) -> Answer | None:
-        account = self._account(request)
-        if isinstance(account, Answer):
-            return account
+        account, owner = request.account, repo_id.partition("/")[0]
         if account is None:
             return error(401, "", "Invalid username or password.")
-        if account.role != "write" or account.name != repo_id.split("/", maxsplit=1)[0]:
-            owner = repo_id.split("/", maxsplit=1)[0]
-            text = f"You don't have the rights to create a model under the namespace {owner}"
-            return error(403, "", text)
-        return None
+        if account.role == "write" and account.name == owner:
+            return None
+        return error(403, "", f"You don't have the rights to create a model under the namespace {owner}")
 
     def _validate(self, request: Request) -> Answer:
         wrong = "base_model: /" in json.loads(request.body)["content"]
@@ -58,9 +52,8 @@ class UploadHub(FakeHub):
         if refusal := self._may_write(request, repo_id):
             return refusal
         paths = [file["path"] for file in json.loads(request.body)["files"]]
-        return Answer(
-            200, {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]}
-        )
+        files = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
+        return Answer(200, {"files": files})
 
     def _commit(self, request: Request, repo_id: str) -> Answer:
         if refusal := self._may_write(request, repo_id):

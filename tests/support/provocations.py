@@ -2,19 +2,17 @@
 
 import contextlib
 import functools
-import http.server
 import inspect
 import json
 import os
 import subprocess
 import sys
-import threading
 import types
 from collections import defaultdict
 
 import ledger
 import pytest
-from fake_hub import Account, FakeHub
+from fake_hub import Account, Answer, FakeHub
 
 from llama_sft_helpers.doctor import explain
 
@@ -42,9 +40,7 @@ def provokes(*keys):
                 assert explanation, f"not explained: {type(exception).__name__}: {exception}"
                 found = explanation["key"] if isinstance(explanation, dict) else explanation.key
                 assert found == key, f"{found} instead, for {exception!r}"
-                assert "?" not in str(explanation).replace("models?search", ""), (
-                    "a placeholder was not filled"
-                )
+                assert "?" not in str(explanation).replace("models?search", ""), "a placeholder is not filled"
                 ledger.record("failures", key, explained=1)
 
         test.__signature__ = inspect.signature(function)
@@ -91,13 +87,8 @@ def provoke(function):
 
 def in_another_process(code, **environment):
     """Run code that calls ``provoke(function)``; returns what the doctor said there, in order."""
-    result = subprocess.run(
-        [sys.executable, "-c", _PRELUDE + code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | environment,
-    )
+    command, env = [sys.executable, "-c", _PRELUDE + code], os.environ | environment
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     lines = [line.removeprefix("DOCTOR") for line in result.stdout.splitlines() if line.startswith("DOCTOR")]
     assert lines, result.stderr[-3000:]
     return [json.loads(line) for line in lines]
@@ -124,39 +115,17 @@ class DownloadHub(FakeHub):
         return self
 
 
-class _HalfFile(http.server.BaseHTTPRequestHandler):
-    """A file server; announces 500,000 bytes and sends all, or half for names that hold ``cut``."""
-
-    def log_message(self, *arguments):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        size = 500_000
-        self.send_response(200)
-        for header, value in (("Content-Length", size), ("ETag", '"e"'), ("X-Repo-Commit", "a" * 40)):
-            self.send_header(header, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            with contextlib.suppress(OSError):  # the client gave up
-                self.wfile.write(b"x" * (size // 2 if "cut" in self.path else size))
-            self.close_connection = True
-
-
 @contextlib.contextmanager
 def file_server(monkeypatch):
-    """The half-file server, with huggingface_hub's client pointed at it."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _HalfFile)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    point_client_at(f"http://127.0.0.1:{server.server_port}", monkeypatch)
-    try:
+    """A hub whose files have 500,000 bytes; half are sent where the repository's name holds ``cut``."""
+    headers = {"Content-Length": "500000", "ETag": '"e"', "X-Repo-Commit": "a" * 40}
+    with FakeHub() as hub:
+        for method in ("HEAD", "GET"):
+            hub.route(method, r"/(.+)/resolve/.+")(
+                lambda _, repo: Answer(200, b"x" * (250_000 if "cut" in repo else 500_000), headers)
+            )
+        point_client_at(hub.url, monkeypatch)
         yield
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def point_client_at(endpoint, monkeypatch):

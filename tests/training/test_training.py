@@ -321,8 +321,10 @@ def test_the_overfitting_picture_marks_the_best_step(eval_losses, step, ending):
     assert list(train.get_xdata()) == list(points.get_xdata()) == [0.5, 1.0, 1.5]
     assert list(train.get_ydata()) == [1.5, 3.5, 5.5]
     assert list(best.get_xdata()) == [step / 4] * 2
-    assert f"step {step}, " in ax.get_title()
+    assert f"step {step} (line), " in ax.get_title()
     assert ending in ax.get_title()
+    _, gain, _ = plot_overfitting(trained + held_out, before=2.5).get_lines()
+    assert (gain.get_xdata()[0], gain.get_ydata()[0]) == (0, 2.5)
     with pytest.raises(ValueError, match="no eval_loss"):
         plot_overfitting(trained)
 
@@ -333,17 +335,18 @@ def test_plot_loss_draws_both_curves(finished):
     assert list(train.get_xdata()) == [1, 2, 3, 4]
     assert list(held_out.get_xdata()) == [3, 4]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["first training", "first held out"]
+    assert plot_loss([], before=2.0).get_lines()[0].get_xydata().tolist() == [[0, 2.0]]
     assert ax.get_xlabel()
     assert "nats" in ax.get_ylabel()
     assert not plot_loss([]).get_lines()
 
 
 def test_the_live_figure_updates_in_place(tmp_path, monkeypatch):
-    shown, titles = [], []
+    shown, updated = [], []
 
     class Handle:
         def update(self, figure):
-            titles.append(figure.axes[0].get_title())
+            updated.append(figure)
 
     def display(figure, display_id):
         shown.append(figure)
@@ -352,13 +355,17 @@ def test_the_live_figure_updates_in_place(tmp_path, monkeypatch):
     monkeypatch.setattr("IPython.display.display", display)
     monkeypatch.setattr(watching, "_SECONDS_BETWEEN_DRAWINGS", 0)
     throughput = ThroughputCallback()
-    callbacks = [throughput, LiveLossCallback(throughput)]
+    callbacks = [throughput, LiveLossCallback(throughput, before=9.0)]
     tiny_training.build_trainer(tmp_path, callbacks, save_strategy="no").train()
     assert len(shown) == 1
-    assert len(titles) >= 4
-    assert titles[-1].startswith("step 4 of 4 · ")
-    assert "tokens/s" in titles[-1]
-    assert titles[-1].endswith("0:00 left")
+    assert len(updated) >= 4
+    title = updated[-1].axes[0].get_title()
+    assert title.startswith("step 4 of 4, held-out loss 9.00 → ")
+    assert "tokens/s" in title
+    axes = [figure.axes[0] for figure in (shown[0], *updated)]
+    assert len({ax.get_xlim() + ax.get_ylim() for ax in axes}) == 1
+    assert axes[0].get_ylim() == (0, 18)
+    assert "left" in axes[0].get_title()
 
 
 def test_the_summary_is_written_whole_or_not_at_all_and_reported(tmp_path, capsys):
