@@ -115,7 +115,7 @@ def _kept_by_layer(step: _Step) -> tuple[float, str]:
         return kept * step.tokens, how
     if profile.compile_layers:
         return _kept_compiled(step), f"what a budget of {profile.activation_memory_budget:g} keeps"
-    return _saved_by_autograd(step), "what the backward pass reads again"
+    return _saved_by_autograd(step), "results kept for the backward pass"
 
 
 def _saved_by_autograd(step: _Step) -> float:
