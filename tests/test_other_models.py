@@ -84,7 +84,7 @@ def test_a_model_may_name_its_eos_for_generation_only_or_not_at_all(in_config, f
         memory.check_supported,
         lambda config: memory.plan_memory(config, read_profile("ci-tiny")),
         quantization.summarize_memory,
-        lora.plan_adapters,
+        lambda config: lora.plan_adapters(config, 16, SEVEN),
     ],
 )
 def test_other_architectures_are_refused_by_name(config, look):

@@ -90,7 +90,7 @@ def _kept_by_layer(shape: Shape, profile: Profile, quantization: str, rank: int)
         return kept * tokens, how
     if profile.compile_layers:
         return _kept_compiled(shape, profile), f"what a budget of {profile.activation_memory_budget:g} keeps"
-    return _saved_by_autograd(shape, profile, quantization, rank), "what the backward pass reads again"
+    return _saved_by_autograd(shape, profile, quantization, rank), "results kept for the backward pass"
 
 
 def _saved_by_autograd(shape: Shape, profile: Profile, quantization: str, rank: int) -> float:
