@@ -229,7 +229,7 @@ class TestDrive:
             self.write_adapter(machine)
         assert (account.folder / "MyDrive" / "llama-sft" / "ci-tiny" / "adapter").is_dir()
         with account.machine("ci-tiny") as machine:
-            assert "eval_loss_after" in run_starting_point(machine, "07")[-1]
+            assert "held-out loss after" in run_starting_point(machine, "07")[-1]
 
     def test_after_a_refusal_06_says_that_results_are_lost_and_07_names_the_ways_to_an_adapter(
         self, account, tiny_model_dir
