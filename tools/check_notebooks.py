@@ -109,7 +109,7 @@ def closings_are_alike(repo: Repository) -> Iterator[str]:
 
 
 def cells_are_short(repo: Repository) -> Iterator[str]:
-    """Few lines a cell, imports in the first cells."""
+    """Few lines a cell, imports in the first cells and folded."""
     for path in repo.notebooks:
         numbered = list(enumerate(cells(path)))
         lengths = [sum(bool(line.strip()) for line in cell.source.splitlines()) for _, (_, cell) in numbered]
@@ -119,6 +119,9 @@ def cells_are_short(repo: Repository) -> Iterator[str]:
         # 01 checks the environment first: a broken package must not hide the table that names it.
         for number, _ in late[1:] if path.stem == "01_environment" else late:
             yield repo.at(path, number, "imports late; move the import to the first cells")
+        for _, (number, cell) in numbered[1:]:
+            if _imports(cell.source) and "cellView" not in cell.metadata:
+                yield repo.at(path, number, "imports in the open; fold it, with `# @title Imports` as in 01")
         for length, (_, (number, cell)) in zip(lengths, numbered, strict=True):
             if length > 30 and "cellView" not in cell.metadata:  # a folded cell is not read
                 yield repo.at(path, number, f"has {length} lines; split the cell, 30 are the limit")

@@ -24,6 +24,7 @@ from llama_sft_helpers.memory import plan_memory, planned_peak_gib
 from llama_sft_helpers.profiles import read_profile
 from llama_sft_helpers.run import describe_figures
 from llama_sft_helpers.speed import plot_ladder, summarize_ladder
+from llama_sft_helpers.training import summarize_advice
 
 with warnings.catch_warnings():  # mkdocs shows every deprecation, those between two libraries too
     warnings.simplefilter("ignore")
@@ -107,6 +108,8 @@ def _benchmarks_page(blob: str) -> str:
         if _draw(path.stem, result):
             parts.append(f"![{path.stem.replace('_', ' ')}](figures/{path.stem}.svg)")
         parts.append(_facts(result))
+        if path.stem == "advice_sweep":
+            parts.append(_table(summarize_advice(result).reset_index().to_dict("records")))
         parts.extend(_table(rows) for rows in _row_lists(result))
     return "\n\n".join(parts)
 

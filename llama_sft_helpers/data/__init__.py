@@ -18,7 +18,6 @@ CONTENTS = {
     "check_file": "sources",  # a data file can be read; else its line and the fix
     "choose_prompt_format": "formats",  # Alpaca's template, the model's own, or none, and why
     "format_rows": "formats",  # rows as SFTTrainer takes them
-    "encode_chat": "formats",  # a conversation with every assistant turn scored
     "to_messages": "formats",  # a row of any layout as chat turns
     "render_prompt": "formats",  # what a model is given to answer
     "training_template": "formats",  # the template that goes with the tokenizer
@@ -35,9 +34,7 @@ CONTENTS = {
     "check_isolation": "packing",  # no packed row sees its neighbours
     "TokenError": "packing",  # tokens, labels or losses are not what training needs
     "plan_split": "splits",  # how many rows train and how many are held out
-    "SplitPlan": "splits",  # the answer, with its reason
     "plan_steps": "splits",  # how many updates, and how often they see each row
-    "StepPlan": "splits",  # the answer, with a warning where that is often
 }
 __all__ = list(CONTENTS)
 __getattr__, __dir__ = load_on_demand(__name__, CONTENTS)

@@ -6,13 +6,13 @@ with the tokenizer (``training_template``), where every server looks for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_sft_helpers.core.batches import IGNORED
 from llama_sft_helpers.data.rows import (
     DataError,
+    Row,
     alpaca_parts,
     count_tokens,
     find_layout,
@@ -25,78 +25,53 @@ if TYPE_CHECKING:
 _ALPACA = Path(__file__).parent.parent / "templates" / "alpaca.jinja"
 
 
-def choose_prompt_format(layout: str, tokenizer: Any, asked: str = "auto") -> tuple[str, str]:
-    """Choose how rows become prompts.
+def choose_prompt_format(layout: str, tokenizer: Any, asked: str) -> tuple[str, str]:
+    """Choose how rows of a layout become prompts: ``alpaca``, ``chat`` or ``plain``, and the reason.
 
     A chat template is right where the model knows it, and learns to stop by it: it ends an answer in the
     tokenizer's EOS. That tells an instruct model from a base model whose tokenizer merely carries a template.
-
-    Args:
-        layout: From ``load_rows``.
-        tokenizer: The model's tokenizer.
-        asked: The profile's ``prompt_format``.
-
-    Returns:
-        ``alpaca``, ``chat`` or ``plain``, and the reason.
+    What is ``asked`` for, the profile's ``prompt_format``, comes first.
 
     Raises:
         DataError: What is asked for is not possible with these rows or this tokenizer.
     """
     if asked == "plain" and layout != "prompt-completion":
-        wanted = "'plain' needs rows of prompt and completion"
-        raise DataError("wrong-format", f"{wanted}, these are {layout}; take 'auto'.")
+        fault = f"'plain' needs rows of prompt and completion, these are {layout}"
+        raise DataError("wrong-format", f"{fault}; take 'auto'.")
     if asked == "chat" and not tokenizer.chat_template:
-        raise DataError(
-            "wrong-format", "prompt_format='chat': the tokenizer has no chat template; take 'auto'."
-        )
-    if asked == "chat":
-        return "chat", "asked for"
-    if layout == "prompt-completion":
+        fault = "prompt_format='chat': the tokenizer has no chat template"
+        raise DataError("wrong-format", f"{fault}; take 'auto'.")
+    if layout == "prompt-completion" and asked != "chat":
         return "plain", "rows with prompt and completion are trained on as they are"
-    if asked == "alpaca":
-        return "alpaca", "asked for"
+    if asked in ("alpaca", "chat"):
+        return asked, "asked for"
     if not tokenizer.chat_template:
         return "alpaca", "a base model: its tokenizer has no chat template"
+    how = f"an answer in its EOS, {tokenizer.eos_token}"
     if _ends_in_eos(tokenizer):
-        return (
-            "chat",
-            f"an instruct model: its chat template ends an answer in its EOS, {tokenizer.eos_token}",
-        )
-    return (
-        "alpaca",
-        f"a base model: its chat template does not end an answer in its EOS, {tokenizer.eos_token}",
-    )
+        return "chat", f"an instruct model: its chat template ends {how}"
+    return "alpaca", f"a base model: its chat template does not end {how}"
 
 
 def format_rows(rows: Dataset, tokenizer: Any, prompt_format: str) -> Dataset:
-    """Rows as ``SFTTrainer`` takes them.
-
-    Args:
-        rows: Rows of any layout.
-        tokenizer: The model's tokenizer.
-        prompt_format: From ``choose_prompt_format``.
+    """Rows of any layout as ``SFTTrainer`` takes them, in the form of ``choose_prompt_format``.
 
     Returns:
-        ``prompt`` and ``completion``; for ``chat`` ``input_ids`` and ``labels`` (see ``encode_chat``).
+        ``prompt`` and ``completion``; for ``chat`` ``input_ids`` and ``labels``, in which every assistant
+        turn is scored.
     """
+    names = rows.column_names
     if prompt_format == "chat":
-        arguments = {"tokenizer": tokenizer}
-        return rows.map(encode_chat, fn_kwargs=arguments, remove_columns=rows.column_names)
-    return rows.map(to_prompt_completion, with_indices=True, remove_columns=rows.column_names)
+        return rows.map(encode_chat, fn_kwargs={"tokenizer": tokenizer}, remove_columns=names)
+    return rows.map(to_prompt_completion, with_indices=True, remove_columns=names)
 
 
-def encode_chat(row: Mapping[str, Any], tokenizer: Any) -> dict[str, list[int]]:
+def encode_chat(row: Row, tokenizer: Any) -> dict[str, list[int]]:
     """A conversation by the tokenizer's chat template, with the tokens of every assistant turn scored.
 
     A turn's text is what the template writes between the prompt for it and its EOS, EOS included; what
     follows the last EOS is left out. System and tool turns are written as the template does, and not scored.
-
-    Args:
-        row: ``messages`` (and ``tools``, if any), or a row of another layout as one question and answer.
-        tokenizer: A fast tokenizer with a chat template.
-
-    Returns:
-        ``input_ids``, and ``labels`` of the same length with -100 where nothing is scored.
+    The row's ``tools``, if any, are handed to the template.
 
     Raises:
         DataError: No assistant turn, or a template that rewrites earlier turns or ends a turn without EOS.
@@ -118,7 +93,7 @@ def encode_chat(row: Mapping[str, Any], tokenizer: Any) -> dict[str, list[int]]:
     return {"input_ids": encoded["input_ids"], "labels": labels}
 
 
-def to_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def to_messages(row: Row) -> list[dict[str, Any]]:
     """A row of any layout as chat turns; keys that other rows have and this one has not are dropped."""
     layout = find_layout(row)
     if layout == "messages":
@@ -131,19 +106,19 @@ def to_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def render_prompt(row: Mapping[str, Any] | str, tokenizer: Any, prompt_format: str) -> str:
-    """The text that a model is given to answer a row, or an instruction: what training had before the answer.
+def render_prompt(row: Row | str, tokenizer: Any, prompt_format: str) -> str:
+    """What a model is given to answer a row or an instruction: what stood before the answer in training.
 
-    ``tokenizer(text)`` gives training's token ids: a BOS that the template writes is left to the tokenizer
+    ``tokenizer(prompt)`` gives training's token ids: a BOS that the template writes is left to the tokenizer
     where that writes one too.
     """
     if isinstance(row, str):
-        key = "prompt" if prompt_format == "plain" else "instruction"
-        row = {key: row, {"prompt": "completion", "instruction": "output"}[key]: "unused"}
+        plain = prompt_format == "plain"
+        row = {"prompt": row, "completion": "-"} if plain else {"instruction": row, "output": "-"}
     if prompt_format != "chat":
         return to_prompt_completion(row)["prompt"]
-    text = _render(tokenizer, to_messages(row)[:-1], row.get("tools"), ask=True)
-    return text.removeprefix(tokenizer.bos_token) if _writes_bos(tokenizer) else text
+    prompt = _render(tokenizer, to_messages(row)[:-1], row.get("tools"), ask=True)
+    return prompt.removeprefix(tokenizer.bos_token) if _writes_bos(tokenizer) else prompt
 
 
 def training_template(tokenizer: Any, prompt_format: str) -> str | None:

@@ -6,6 +6,7 @@ Packing as trl does it: https://huggingface.co/papers/2404.10830
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,7 @@ class TokenError(AssertionError):
 def summarize_lengths(lengths: Iterable[int]) -> pd.DataFrame:
     """What each max_length would cut off: powers of two, and the longest row rounded up to 64 tokens.
 
-    Args:
-        lengths: Tokens of each row, EOS counted.
+    ``lengths`` are the tokens of each row, EOS counted.
 
     Returns:
         max_length (index), rows_cut (each loses its EOS), rows_whole_share, tokens_kept_share, recommended
@@ -52,8 +52,8 @@ def summarize_lengths(lengths: Iterable[int]) -> pd.DataFrame:
     return table.assign(recommended=table["max_length"] == best).set_index("max_length")
 
 
-def plot_lengths(lengths: Iterable[int], max_length: int | None = None) -> Axes:
-    """Histogram of row lengths with the 50th, 90th and 99th percentile, and max_length if given."""
+def plot_lengths(lengths: Iterable[int], max_length: int) -> Axes:
+    """Histogram of row lengths with the 50th, 90th and 99th percentile, and max_length."""
     tokens = _lengths_array(lengths)
     ax = new_axes(3.6)
     ax.hist(tokens, bins=40, color=SKY, edgecolor="white", linewidth=0.4)
@@ -61,15 +61,10 @@ def plot_lengths(lengths: Iterable[int], max_length: int | None = None) -> Axes:
         value = float(np.percentile(tokens, percent))
         label = f"p{percent}: {value:.0f} tokens"
         ax.axvline(value, color=color, linestyle=dash, linewidth=1.8, label=label)
-    if max_length is not None:
-        label = f"max_length: {max_length} tokens"
-        ax.axvline(max_length, color="black", linestyle="--", linewidth=1.6, label=label)
-    half = float(np.median(tokens))
-    ax.set(
-        title=f"Half of {len(tokens):,} rows have {half:.0f} tokens or fewer",
-        xlabel="tokens in a row (EOS counted)",
-        ylabel="rows",
-    )
+    label = f"max_length: {max_length} tokens"
+    ax.axvline(max_length, color="black", linestyle="--", linewidth=1.6, label=label)
+    title = f"Half of {len(tokens):,} rows have {np.median(tokens):.0f} tokens or fewer"
+    ax.set(title=title, xlabel="tokens in a row (EOS counted)", ylabel="rows")
     ax.legend(framealpha=1)
     return ax
 
@@ -84,17 +79,13 @@ def _lengths_array(lengths: Iterable[int]) -> np.ndarray[Any, np.dtype[np.int64]
 
 
 def plan_packing(lengths: Iterable[int], batch_size: int, max_length: int) -> pd.DataFrame:
-    """Predict the padding of three ways to batch rows.
+    """Predict the padding of three ways to batch rows of these lengths, in tokens.
 
     ``padded``: the expected longest of ``batch_size`` rows drawn at random, by order statistics: at most the
     k-th shortest length with probability C(k, B) / C(n, B). ``sorted``: up to 50 batches of rows are drawn at
     random and sorted (``train_sampling_strategy="group_by_length"``); the mean of up to 20 such draws.
-    ``packed``: documents stand end to end in blocks; none, but at least ceil(tokens / max_length) blocks.
-
-    Args:
-        lengths: Tokens of each row.
-        batch_size: Rows in a batch.
-        max_length: Longest row, and the block size, in tokens; longer rows are cut.
+    ``packed``: documents stand end to end in blocks of ``max_length``; none, but at least ceil(tokens /
+    max_length) blocks. Longer rows are cut.
 
     Returns:
         strategy (index), batches (packed: blocks), tokens, padding_share (of all slots).
@@ -108,8 +99,8 @@ def plan_packing(lengths: Iterable[int], batch_size: int, max_length: int) -> pd
     tokens = np.sort(np.minimum(_lengths_array(lengths), max_length))
     total, count = int(tokens.sum()), len(tokens)
     full, rest = divmod(count, batch_size)
-    padded = full * batch_size * _expected_longest(tokens, batch_size) if full else 0.0
-    padded += rest * _expected_longest(tokens, rest) if rest else 0.0
+    kinds = ((full, batch_size), (1, rest))  # how many batches of how many rows
+    padded = sum(many * size * _expected_longest(tokens, size) for many, size in kinds if many * size)
     batches = full + (rest > 0)
     draws = min(20, 1 + 20_000 // count)
     in_order = float(np.mean([_grouped_slots(tokens, batch_size, seed) for seed in range(draws)]))
@@ -118,17 +109,12 @@ def plan_packing(lengths: Iterable[int], batch_size: int, max_length: int) -> pd
         ("sorted", batches, total, 1 - total / in_order),
         ("packed", -(-total // max_length), total, 0.0),
     ]
-    return pd.DataFrame(rows, columns=["strategy", "batches", "tokens", "padding_share"]).set_index(
-        "strategy"
-    )
+    columns = ["strategy", "batches", "tokens", "padding_share"]
+    return pd.DataFrame(rows, columns=columns).set_index("strategy")
 
 
 def summarize_packing(loaders: Mapping[str, Iterable[Batch]], plan: pd.DataFrame) -> pd.DataFrame:
-    """Count the padding in real batches and set it beside the plan.
-
-    Args:
-        loaders: Strategy -> collated batches, ``trainer.get_train_dataloader()`` for instance.
-        plan: From ``plan_packing``.
+    """Count the padding in the collated batches of each strategy, and set it beside ``plan_packing``'s.
 
     Returns:
         strategy (index), batches, tokens, padding_tokens, predicted_padding_share, padding_share.
@@ -148,23 +134,19 @@ def summarize_packing(loaders: Mapping[str, Iterable[Batch]], plan: pd.DataFrame
 
 
 def plot_packing(seq_lengths: Sequence[Sequence[int]], max_length: int) -> Axes:
-    """Draw how documents fill blocks, one bar a block, of the first 20.
+    """Draw how documents fill blocks of ``max_length`` tokens, one bar a block, of the first 20.
 
-    Args:
-        seq_lengths: Document lengths of each block: the column of that name in a packed data set.
-        max_length: Block size in tokens.
+    ``seq_lengths`` are the document lengths of each block: the column of that name in a packed data set.
     """
     filled = sum(map(sum, seq_lengths)) / (len(seq_lengths) * max_length)
     drawn = seq_lengths[:_BLOCKS_DRAWN]
     ax = new_axes(1.4 + 0.22 * len(drawn))
     for block, documents in enumerate(drawn):
-        left = np.cumsum([0, *documents])[:-1]
+        *left, end = np.cumsum([0, *documents])
         colors = [(BLUE, ORANGE)[n % 2] for n in range(len(documents))]
         ax.barh(block, documents, left=left, color=colors, edgecolor="white", linewidth=0.3, height=0.8)
-        free = max_length - sum(documents)
-        ax.barh(
-            block, free, left=sum(documents), color="white", edgecolor="#999999", hatch="////", height=0.8
-        )
+        hatched: dict[str, Any] = {"color": "white", "edgecolor": "#999999", "hatch": "////", "height": 0.8}
+        ax.barh(block, max_length - end, left=end, **hatched)
     ax.set_yticks(range(len(drawn)))
     ax.invert_yaxis()
     count = sum(map(len, seq_lengths))
@@ -178,11 +160,7 @@ def plot_packing(seq_lengths: Sequence[Sequence[int]], max_length: int) -> Axes:
 
 
 def plot_packing_mask(lengths: Sequence[int]) -> Axes:
-    """Draw which tokens of a packed block each token sees, with and without ``position_ids``.
-
-    Args:
-        lengths: Tokens of each row of the block, so few that a square a token can be seen.
-    """
+    """Draw which tokens of a packed block of short rows each token sees, and would see without positions."""
     ax = new_axes(5.2)
     row = np.repeat(np.arange(len(lengths)), lengths)
     for place, number in enumerate(row):
@@ -206,14 +184,11 @@ def plot_packing_mask(lengths: Sequence[int]) -> Axes:
 
 
 def summarize_isolation(model: Any, batch: Batch) -> pd.DataFrame:
-    """Compare each packed document's loss with its loss alone.
+    """Compare each document's loss in a packed batch with its loss alone, in evaluation mode.
 
-    The third loss is the failing case: the same tokens without ``position_ids``, so that every document sees
-    those before it.
-
-    Args:
-        model: A causal language model; evaluated without dropout and without gradients.
-        batch: A packed batch: ``input_ids``, ``labels``, ``position_ids`` of shape (1, tokens), no mask.
+    The batch has ``input_ids``, ``labels`` and ``position_ids`` of shape (1, tokens), and no mask. The third
+    loss is the failing case: the same tokens without ``position_ids``, so that every document sees those
+    before it.
 
     Returns:
         document (index), tokens, alone, packed, without_position_ids (mean losses in nats a scored token),
@@ -240,15 +215,7 @@ def summarize_isolation(model: Any, batch: Batch) -> pd.DataFrame:
 
 
 def check_isolation(table: pd.DataFrame, column: str = "packed") -> None:
-    """Raise if a packed document's loss is not its own alone.
-
-    Args:
-        table: From ``summarize_isolation``.
-        column: Which loss to compare with ``alone``.
-
-    Raises:
-        TokenError: With the document that differs most.
-    """
+    """Raise ``TokenError`` if this loss of ``summarize_isolation`` is not that of each document alone."""
     difference = (table[column] - table["alone"]).abs()
     if not (difference <= _ISOLATED).all():
         worst = difference.fillna(np.inf).idxmax()
@@ -263,8 +230,7 @@ def check_isolation(table: pd.DataFrame, column: str = "packed") -> None:
 def _hidden_states(model: Any, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
     """States before the output layer; of shape (1, tokens, hidden)."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    states: torch.Tensor = causal.base_model(input_ids=ids, position_ids=positions, use_cache=False)[0]
-    return states
+    return causal.base_model(input_ids=ids, position_ids=positions, use_cache=False)[0]
 
 
 def _loss(model: Any, states: torch.Tensor, labels: torch.Tensor) -> float:
@@ -277,11 +243,8 @@ def _loss(model: Any, states: torch.Tensor, labels: torch.Tensor) -> float:
 
 def _expected_longest(ordered: np.ndarray[Any, np.dtype[np.int64]], size: int) -> float:
     """Mean of the longest of ``size`` lengths drawn without replacement; ``ordered`` is ascending."""
-    count = len(ordered)
-    k = np.arange(count + 1)
-    at_most = np.ones(count + 1)
-    for drawn in range(size):
-        at_most *= np.clip(k - drawn, 0, None) / (count - drawn)
+    draws = math.comb(len(ordered), size)
+    at_most = [math.comb(k, size) / draws for k in range(len(ordered) + 1)]
     return float((ordered * np.diff(at_most)).sum())
 
 

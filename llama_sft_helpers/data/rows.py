@@ -1,7 +1,4 @@
-"""What a row of training data must look like: Alpaca, prompt-completion and chat rows, checked and templated.
-
-``data`` offers these functions beside its own.
-"""
+"""What a row of training data must look like: Alpaca, prompt-completion and chat rows, and their template."""
 
 from __future__ import annotations
 
@@ -47,16 +44,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class DataError(ValueError):
     """Rows or a file that cannot be trained on as they are.
 
-    Attributes:
-        reason: A key of the table that ``summarize_rows`` shows, or ``bad-json``, ``bad-csv``,
-            ``wrong-encoding``, ``no-rows``, ``too-few-rows``, ``unknown-file``, ``no-pad-token``.
-        row: 0-based index of the first row concerned; None where no row is to blame.
+    ``reason`` is a key of the table that ``summarize_rows`` shows, or ``bad-json``, ``bad-csv``,
+    ``wrong-encoding``, ``wrong-format``, ``no-rows``, ``too-few-rows``, ``unknown-file``, ``no-pad-token``.
     """
 
-    def __init__(self, reason: str, message: str, row: int | None = None) -> None:
+    def __init__(self, reason: str, message: str) -> None:
         super().__init__(f"[{reason}] {message}")
         self.reason = reason
-        self.row = row
 
 
 def to_prompt_completion(row: Row, index: int | None = None) -> dict[str, str]:
@@ -66,23 +60,15 @@ def to_prompt_completion(row: Row, index: int | None = None) -> dict[str, str]:
     too: the last user turn is the instruction, what came before is the input, the last answer the completion.
     ``prompt``/``completion`` rows stay as they are. White space around instruction, input and output goes: a
     line break in front of the answer would merge with the prompt's. EOS is not written here, SFTTrainer adds
-    it.
-
-    Args:
-        row: One row.
-        index: Its number for the error message, as ``map(..., with_indices=True)`` gives it.
-
-    Returns:
-        ``prompt`` (ends in ``### Response:`` and a line break) and ``completion``.
+    it. The error names ``index``, which ``map(..., with_indices=True)`` gives.
 
     Raises:
         DataError: A column is missing, or a cell is null, of the wrong type, empty, too long or not text.
     """
-    layout = find_layout(row, index)
+    where = f"Row {'?' if index is None else index}"
+    layout = find_layout(row, where)
     for reason, detail in row_problems(row, layout):
-        raise DataError(
-            reason, f"Row {'?' if index is None else index}: {detail}; {PROBLEMS[reason]}.", index
-        )
+        raise DataError(reason, f"{where}: {detail}; {PROBLEMS[reason]}.")
     if layout == "prompt-completion":
         return {"prompt": row["prompt"], "completion": row["completion"]}
     instruction, context, answer = alpaca_parts(row, layout)
@@ -91,27 +77,21 @@ def to_prompt_completion(row: Row, index: int | None = None) -> dict[str, str]:
 
 
 def count_tokens(batch: Mapping[str, list[str]], tokenizer: Any) -> dict[str, list[int]]:
-    """Count tokens, for ``map(..., batched=True)``.
-
-    Args:
-        batch: Lists ``prompt`` and ``completion``.
-        tokenizer: A fast tokenizer.
+    """Count the tokens of lists ``prompt`` and ``completion``, for ``map(..., batched=True)``.
 
     Returns:
         ``prompt_tokens`` (BOS counted if the tokenizer writes it), ``completion_tokens`` (EOS counted) and
         their sum ``tokens``.
     """
-    prompts = tokenizer(batch["prompt"], return_attention_mask=False)["input_ids"]
-    completions = tokenizer(batch["completion"], return_attention_mask=False, add_special_tokens=False)[
-        "input_ids"
-    ]
+    prompts = tokenizer(batch["prompt"])["input_ids"]
+    completions = tokenizer(batch["completion"], add_special_tokens=False)["input_ids"]
     prompt_tokens = [len(ids) for ids in prompts]
     completion_tokens = [len(ids) + 1 for ids in completions]
     tokens = [p + c for p, c in zip(prompt_tokens, completion_tokens, strict=True)]
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "tokens": tokens}
 
 
-def find_layout(columns: Iterable[str], index: int | None = 0) -> str:
+def find_layout(columns: Iterable[str], where: str = "The data") -> str:
     """``messages``, ``prompt-completion`` or ``alpaca``, by the columns.
 
     Raises:
@@ -124,10 +104,9 @@ def find_layout(columns: Iterable[str], index: int | None = 0) -> str:
     expected = "; ".join(" + ".join(needed) for needed in COLUMNS.values())
     raise DataError(
         "missing-column",
-        f"Row {'?' if index is None else index}: the columns are {names}, expected {expected}. "
-        'Rename yours: columns="question=instruction,answer=output" for load_rows or in the profile, or '
+        f"{where}: the columns are {names}, expected {expected}. Rename yours: "
+        'columns="question=instruction,answer=output" for load_rows or in the profile, or '
         'dataset.rename_column("question", "instruction").',
-        index,
     )
 
 
@@ -148,11 +127,11 @@ def row_problems(row: Row, layout: str, prompt_format: str = "alpaca") -> Iterat
             yield "wrong-type", f"{name} is {type(cell).__name__}, expected text"
         elif len(cell) > MAX_CELL_CHARACTERS:
             yield "cell-too-long", f"{name} has {len(cell):,} characters"
-        elif _SURROGATE.search(cell):
-            yield "lone-surrogate", f"{name} holds U+{ord(_SURROGATE.search(cell).group()):04X}"  # type: ignore[union-attr]
-    answer = list(cells.values())[-1]
-    if isinstance(answer, str) and not answer.strip():
-        yield "empty-output", f"{list(cells)[-1]} is empty"
+        elif found := _SURROGATE.search(cell):
+            yield "lone-surrogate", f"{name} holds U+{ord(found[0]):04X}"
+    for name, answer in list(cells.items())[-1:]:  # a chat of tool calls alone has none
+        if isinstance(answer, str) and not answer.strip():
+            yield "empty-output", f"{name} is empty"
 
 
 def _dialogue_fault(messages: Any, prompt_format: str) -> tuple[str, str] | None:
@@ -163,12 +142,13 @@ def _dialogue_fault(messages: Any, prompt_format: str) -> tuple[str, str] | None
         isinstance(m, dict) and "content" in m and isinstance(m.get("role"), str) for m in messages
     ):
         return "wrong-type", "messages is no list of {'role': ..., 'content': ...}"
-    roles = [message.get("role") for message in messages]
+    roles = [message["role"] for message in messages]
     if prompt_format == "chat":
         return None if "assistant" in roles[1:] else ("wrong-type", f"the roles {roles} hold no answer")
     if roles[-2:] != ["user", "assistant"]:
         return "wrong-type", f"messages end with the roles {roles[-2:]}, expected user, assistant"
-    return None
+    calls = any(message.get("tool_calls") for message in messages)
+    return ("wrong-type", "messages call a tool, which only a chat template can write") if calls else None
 
 
 def _cells(row: Row, layout: str) -> dict[str, Any]:

@@ -17,39 +17,20 @@ MANY_EPOCHS = 5  # beyond this a small set is mostly learned by heart
 
 @dataclasses.dataclass(frozen=True)
 class SplitPlan:
-    """Row counts of a split; printed, it says where every row went.
-
-    Attributes:
-        train_rows: Rows to train on.
-        eval_rows: Rows held out.
-        unused: Usable rows beyond the profile's ``train_rows``.
-        unusable: Rows that were left out before the split.
-        asked: Held-out rows that the profile asks for.
-    """
+    """Rows to train on and rows held out; printed, it says where every row went."""
 
     train_rows: int
     eval_rows: int
-    unused: int
-    unusable: int
-    asked: int
+    told: str
 
     def __str__(self) -> str:
-        total = self.train_rows + self.eval_rows + self.unused + self.unusable
-        few = f" (a tenth of the rows, at least one, instead of {self.asked:,})"
-        fewer = few if self.eval_rows < self.asked else ""
-        return (
-            f"{total:,} rows: {self.train_rows:,} to train on, {self.eval_rows:,} held out{fewer}; left out: "
-            f"{self.unusable:,} that cannot be used, {self.unused:,} beyond the profile's train_rows"
-        )
+        return self.told
 
 
-def plan_split(profile: Profile, usable: int, total: int | None = None) -> SplitPlan:
+def plan_split(profile: Profile, usable: int, total: int) -> SplitPlan:
     """Plan a split: the profile's ``eval_rows`` held out, but at most a tenth of the rows, and at least one.
 
-    Args:
-        profile: Its ``train_rows`` (0 takes all) and ``eval_rows`` are read.
-        usable: Rows that can be trained on (``summarize_rows(...).attrs["usable"]``).
-        total: Rows before unusable ones were left out; None if none was.
+    Of the ``total`` rows the ``usable`` are split; ``train_rows`` of 0 takes all that are not held out.
 
     Raises:
         DataError: ``no-rows`` if no row can be used, ``too-few-rows`` if only one can: a row that is trained
@@ -58,61 +39,52 @@ def plan_split(profile: Profile, usable: int, total: int | None = None) -> Split
     if usable < 2:
         raise DataError(
             "no-rows" if usable == 0 else "too-few-rows",
-            f"{usable} of {usable if total is None else total} rows can be used, expected at least 2: one to "
-            "train on and one held out. Add rows, or look at what summarize_rows says about those left out "
-            f"(too-long: the profile's max_length is {profile.max_length} tokens).",
+            f"{usable} of {total} rows can be used, expected at least 2: one to train on and one held out. "
+            "Add rows, or look at what summarize_rows says about those left out (too-long: the profile's "
+            f"max_length is {profile.max_length} tokens).",
         )
     held_out = min(profile.eval_rows, max(1, usable // HELD_OUT_SHARE))
     train = min(profile.train_rows or usable, usable - held_out)
-    return SplitPlan(
-        train_rows=train,
-        eval_rows=held_out,
-        unused=usable - held_out - train,
-        unusable=0 if total is None else total - usable,
-        asked=profile.eval_rows,
+    few = f" (a tenth of the rows, at least one, instead of {profile.eval_rows:,})"
+    fewer = few if held_out < profile.eval_rows else ""
+    told = (
+        f"{total:,} rows: {train:,} to train on, {held_out:,} held out{fewer}; left out: {total - usable:,} "
+        f"that cannot be used, {usable - held_out - train:,} beyond the profile's train_rows"
     )
+    return SplitPlan(train, held_out, told)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """Updates of a run; printed, it says how often each row is seen, and warns where that is often.
-
-    Attributes:
-        max_steps: Updates.
-        epochs: How often each row is seen.
-        steps_per_epoch: Updates in which each row is seen once.
-    """
+    """Updates of a run and how often it sees each row; printed, it warns where that is often."""
 
     max_steps: int
     epochs: float
-    steps_per_epoch: int
+    told: str
 
     def __str__(self) -> str:
-        told = f"{self.max_steps:,} updates: each row is seen {self.epochs:.3g} times"
-        if self.epochs <= MANY_EPOCHS:
-            return told
-        fewer = MANY_EPOCHS * self.steps_per_epoch
-        return (
-            f"{told}. That is often: beyond {MANY_EPOCHS} times a model mostly learns its rows by heart. "
-            f"Add rows, or take max_steps={fewer} or fewer, and watch the held-out loss"
-        )
+        return self.told
 
 
-def plan_steps(profile: Profile, rows: int, tokens: int | None = None) -> StepPlan:
+def plan_steps(profile: Profile, rows: int, tokens: int) -> StepPlan:
     """Plan the updates of a run: the profile's ``epochs`` over its rows, or else its ``max_steps``.
 
-    Args:
-        profile: Batch, accumulation, packing, ``epochs`` and ``max_steps`` are read.
-        rows: Rows to train on.
-        tokens: Tokens of all of them; with packing the blocks are counted by these.
+    With packing the blocks are counted by the ``tokens`` of all rows.
 
     Raises:
-        ValueError: No row, or packing without tokens.
+        ValueError: No row or no token.
     """
-    if rows < 1 or (profile.packing and not tokens):
-        raise ValueError(f"rows={rows}, tokens={tokens}: expected at least one row, and tokens with packing.")
-    items = math.ceil((tokens or 0) / profile.max_length) if profile.packing else rows
+    if rows < 1 or tokens < 1:
+        raise ValueError(f"rows={rows}, tokens={tokens}: expected at least one row and one token.")
+    items = math.ceil(tokens / profile.max_length) if profile.packing else rows
     per_update = profile.per_device_train_batch_size * profile.gradient_accumulation_steps
     steps_per_epoch = math.ceil(items / per_update)
     steps = math.ceil(profile.epochs * steps_per_epoch) if profile.epochs else profile.max_steps
-    return StepPlan(steps, steps / steps_per_epoch, steps_per_epoch)
+    epochs = steps / steps_per_epoch
+    told = f"{steps:,} updates: each row is seen {epochs:.3g} times"
+    if epochs > MANY_EPOCHS:
+        told += (
+            f". That is often: beyond {MANY_EPOCHS} times a model mostly learns its rows by heart. Add rows, "
+            f"or take max_steps={MANY_EPOCHS * steps_per_epoch} or fewer, and watch the held-out loss"
+        )
+    return StepPlan(steps, epochs, told)

@@ -1,23 +1,25 @@
 """Tokens, labels and the loss mask, seen as the model gets them.
 
 Nothing here tokenizes for training: the batches that are drawn and counted come from ``SFTTrainer`` itself.
+Such a ``batch`` has ``input_ids`` and ``labels`` of shape (rows, tokens) with ``attention_mask`` (padded), or
+of shape (1, tokens) with ``position_ids`` (packed: each document counts as a row).
 """
 
 from __future__ import annotations
 
 import html
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from llama_sft_helpers.core.batches import IGNORED, document_bounds, rows_without_eos
+from llama_sft_helpers.core.batches import IGNORED, document_bounds
 from llama_sft_helpers.data.packing import TokenError
 from llama_sft_helpers.data.rows import DataError
 
 if TYPE_CHECKING:
-    import torch
     from IPython.display import HTML
 
 Batch = Mapping[str, Any]
@@ -34,19 +36,13 @@ _STYLES = {
 _STRIPES = ("background:#bfe3f7;color:#111", "background:#fbe3b0;color:#111")
 
 
-# --- The tokenizer ---
-
-
 def choose_pad_token(tokenizer: Any) -> str:
     """Choose a special token that exists already and means nothing else, so no embedding is resized.
 
     In this order: the tokenizer's own pad token if it is neither EOS nor BOS; ``<|finetune_right_pad_id|>``
     (Llama 3.1 and later); ``<|reserved_special_token_2|>`` (Llama 3.0's name of the same id 128,004); any
     special token with "pad" in its name; the first reserved one; the last special token that has no role and
-    does not stand in the chat template (SmolLM2: ``<empty_output>``).
-
-    Args:
-        tokenizer: A Hugging Face tokenizer; it is not changed.
+    does not stand in the chat template (SmolLM2: ``<empty_output>``). The tokenizer is not changed.
 
     Raises:
         DataError: ``no-pad-token``: every special token has a role.
@@ -80,12 +76,9 @@ def summarize_tokenizer(tokenizer: Any) -> pd.DataFrame:
         for role in ("bos", "eos", "pad")
     ]
     special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    size = len(tokenizer)
     rows += [
-        (
-            "vocabulary, special tokens included",
-            f"{len(tokenizer):,} tokens",
-            f"0 to {len(tokenizer) - 1}",
-        ),
+        ("vocabulary, special tokens included", f"{size:,} tokens", f"0 to {size - 1}"),
         ("special tokens", f"{len(special):,} tokens", ""),
         ("BOS in front of every text", tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id, ""),
     ]
@@ -93,12 +86,7 @@ def summarize_tokenizer(tokenizer: Any) -> pd.DataFrame:
 
 
 def summarize_tokens(tokenizer: Any, texts: Mapping[str, str]) -> pd.DataFrame:
-    """How texts fall into tokens: characters, bytes (UTF-8), tokens, bytes_per_token, round_trip.
-
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        texts: Name -> text.
-    """
+    """How named texts fall into tokens: characters, bytes (UTF-8), tokens, bytes_per_token, round_trip."""
     rows = []
     for name, text in texts.items():
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -122,12 +110,8 @@ def render_tokens(tokenizer: Any, texts: Mapping[str, str]) -> HTML:
 def check_boundary(rows: Any, tokenizer: Any) -> None:
     """Prove that prompt tokens + completion tokens = tokens of the whole, for every row.
 
-    Args:
-        rows: A ``Dataset`` (or list) of ``prompt`` and ``completion``.
-        tokenizer: The tokenizer; EOS is put behind each completion, as SFTTrainer does.
-
-    Raises:
-        TokenError: With the first row where a token reaches across the boundary, and its tokens.
+    A row of a ``Dataset`` or list has ``prompt`` and ``completion``. EOS is put behind the completion, as
+    SFTTrainer does. ``TokenError`` shows the first row where a token reaches across the boundary.
     """
     for start in range(0, len(rows), _CHUNK_ROWS):
         chunk = [rows[index] for index in range(start, min(start + _CHUNK_ROWS, len(rows)))]
@@ -147,100 +131,72 @@ def check_boundary(rows: Any, tokenizer: Any) -> None:
                 )
 
 
-# --- What the loss scores ---
-
-
 def summarize_loss_mask(batch: Batch, tokenizer: Any) -> pd.DataFrame:
     """Count the roles of the tokens in a collated batch.
 
-    Args:
-        batch: ``input_ids`` and ``labels`` of shape (rows, tokens) with ``attention_mask`` (padded), or of
-            shape (1, tokens) with ``position_ids`` (packed: each document is a line of the table).
-        tokenizer: Its EOS is looked for at each document's end.
-
     Returns:
-        row (index), prompt (tokens without a label), completion (with a label), eos (0 or 1), pad, scored
-        (labels other than -100), eos_scored.
+        row (index), prompt (tokens without a label), completion (with a label), eos (0 or 1, at the row's
+        end), pad, scored (labels other than -100), eos_scored.
     """
     lines = []
-    for ids, labels, attended in _documents(batch):
-        roles = _roles(ids, labels, attended, tokenizer.eos_token_id)
-        count = {role: roles.count(role) for role in _STYLES}
-        eos = count["eos"] + count["eos_lost"]
-        scored = int((labels != IGNORED).sum())
+    for _, labels, roles in _documents(batch, tokenizer):
+        count = Counter(roles)
+        eos, scored = count["eos"] + count["eos_lost"], sum(label != IGNORED for label in labels)
         lines.append((count["prompt"], count["completion"], eos, count["pad"], scored, bool(count["eos"])))
     columns = ["prompt", "completion", "eos", "pad", "scored", "eos_scored"]
     return pd.DataFrame(lines, columns=columns).rename_axis("row")
 
 
-def render_loss_mask(batch: Batch, tokenizer: Any, rows: Sequence[int] = (0,)) -> HTML:
-    """Mark each token of a collated batch by what the loss does with it, with colours and without.
-
-    Args:
-        batch: As in ``summarize_loss_mask``.
-        tokenizer: Turns ids into text.
-        rows: Which rows (packed: documents) to draw.
-    """
-    documents = _documents(batch)
+def render_loss_mask(batch: Batch, tokenizer: Any, rows: Sequence[int]) -> HTML:
+    """Mark the tokens of these rows of a collated batch by what the loss does with them."""
+    documents = _documents(batch, tokenizer)
     legend = " ".join(
         f'<span style="{style};padding:0 .4em">{marks.format(label)}</span>'
         for label, marks, style in _STYLES.values()
     )
     lines = [f"<div>{legend}</div>"]
     for row in rows:
-        ids, labels, attended = documents[row]
-        roles = _roles(ids, labels, attended, tokenizer.eos_token_id)
+        ids, labels, roles = documents[row]
         count = ", ".join(f"{roles.count(role)} {_STYLES[role][0]}" for role in _STYLES if role in roles)
-        spans = _spans(tokenizer, ids.tolist(), labels.tolist(), roles)
-        lines.append(f"<div><b>Row {row}</b>, {len(roles)} tokens: {count}<br>{''.join(spans)}</div>")
+        spans = "".join(_spans(tokenizer, ids, labels, roles))
+        lines.append(f"<div><b>Row {row}</b>, {len(roles)} tokens: {count}<br>{spans}</div>")
     return _page(lines)
 
 
 def check_eos_is_trained(batch: Batch, tokenizer: Any) -> None:
-    """Raise unless every row of a collated batch ends in an EOS with a label.
-
-    Raises:
-        TokenError: With the rows that would not teach the model to stop.
-    """
-    documents = _documents(batch)
-    labels = [
-        [label for label, seen in zip(labels.tolist(), attended, strict=True) if seen]
-        for _, labels, attended in documents
-    ]
-    if lost := rows_without_eos(labels, tokenizer.eos_token_id):
+    """Raise ``TokenError`` unless every row of a collated batch ends in an EOS with a label."""
+    scored = summarize_loss_mask(batch, tokenizer)["eos_scored"]
+    if lost := scored.index[~scored].tolist():
         raise TokenError(
-            f"{len(lost)} of {len(labels)} rows train no EOS ({tokenizer.eos_token}), expected 0; first rows "
+            f"{len(lost)} of {len(scored)} rows train no EOS ({tokenizer.eos_token}), expected 0; first rows "
             f"{lost[:5]}. Such rows teach the model never to stop. Set a pad token other than EOS "
             "(choose_pad_token), and leave out rows longer than max_length."
         )
 
 
-def _documents(batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor, list[bool]]]:
-    """(ids, labels, attended) of each row; of each document where rows are packed without padding."""
-    ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
+def _documents(batch: Batch, tokenizer: Any) -> list[tuple[list[int], list[int], list[str]]]:
+    """Ids, labels and roles of each row; of each document where rows are packed without padding."""
+    ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
     if (mask := batch.get("attention_mask")) is not None:
-        return [(i, lab, m.bool().tolist()) for i, lab, m in zip(ids, labels, mask.cpu(), strict=True)]
-    if batch.get("position_ids") is None:
+        rows = list(zip(ids, labels, mask.tolist(), strict=True))
+    elif batch.get("position_ids") is not None:
+        bounds = itertools.pairwise(document_bounds(batch["position_ids"])[0].tolist())
+        rows = [(ids[0][start:end], labels[0][start:end], [1] * (end - start)) for start, end in bounds]
+    else:
         raise ValueError(
             f"The batch has {sorted(batch)}, expected attention_mask or position_ids beside labels."
         )
-    bounds = document_bounds(batch["position_ids"])[0].tolist()
-    return [
-        (ids[0, start:end], labels[0, start:end], [True] * (end - start))
-        for start, end in itertools.pairwise(bounds)
-    ]
+    return [(*row[:2], _roles(*row, tokenizer.eos_token_id)) for row in rows]
 
 
-def _roles(ids: torch.Tensor, labels: torch.Tensor, attended: list[bool], eos_token_id: int) -> list[str]:
+def _roles(ids: list[int], labels: list[int], attended: list[int], eos_token_id: int) -> list[str]:
     last = max((position for position, seen in enumerate(attended) if seen), default=-1)
     roles = []
-    for position, (token, label, seen) in enumerate(
-        zip(ids.tolist(), labels.tolist(), attended, strict=True)
-    ):
+    for position, (token, label, seen) in enumerate(zip(ids, labels, attended, strict=True)):
         if not seen:
             roles.append("pad")
         elif position == last and token == eos_token_id:
-            roles.append("eos_lost" if label == IGNORED else "eos")
+            roles.append("eos" if label == eos_token_id else "eos_lost")
         else:
             roles.append("prompt" if label == IGNORED else "completion")
     return roles
@@ -260,11 +216,10 @@ def _spans(tokenizer: Any, ids: list[int], labels: list[int], roles: list[str]) 
 
 
 def _span(tokenizer: Any, token: int, style: str, note: str) -> str:
-    text = html.escape(_token_text(tokenizer, token)).replace("\n", "⏎<wbr>")
-    end = "<br>" * _token_text(tokenizer, token).count("\n")
-    return (
-        f'<span style="{style};border-radius:3px;margin:0 1px" title="id {token} {note}">{text}</span>{end}'
-    )
+    text = _token_text(tokenizer, token)
+    shown, end = html.escape(text).replace("\n", "⏎<wbr>"), "<br>" * text.count("\n")
+    style += ";border-radius:3px;margin:0 1px"
+    return f'<span style="{style}" title="id {token} {note}">{shown}</span>{end}'
 
 
 def _token_text(tokenizer: Any, token: int) -> str:

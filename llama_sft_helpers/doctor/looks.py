@@ -65,10 +65,12 @@ def _unseen_bitsandbytes(case: Case, values: Values) -> Values | None:
 
 def _renamed_argument(case: Case, values: Values) -> Values | None:
     owner, old = values["owner"], values["old"]
-    if new := RENAMED_ARGUMENTS.get(old):
-        return {"advice": f"Use {new}."}
     modules = (sys.modules.get(name) for name in ("trl", "transformers", "peft"))
     known = next((getattr(module, owner) for module in modules if hasattr(module, owner)), None)
+    if known is None and case.exception is not None:  # a class of the reader's own
+        return None
+    if new := RENAMED_ARGUMENTS.get(old):
+        return {"advice": f"Use {new}."}
     if known is None:
         return None
     near = difflib.get_close_matches(old, inspect.signature(known).parameters, n=1, cutoff=0.6)

@@ -13,7 +13,6 @@ CONTENTS = {
     "summarize_update": "tables",  # size and rank of the trained update
     "plot_update_spectrum": "tables",  # its singular values
     "plot_detour": "plots",  # W beside B and A
-    "SweepPlan": "sweep",  # what a sweep trains within its budget
     "plan_sweep": "sweep",  # choose ranks, rates and targets for a budget of time
     "plot_sweep": "sweep",  # held-out loss over parameters
     "summarize_claims": "sweep",  # whether QLoRA's claims show in a sweep

@@ -11,13 +11,7 @@ if TYPE_CHECKING:
 
 
 def plot_detour(d_in: int, d_out: int, r: int) -> Axes:
-    """Draw W beside B and A, each with its shape and its number of weights.
-
-    Args:
-        d_in: Inputs of the layer.
-        d_out: Its outputs.
-        r: LoRA's rank. It is drawn wider than to scale, else it would be a hairline.
-    """
+    """Draw W beside B and A, each with its shape; r is drawn wider than to scale, to be seen."""
     boxes = [
         (0.4, 2.6, 4, 4, f"W, frozen\n{d_out:,} × {d_in:,}\n{d_out * d_in:,}\nweights", BLUE),
         (5.6, 2.6, 4, 0.8, f"A  {r} × {d_in:,}", ORANGE),

@@ -1,4 +1,8 @@
-"""Notebook 04's comparison of adapters: ranks and target modules against held-out loss, drawn and judged."""
+"""Notebook 04's comparison of adapters: ranks and target modules against held-out loss, drawn and judged.
+
+A sweep is a table with one row an adapter: ``targets`` (the name of a set of modules), ``r``, ``parameters``
+and ``held_out_loss`` (nats a token).
+"""
 
 from __future__ import annotations
 
@@ -21,35 +25,16 @@ _SIZES = ((3, 4, 4), (3, 4, 3), (3, 3, 3), (3, 2, 3), (2, 2, 3), (2, 2, 2), (2, 
 
 @dataclasses.dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep trains within its budget; printed, it says how long that takes and what is left out.
-
-    Attributes:
-        targets: Names of the target sets.
-        learning_rates: Rates of which each set picks its own, at the first rank.
-        ranks: Ranks of each set, at its own rate; the first rank once more from another seed.
-        seconds: Planned time.
-        budget_seconds: Time that was allowed; the least sweep may need more.
-        left_out: What the caller offered and the budget does not allow.
-    """
+    """What a sweep trains within its budget, as many ``adapters``; printed, it says what is left out."""
 
     targets: tuple[str, ...]
     learning_rates: tuple[float, ...]
     ranks: tuple[int, ...]
-    seconds: float
-    budget_seconds: float
-    left_out: tuple[str, ...]
-
-    @property
-    def adapters(self) -> int:
-        """Adapters to train: for each set its rates, its other ranks, and one from another seed."""
-        return _count_adapters(len(self.targets), len(self.learning_rates), len(self.ranks))
+    adapters: int
+    told: str
 
     def __str__(self) -> str:
-        over = ", more than that: it is the least that the claims need" * (self.seconds > self.budget_seconds)
-        return (
-            f"{self.adapters} adapters, about {self.seconds:.0f} s of the {self.budget_seconds:.0f} s that "
-            f"the profile allows{over}; left out: {', '.join(self.left_out) or 'nothing'}"
-        )
+        return self.told
 
 
 def plan_sweep(
@@ -62,18 +47,15 @@ def plan_sweep(
 ) -> SweepPlan:
     """Plan as much of a sweep as fits a budget of time; two sets at two ranks with one rate are the least.
 
-    Args:
-        targets: Names of the target sets, the most informative first.
-        learning_rates: Rates to pick from, the most informative first.
-        ranks: Ranks, the most informative first; the rates are picked at the first.
-        seconds_per_adapter: What training and measuring one adapter takes.
-        budget_seconds: What the profile allows (``sweep_seconds``).
+    Each sequence has its most informative member first. Each set picks its own rate at the first rank, and
+    is trained there once more from another seed.
 
     Raises:
         ValueError: Fewer than two sets, one rate or two ranks, or a time that is not above 0.
     """
     lengths = (len(targets), len(learning_rates), len(ranks))
-    if not _fits(_SIZES[-1], lengths):
+    sizes = [size for size in (lengths, *_SIZES) if all(n <= of for n, of in zip(size, lengths, strict=True))]
+    if _SIZES[-1] not in sizes:
         raise ValueError(
             f"Got {lengths} target sets, learning rates and ranks; expected at least {_SIZES[-1]}."
         )
@@ -81,42 +63,22 @@ def plan_sweep(
         raise ValueError(
             f"An adapter takes {seconds_per_adapter!r} s of {budget_seconds!r} s; expected both above 0."
         )
-    sizes = [lengths, *(size for size in _SIZES if _fits(size, lengths))]
-    affordable = [size for size in sizes if _count_adapters(*size) * seconds_per_adapter <= budget_seconds]
-    sets, rates, kept = affordable[0] if affordable else sizes[-1]
-    return SweepPlan(
-        targets=tuple(targets[:sets]),
-        learning_rates=tuple(learning_rates[:rates]),
-        ranks=tuple(ranks[:kept]),
-        seconds=_count_adapters(sets, rates, kept) * seconds_per_adapter,
-        budget_seconds=budget_seconds,
-        left_out=(
-            *targets[sets:],
-            *(f"learning rate {rate:g}" for rate in learning_rates[rates:]),
-            *(f"r={r}" for r in ranks[kept:]),
-        ),
+    # Of each set: its rates at the first rank, its other ranks, and the first rank from another seed.
+    counts = [sets * (rates + kept) for sets, rates, kept in sizes]
+    choice = next((n for n, count in enumerate(counts) if count * seconds_per_adapter <= budget_seconds), -1)
+    (sets, rates, kept), seconds = sizes[choice], counts[choice] * seconds_per_adapter
+    over = ", more than that: it is the least that the claims need" * (seconds > budget_seconds)
+    rest = [f"learning rate {rate:g}" for rate in learning_rates[rates:]] + [f"r={r}" for r in ranks[kept:]]
+    told = (
+        f"{counts[choice]} adapters, about {seconds:.0f} s of the {budget_seconds:.0f} s that the profile "
+        f"allows{over}; left out: {', '.join([*targets[sets:], *rest]) or 'nothing'}"
     )
-
-
-def _fits(size: tuple[int, int, int], lengths: tuple[int, int, int]) -> bool:
-    return all(wanted <= there for wanted, there in zip(size, lengths, strict=True))
-
-
-def _count_adapters(sets: int, rates: int, ranks: int) -> int:
-    """Of each set: its rates at the first rank, the other ranks, and the first rank from another seed."""
-    return sets * (rates + ranks - 1 + 1)
+    chosen = (tuple(targets[:sets]), tuple(learning_rates[:rates]), tuple(ranks[:kept]))
+    return SweepPlan(*chosen, counts[choice], told)
 
 
 def plot_sweep(sweep: pd.DataFrame, base_loss: float) -> Axes:
-    """Held-out loss against trainable parameters, one line a target set, each point labelled with its r.
-
-    Args:
-        sweep: One row an adapter: ``targets``, ``r``, ``parameters``, ``held_out_loss`` (nats a token).
-        base_loss: Held-out loss of the base model, drawn as a line.
-
-    Raises:
-        ValueError: A column is missing, or nothing was trained.
-    """
+    """Held-out loss against trainable parameters: one line a target set, with its r, and the base model's."""
     _check_sweep(sweep)
     axes: Any = new_axes(5)
     highest = sweep.groupby("targets")["held_out_loss"].mean().idxmax()
@@ -139,12 +101,8 @@ def plot_sweep(sweep: pd.DataFrame, base_loss: float) -> Axes:
 def summarize_claims(sweep: pd.DataFrame, noise: float) -> pd.DataFrame:
     """Hold QLoRA's claim, adapters on all layers matter and r hardly does, against a sweep of one's own.
 
-    The claim is section 4 of Dettmers et al. 2023 (https://arxiv.org/abs/2305.14314). A difference smaller
-    than ``noise`` decides nothing.
-
-    Args:
-        sweep: A row for each pair of ``targets`` and ``r``: ``parameters``, ``held_out_loss`` (nats a token).
-        noise: Difference between runs that differ by their seed alone, in nats a token.
+    The claim is section 4 of Dettmers et al. 2023 (https://arxiv.org/abs/2305.14314). ``noise`` is the
+    difference between runs that differ by their seed alone, in nats a token; a smaller one decides nothing.
 
     Returns:
         Index ``statement``; ``measured`` (differences in nats a token; negative speaks for the statement) and
@@ -156,18 +114,18 @@ def summarize_claims(sweep: pd.DataFrame, noise: float) -> pd.DataFrame:
     _check_sweep(sweep)
     if not noise >= 0:
         raise ValueError(f"noise is {noise!r}; expected a difference of losses, 0 or more.")
-    loss = _pivot(sweep, "held_out_loss")
-    order = _pivot(sweep, "parameters").mean().sort_values().index
+    loss = _by_r_and_targets(sweep)
+    order = sweep.groupby("targets")["parameters"].mean().sort_values().index
     widest, narrowest = order[-1], order[0]
-    rows = [
-        (f"{widest} beats {other} at the same r", *_verdict(loss[widest] - loss[other], noise))
-        for other in order[:-1]
-    ]
-    rows.append(_same_budget(sweep, widest, narrowest, noise))
+    differences = {
+        f"{widest} beats {other} at the same r": loss[widest] - loss[other] for other in order[:-1]
+    }
+    differences |= _same_budget(sweep, widest, narrowest)
     by_r = loss[widest].max() - loss[widest].min()
     by_targets = (loss.max(axis=1) - loss.min(axis=1)).median()
-    gap = pd.Series([by_r - by_targets])
-    rows.append((f"r (in {widest}) matters less than the target set (median over r)", *_verdict(gap, noise)))
+    statement = f"r (in {widest}) matters less than the target set (median over r)"
+    differences[statement] = pd.Series([by_r - by_targets])
+    rows = [(statement, *_verdict(gaps, noise)) for statement, gaps in differences.items()]
     return pd.DataFrame(rows, columns=["statement", "measured", "verdict"]).set_index("statement")
 
 
@@ -178,12 +136,13 @@ def _check_sweep(sweep: pd.DataFrame) -> None:
         raise ValueError("The sweep has no rows; pass one row for each trained adapter.")
 
 
-def _pivot(sweep: pd.DataFrame, value: str) -> pd.DataFrame:
+def _by_r_and_targets(sweep: pd.DataFrame) -> pd.DataFrame:
+    """The losses, a row for each r and a column for each set of targets, none missing."""
     if sweep.duplicated(["targets", "r"]).any():
         raise ValueError(
             "The sweep holds a pair of targets and r twice; pass one learning rate and seed each."
         )
-    table = sweep.pivot(index="r", columns="targets", values=value)
+    table = sweep.pivot(index="r", columns="targets", values="held_out_loss")
     if table.isna().any(axis=None) or min(table.shape) < 2:
         raise ValueError(
             f"The sweep has {int(table.notna().sum().sum())} losses for {table.shape[0]} ranks and "
@@ -192,21 +151,23 @@ def _pivot(sweep: pd.DataFrame, value: str) -> pd.DataFrame:
     return table
 
 
-def _same_budget(sweep: pd.DataFrame, widest: str, narrowest: str, noise: float) -> tuple[str, str, str]:
+def _same_budget(sweep: pd.DataFrame, widest: str, narrowest: str) -> dict[str, pd.Series[float]]:
     """The narrow set at its largest r against the wide set with no more parameters."""
     largest = sweep[sweep["targets"] == narrowest].nlargest(1, "parameters").iloc[0]
     within = sweep[(sweep["targets"] == widest) & (sweep["parameters"] <= largest["parameters"])]
     if within.empty:
-        return (f"{widest} beats {narrowest} with no more parameters", "no such pair", "not decided here")
+        return {f"{widest} beats {narrowest} with no more parameters": pd.Series(dtype=float)}
     rival = within.nlargest(1, "parameters").iloc[0]
     statement = (
         f"{widest} at r={rival['r']} ({rival['parameters']:,} parameters) beats "
         f"{narrowest} at r={largest['r']} ({largest['parameters']:,})"
     )
-    return (statement, *_verdict(pd.Series([rival["held_out_loss"] - largest["held_out_loss"]]), noise))
+    return {statement: pd.Series([rival["held_out_loss"] - largest["held_out_loss"]])}
 
 
 def _verdict(differences: pd.Series[float], noise: float) -> tuple[str, str]:
+    if differences.empty:
+        return "no such pair", "not decided here"
     low, high = differences.min(), differences.max()
     measured = f"{low:+.3f}" if len(differences) == 1 else f"{low:+.3f} to {high:+.3f}"
     if high < -noise:

@@ -2,7 +2,8 @@
 
 LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) leaves a weight W of shape (d_out, d_in) frozen and
 learns an update (alpha / r) * B @ A, with A of shape (r, d_in) and B of shape (d_out, r). B starts at 0.
-The functions take the model that PEFT's ``get_peft_model`` returned and look at it; none of them changes it.
+The functions take the ``model`` that PEFT's ``get_peft_model`` returned, look at it and change nothing; where
+they need an adapter, or values instead of the meta device, they raise ``ValueError`` if there are none.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from llama_sft_helpers.core.batches import checked_inputs
 from llama_sft_helpers.core.bnb import checksum, dequantize, is_quantized
-from llama_sft_helpers.core.llama import LINEARS, Shape
+from llama_sft_helpers.core.llama import Shape
 from llama_sft_helpers.core.modes import evaluation_mode
 from llama_sft_helpers.core.plots import COLOURS, MARKERS, new_axes
 
@@ -28,16 +29,8 @@ class AdapterNotNoopError(AssertionError):
     """An adapter that has to change nothing changes the logits; the message says where and by how much."""
 
 
-# --- before the call: a prediction ---
-
-
-def plan_adapters(config: Any, r: int = 16, target_modules: Collection[str] = LINEARS) -> pd.DataFrame:
-    """Predict A, B and the trainable parameters from a configuration alone: r * (d_in + d_out) a linear.
-
-    Args:
-        config: A ``LlamaConfig``; no weights are needed.
-        r: LoRA's rank.
-        target_modules: Names of the linears that get an adapter.
+def plan_adapters(config: Any, r: int, target_modules: Collection[str]) -> pd.DataFrame:
+    """Predict A, B and the trainable parameters from a ``LlamaConfig`` alone: r * (d_in + d_out) a linear.
 
     Returns:
         One row a projection (index): ``layers``, shape of ``A`` and ``B``, ``parameters_per_layer`` and
@@ -63,21 +56,12 @@ def plan_adapters(config: Any, r: int = 16, target_modules: Collection[str] = LI
     return pd.DataFrame(rows, columns=columns).set_index("projection")
 
 
-# --- after the call: what is there ---
-
-
 def summarize_adapters(model: Any) -> pd.DataFrame:
-    """The active adapter, one row a projection: shapes, scaling, size, and whether B has moved yet.
-
-    Args:
-        model: What ``get_peft_model`` returned (https://huggingface.co/docs/peft/package_reference/lora).
+    """The active adapter (https://huggingface.co/docs/peft/package_reference/lora), one row a projection.
 
     Returns:
         Index ``projection``; shape of ``A`` and ``B``, ``r``, ``alpha``, ``scaling`` (alpha / r), ``dtype``,
         ``layers``, ``parameters`` (all layers) and ``largest_b`` (largest absolute entry; 0 before training).
-
-    Raises:
-        ValueError: The model has no LoRA adapter.
     """
     table = pd.DataFrame([_adapter_row(*found) for found in _lora_layers(model)])
     groups = table.groupby(["projection", "A", "B", "r", "alpha", "scaling", "dtype"], sort=False)
@@ -88,21 +72,16 @@ def summarize_adapters(model: Any) -> pd.DataFrame:
 def summarize_gradients(model: Any) -> pd.DataFrame:
     """Which A and B the last backward pass reached; call it after ``backward`` and before ``zero_grad``.
 
-    In the very first step B is 0, and the gradient of A, which passes through B, is 0 as well.
-
     Returns:
         Two rows (index ``matrix``: A, B): ``matrices``, ``with_gradient``, ``nonzero`` (number whose gradient
-        has an entry other than 0) and ``largest_gradient`` (absolute).
-
-    Raises:
-        ValueError: The model has no LoRA adapter.
+        has an entry other than 0) and ``largest_gradient`` (absolute; NaN if one holds a NaN).
     """
-    layers = [(layer, adapter) for _, layer, adapter in _lora_layers(model)]
-    groups = {
-        "A": [layer.lora_A[adapter].weight.grad for layer, adapter in layers],
-        "B": [layer.lora_B[adapter].weight.grad for layer, adapter in layers],
-    }
-    rows = [(matrix, len(grads), *_gradient_counts(grads)) for matrix, grads in groups.items()]
+    layers, rows = list(_lora_layers(model)), []
+    for matrix in ("A", "B"):
+        grads = [getattr(layer, f"lora_{matrix}")[adapter].weight.grad for _, layer, adapter in layers]
+        largest = torch.tensor([grad.abs().max().item() for grad in grads if grad is not None])
+        top = largest.max().item() if len(largest) else 0.0
+        rows.append((matrix, len(grads), len(largest), int((largest > 0).sum()), top))
     columns = ["matrix", "matrices", "with_gradient", "nonzero", "largest_gradient"]
     return pd.DataFrame(rows, columns=columns).set_index("matrix")
 
@@ -110,13 +89,8 @@ def summarize_gradients(model: Any) -> pd.DataFrame:
 def summarize_frozen(model: Any) -> pd.DataFrame:
     """A checksum of every tensor that is not trained, int8 scales included: equal tables, equal base model.
 
-    Each checksum is computed where its tensor lies, so nothing is copied from a GPU.
-
-    Returns:
-        Index ``tensor``; ``dtype``, ``bytes`` and ``checksum`` of its bytes.
-
-    Raises:
-        ValueError: The model holds no values (meta device), or nothing is frozen.
+    Each checksum is computed where its tensor lies, so nothing is copied from a GPU. The index ``tensor`` is
+    its name; the columns are ``dtype``, ``bytes`` and ``checksum``.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
@@ -130,14 +104,11 @@ def summarize_frozen(model: Any) -> pd.DataFrame:
 def summarize_training_state(model: Any, optimizer: torch.optim.Optimizer) -> pd.DataFrame:
     """What training keeps for the trainable parameters: their values, gradients and Adam's two averages.
 
-    Call it after ``optimizer.step`` and before ``zero_grad``. In float32 it is 4 + 4 + 8 = 16 bytes each
-    (https://huggingface.co/docs/transformers/model_memory_anatomy).
+    Call it after ``optimizer.step`` and before ``zero_grad``; without a step it raises ``ValueError``. In
+    float32 it is 4 + 4 + 8 = 16 bytes each (https://huggingface.co/docs/transformers/model_memory_anatomy).
 
     Returns:
         Index ``part``; ``bytes`` and ``bytes_per_parameter``.
-
-    Raises:
-        ValueError: Nothing is trainable, or the optimizer has not taken a step on this model.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     states = [optimizer.state[parameter] for parameter in trained if parameter in optimizer.state]
@@ -152,21 +123,16 @@ def summarize_training_state(model: Any, optimizer: torch.optim.Optimizer) -> pd
         "Adam: mean of gradients": sum(state["exp_avg"].nbytes for state in states),
         "Adam: mean of squares": sum(state["exp_avg_sq"].nbytes for state in states),
     }
-    count = sum(p.numel() for p in trained)
-    rows = [(part, size, size / count) for part, size in parts.items()]
-    return pd.DataFrame(rows, columns=["part", "bytes", "bytes_per_parameter"]).set_index("part")
+    table = pd.DataFrame({"bytes": parts}).rename_axis("part")
+    return table.assign(bytes_per_parameter=table["bytes"] / sum(p.numel() for p in trained))
 
 
 def check_adapter_is_noop(model: Any, batch: Mapping[str, Any]) -> None:
     """Check that the adapter changes no logit: with it and without it, bit for bit, in the same mode.
 
     True right after ``get_peft_model``, as B is 0. Both passes run in evaluation mode, since int8 on a CPU
-    computes differently in training mode; the model's modes are put back afterwards.
-
-    Args:
-        model: What ``get_peft_model`` returned.
-        batch: ``input_ids`` of shape (rows, tokens), integers, on the model's device; ``attention_mask`` is
-            used if present.
+    computes differently in training mode; the model's modes are put back afterwards. The batch has
+    ``input_ids`` of shape (rows, tokens), integers, on the model's device, and perhaps ``attention_mask``.
 
     Raises:
         AdapterNotNoopError: A logit differs; the message gives how many, by how much and which B is not 0.
@@ -178,9 +144,7 @@ def check_adapter_is_noop(model: Any, batch: Mapping[str, Any]) -> None:
     if not hasattr(model, "disable_adapter"):
         raise ValueError(f"{type(model).__name__} cannot switch its adapter off; pass a PeftModel.")
     if any(layer.merged or layer.disable_adapters for _, layer, _ in layers):
-        raise ValueError(
-            "The adapter is merged or switched off; pass the model as get_peft_model returned it."
-        )
+        raise ValueError("The adapter is merged or switched off; pass what get_peft_model returned.")
     with evaluation_mode(model), torch.no_grad():
         adapted = model(**inputs, use_cache=False).logits
         with model.disable_adapter():
@@ -196,9 +160,6 @@ def check_adapter_is_noop(model: Any, batch: Mapping[str, Any]) -> None:
     )
 
 
-# --- after training: the update ---
-
-
 def summarize_update(model: Any) -> pd.DataFrame:
     """The learned update (alpha / r) * B @ A of every adapted module, and its size beside W.
 
@@ -206,27 +167,17 @@ def summarize_update(model: Any) -> pd.DataFrame:
     float64; W is dequantized where it is quantized.
 
     Returns:
-        Index ``module``; ``layer``, ``projection``, ``r``, ``rank`` (singular values above rounding),
-        ``stable_rank`` (sum of squared singular values over the largest squared: in how many directions the
-        update really points), ``largest_singular_value``, ``update_norm`` and ``weight_norm`` (Frobenius) and
-        ``relative_size`` (their quotient).
-
-    Raises:
-        ValueError: No LoRA adapter, or a model without values (meta device).
+        Index ``module``; ``projection``, ``rank`` (singular values above rounding), ``stable_rank`` (sum of
+        squared singular values over the largest squared: in how many directions the update really points),
+        ``largest_singular_value``, ``update_norm`` and ``weight_norm`` (Frobenius) and ``relative_size``
+        (their quotient).
     """
     _refuse_meta(model)
     return pd.DataFrame([_update_row(*found) for found in _lora_layers(model)]).set_index("module")
 
 
 def plot_update_spectrum(model: Any) -> Axes:
-    """Singular values of the update, for each projection the median over the layers, and 0 beyond r.
-
-    Args:
-        model: What ``get_peft_model`` returned, after training.
-
-    Raises:
-        ValueError: No LoRA adapter, or a model without values (meta device).
-    """
+    """Singular values of the update, for each projection the median over the layers, and 0 beyond r."""
     _refuse_meta(model)
     spectra: dict[str, list[torch.Tensor]] = {}
     for name, layer, adapter in _lora_layers(model):
@@ -245,9 +196,6 @@ def plot_update_spectrum(model: Any) -> Axes:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     return axes
-
-
-# --- shared ---
 
 
 def _lora_layers(model: Any) -> Iterator[tuple[str, Any, str]]:
@@ -289,12 +237,6 @@ def _adapter_row(name: str, layer: Any, adapter: str) -> dict[str, Any]:
     }
 
 
-def _gradient_counts(grads: list[torch.Tensor | None]) -> tuple[int, int, float]:
-    largest = [grad.abs().max().item() for grad in grads if grad is not None]
-    top = torch.tensor(largest).max().item() if largest else 0.0  # a NaN among them shows, unlike in max()
-    return len(largest), sum(value > 0 for value in largest), top
-
-
 def _singular_values(layer: Any, adapter: str) -> torch.Tensor:
     """Of the update, float64, descending, as many as A has rows (fewer if W is smaller than that)."""
     a = layer.lora_A[adapter].weight.detach().double()
@@ -309,12 +251,9 @@ def _update_row(name: str, layer: Any, adapter: str) -> dict[str, Any]:
     largest, norm = values[0].item(), torch.linalg.vector_norm(values).item()
     rounding = max(layer.in_features, layer.out_features) * torch.finfo(values.dtype).eps
     weight_norm = _weight_norm(_short(name), layer.get_base_layer())
-    number = re.search(r"layers\.(\d+)\.", name)
     return {
         "module": _short(name),
-        "layer": int(number[1]) if number else -1,
         "projection": name.rpartition(".")[2],
-        "r": layer.r[adapter],
         "rank": int((values > largest * rounding).sum()),
         "stable_rank": (norm / largest) ** 2 if largest else 0.0,
         "largest_singular_value": largest,
@@ -325,10 +264,7 @@ def _update_row(name: str, layer: Any, adapter: str) -> dict[str, Any]:
 
 
 def _weight_norm(name: str, linear: Any) -> float:
-    """Frobenius norm of W, dequantized.
-
-    Not by PEFT's ``dequantize_module_weight``: on a CPU, an int8 layer that has run once cannot run after it.
-    """
+    # Not by PEFT's dequantize_module_weight: on a CPU, an int8 layer that has run once cannot run after it.
     values = dequantize(name, linear) if is_quantized(linear) else linear.weight.detach()
     return torch.linalg.vector_norm(values, dtype=torch.float64).item()
 

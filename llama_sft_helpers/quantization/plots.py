@@ -15,14 +15,12 @@ if TYPE_CHECKING:
 
 
 def plot_quantization_error(errors: pd.DataFrame) -> Axes:
-    """Draw the relative error of every matrix by projection: one band for each format.
+    """Draw the relative error of every matrix, in % on a log scale: a dot a matrix, a colour a format.
 
-    Args:
-        errors: ``summarize_quantization_error``'s table, or several of them concatenated.
-
-    Returns:
-        Axes: projection against relative Frobenius error in %, log scale; a dot a matrix, a colour a format.
+    ``errors`` is ``summarize_quantization_error``'s table, or several of them concatenated.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     ax = new_axes(4)
     modules = list(errors["module"].unique())
     for (kind, group), colour, marker in zip(
@@ -35,19 +33,19 @@ def plot_quantization_error(errors: pd.DataFrame) -> Axes:
     about = ", ".join(f"{kind} about {mean:.2g}%" for kind, mean in means.items())
     ax.set(yscale="log", ylabel="relative error (%)", title=f"Error of each matrix: {about}")
     ax.legend(loc="center right")
-    _percent_ticks(ax)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # the axis may span less than a decade
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.grid(alpha=0.3)
     return ax
 
 
-def plot_weight_grid(weight: torch.Tensor, row: int = 0) -> Axes:
-    """Draw one row of a weight on the 255 levels of its int8 grid.
+def plot_weight_grid(weight: torch.Tensor, row: int) -> Axes:
+    """Draw one row of a weight on the 255 levels of its int8 grid; an inset enlarges six steps around zero.
 
     Args:
         weight: Matrix before quantization, shape (d_out, d_in).
         row: Output feature to show.
-
-    Returns:
-        Axes: weights per level over the weight's value; an inset enlarges six steps around zero.
 
     Raises:
         ValueError: The matrix has no such row.
@@ -78,12 +76,7 @@ def plot_weight_grid(weight: torch.Tensor, row: int = 0) -> Axes:
 
 
 def plot_int8_product(x: torch.Tensor, w: torch.Tensor) -> Axes:
-    """Draw how one output of a layer is worked out in int8, with the numbers of an example.
-
-    Args:
-        x: The layer's input for one token, shape (d_in,), at most four numbers.
-        w: One row of its weight, of the same shape.
-    """
+    """Draw how an input x and a row w of the weight, both of at most four numbers, give an output in int8."""
     codes, absmax = quantize_absmax(torch.stack([x, w]))
     total = int(codes[0].int() @ codes[1].int())
     rows = [(7.6, x, SKY), (6.5, codes[0], SKY), (4.9, w, BLUE), (3.8, codes[1], BLUE)]
@@ -103,17 +96,13 @@ def plot_int8_product(x: torch.Tensor, w: torch.Tensor) -> Axes:
     return ax
 
 
-def plot_outliers(outliers: pd.DataFrame, at_most: int = 8) -> Axes:
-    """Draw the layer inputs that have the most outlier channels.
+def plot_outliers(outliers: pd.DataFrame) -> Axes:
+    """Draw the eight inputs of ``summarize_outliers``'s table that have the most outlier channels.
 
-    Args:
-        outliers: ``summarize_outliers``'s table.
-        at_most: Number of inputs to show; those without an outlier are left out.
-
-    Returns:
-        Axes: a bar for each input, its share of outlier channels in %; number: their count.
+    A bar is an input's share of outlier channels in %, the number beside it their count. Inputs without an
+    outlier are left out.
     """
-    few = outliers[outliers["outlier_channels"] > 0].nlargest(at_most, "channels_share")[::-1]
+    few = outliers[outliers["outlier_channels"] > 0].nlargest(8, "channels_share")[::-1]
     none = int((outliers["outlier_channels"] == 0).sum())
     ax = new_axes(1.8 + 0.26 * len(few))
     names = [f"layer {row.layer}, {row.module}" for row in few.itertuples()]
@@ -125,13 +114,3 @@ def plot_outliers(outliers: pd.DataFrame, at_most: int = 8) -> Axes:
     )  # fmt: skip
     ax.margins(x=0.15)
     return ax
-
-
-def _percent_ticks(ax: Axes) -> None:
-    """Plain numbers on a log axis that may span less than a decade."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.grid(alpha=0.3)

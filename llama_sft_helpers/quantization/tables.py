@@ -2,12 +2,14 @@
 
 The formats are bitsandbytes' own: LLM.int8() (https://huggingface.co/papers/2208.07339), and the 4-bit
 NormalFloat with double quantization of QLoRA (https://huggingface.co/papers/2305.14314). Every function
-receives a model, a weight or a config that the notebook made, and only reads it.
+receives a model that the notebook made, and only reads it. A ``batch`` has ``input_ids`` and perhaps
+``attention_mask``, each (rows, tokens), on the model's device; else they raise ``ValueError``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import html
 import itertools
 import json
@@ -24,21 +26,12 @@ from torch import nn
 from llama_sft_helpers.core.batches import checked_inputs
 from llama_sft_helpers.core.bnb import count_weights, dequantize, is_quantized, scale_tensors, storage_format
 from llama_sft_helpers.core.modes import evaluation_mode
-from llama_sft_helpers.quantization.layers import (
-    LOAD_INT8,
-    checkpoint_name,
-    find_place,
-    open_reference,
-    quantized_modules,
-)
+from llama_sft_helpers.quantization.layers import find_place, quantized_modules, read_weight, weight_name
 
 if TYPE_CHECKING:
     from IPython.display import HTML
 
 _GIB = 2**30
-
-
-# --- Layers and bytes ---
 
 
 def summarize_layers(model: nn.Module) -> pd.DataFrame:
@@ -54,29 +47,28 @@ def summarize_layers(model: nn.Module) -> pd.DataFrame:
     Raises:
         ValueError: The model has no parameters.
     """
-    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    rows: list[tuple[Any, ...]] = []
     seen: set[int] = set()
     quantized = any(is_quantized(module) for module in model.modules())
     for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        own = list(dict(module.named_parameters(recurse=False, remove_duplicate=False)).values())
         if not own:
             continue
-        dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
-        fresh = [parameter for parameter in own.values() if id(parameter) not in seen]
-        seen.update(id(parameter) for parameter in fresh)
+        fresh = [parameter for parameter in own if id(parameter) not in seen]
+        seen.update(map(id, fresh))
+        dtype = storage_format(module) or str(own[0].dtype).removeprefix("torch.")
         why = _why(name, module, shared=not fresh, quantized=quantized)
-        key = (type(module).__name__, storage_format(module) or dtype, why)
-        row = rows.setdefault(key, {"modules": 0, "parameters": 0, "bytes": 0, "example": name})
-        row["modules"] += 1
-        row["parameters"] += sum(count_weights(parameter) for parameter in fresh)
-        row["bytes"] += sum(p.numel() * p.element_size() for p in fresh)
-        row["bytes"] += sum(t.numel() * t.element_size() for t in scale_tensors(module))
+        size = sum(tensor.nbytes for tensor in (*fresh, *scale_tensors(module)))
+        rows.append((type(module).__name__, dtype, why, 1, sum(map(count_weights, fresh)), size, name))
     if not rows:
         raise ValueError(
             f"{type(model).__name__} holds no parameters; pass a model that from_pretrained returned."
         )
-    table = pd.DataFrame([{"class": c, "dtype": d} | row | {"why": why} for (c, d, why), row in rows.items()])
-    table.insert(5, "gib", table["bytes"] / _GIB)
+    sums = {"modules": "sum", "parameters": "sum", "bytes": "sum", "example": "first"}
+    table = pd.DataFrame(rows, columns=["class", "dtype", "why", *sums])
+    table = table.groupby(["class", "dtype", "why"], sort=False, as_index=False).agg(sums)
+    table["gib"] = table["bytes"] / _GIB
+    table = table[["class", "dtype", "modules", "parameters", "bytes", "gib", "example", "why"]]
     return table.sort_values("bytes", ascending=False, ignore_index=True)
 
 
@@ -90,9 +82,6 @@ def summarize_forward_memory(model: nn.Module, batch: Mapping[str, torch.Tensor]
         One row, in GiB: weights_gib; layers_gib, the peak of activations and temporary copies when only the
         last token's logits are computed; working_gib, the peak with all logits; total_gib, weights and
         working.
-
-    Raises:
-        ValueError: The batch is empty or on another device than the model.
     """
     inputs = checked_inputs(model, batch, least_tokens=2)
     weights = int(summarize_layers(model)["bytes"].sum())
@@ -100,21 +89,12 @@ def summarize_forward_memory(model: nn.Module, batch: Mapping[str, torch.Tensor]
         model(**inputs, use_cache=False)
         layers = _peak_bytes(model, inputs | {"logits_to_keep": 1})
         working = _peak_bytes(model, inputs)
-    sizes = {
-        "weights_gib": weights,
-        "layers_gib": layers,
-        "working_gib": working,
-        "total_gib": weights + working,
-    }
-    return pd.DataFrame([{name: size / _GIB for name, size in sizes.items()}])
+    sizes = {"weights": weights, "layers": layers, "working": working, "total": weights + working}
+    return pd.DataFrame([{f"{name}_gib": size / _GIB for name, size in sizes.items()}])
 
 
 def render_side_by_side(left: nn.Module, right: nn.Module, titles: tuple[str, str]) -> HTML:
-    """Two modules' own prints beside each other.
-
-    Returns:
-        An HTML table of two columns.
-    """
+    """Two modules' own prints beside each other, as a table of two columns."""
     from IPython.display import HTML
 
     heads = "".join(f'<th style="text-align:left">{html.escape(title)}</th>' for title in titles)
@@ -125,123 +105,72 @@ def render_side_by_side(left: nn.Module, right: nn.Module, titles: tuple[str, st
     return HTML(f"<table><tr>{heads}</tr><tr>{cells}</tr></table>")
 
 
-# --- Error of the weights ---
+def summarize_quantization_error(checkpoint: str | Path, quantized_model: nn.Module) -> pd.DataFrame:
+    """Compare each quantized weight with the one it was made from, in the folder of its safetensors files.
 
-
-def summarize_quantization_error(
-    reference_model: nn.Module | str | Path, quantized_model: nn.Module
-) -> pd.DataFrame:
-    """Compare each quantized weight with the one it was made from, one matrix at a time.
-
-    Only one matrix is held in float32 at once: an 8B model can be compared with its own checkpoint, and no
-    second model is in memory.
-
-    Args:
-        reference_model: The folder of the safetensors checkpoint that was quantized, or the model before
-            quantization (any device).
-        quantized_model: The int8 or nf4 model, as loaded.
+    Only one matrix is held in float32 at once, and no second model is in memory.
 
     Returns:
         One row per projection: layer, module, format, relative_error (Frobenius norm of the difference over
         that of the reference), worst_row (its index), worst_row_error (the same ratio for that row), name.
 
     Raises:
-        ValueError: Nothing is quantized, the reference is, or a weight is missing or of another shape.
+        ValueError: Nothing is quantized, or a weight is missing or of another shape.
     """
-    modules = quantized_modules(quantized_model)
     rows = []
-    with open_reference(reference_model) as read:
-        for name, module in modules.items():
-            reference = read(f"{checkpoint_name(name)}.weight")
-            restored = dequantize(name, module)
-            if reference.shape != restored.shape:
-                raise ValueError(
-                    f"{name}: the reference has shape {tuple(reference.shape)}, the quantized model "
-                    f"{tuple(restored.shape)}. Pass the checkpoint that this model was loaded from."
-                )
-            layer, short = find_place(name)
-            rows.append(
-                {"layer": layer, "module": short, "format": storage_format(module)}
-                | _errors(reference, restored)
-                | {"name": name}
+    for name, module in quantized_modules(quantized_model, "int8", "nf4", "fp4").items():
+        reference, restored = read_weight(checkpoint, weight_name(name)), dequantize(name, module)
+        if reference.shape != restored.shape:
+            raise ValueError(
+                f"{name}: the reference has shape {tuple(reference.shape)}, the quantized model "
+                f"{tuple(restored.shape)}. Pass the checkpoint that this model was loaded from."
             )
+        place = find_place(name) | {"format": storage_format(module)}
+        rows.append(place | _errors(reference, restored) | {"name": name})
     return pd.DataFrame(rows)
-
-
-# --- Outliers of the activations ---
 
 
 def summarize_outliers(
     model: nn.Module, batch: Mapping[str, torch.Tensor], threshold: float = 6.0
 ) -> pd.DataFrame:
-    """Find the activations that LLM.int8() keeps out of the 8-bit product.
+    """Find the activations that LLM.int8() keeps out of the 8-bit product (its paper's section 3).
 
     A column of a ``Linear8bitLt``'s input in which any token reaches the threshold is an outlier channel: it
     is multiplied without being quantized. As in bitsandbytes, inputs are compared as float16 with ``>=``,
     and every position of the batch counts, padding included.
-
-    Args:
-        model: A model with ``Linear8bitLt`` layers, on any device.
-        batch: ``input_ids`` and ``attention_mask``, each (rows, tokens), on the model's device.
-        threshold: Magnitude from which an activation is an outlier; ``llm_int8_threshold`` is 6.0 by default.
 
     Returns:
         One row per ``Linear8bitLt``: layer, module, outlier_values, values_share, outlier_channels,
         channels_share, largest_activation, channels (tuple of indices).
 
     Raises:
-        ValueError: No int8 layers, an empty batch, one on another device, or a threshold that is not
-            positive.
-
-    Paper: https://huggingface.co/papers/2208.07339, section 3.
+        ValueError: No int8 layers, or a threshold that is not positive.
     """
     if threshold <= 0:
         raise ValueError(f"threshold={threshold!r} must be positive; LLM.int8()'s default is 6.0.")
-    modules = {n: m for n, m in model.named_modules() if storage_format(m) == "int8"}
-    if not modules:
-        raise ValueError(
-            f"{type(model).__name__} has no Linear8bitLt layer, and the threshold is theirs. Pass a model "
-            f"loaded with {LOAD_INT8}."
-        )
+    modules = quantized_modules(model, "int8")
     inputs = checked_inputs(model, batch, least_tokens=2)
     rows: dict[str, dict[str, Any]] = {}
 
-    def watch(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            rows[name] = _outliers(args[0], threshold)
+    def watch(name: str, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        rows[name] = find_place(name) | _outliers(args[0], threshold)
 
-        return hook
-
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            model(**inputs, use_cache=False)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    places = {name: dict(zip(("layer", "module"), find_place(name), strict=True)) for name in rows}
-    return pd.DataFrame([places[name] | row for name, row in rows.items()])
-
-
-# --- Effect on the predictions ---
+    with contextlib.ExitStack() as hooks, evaluation_mode(model), torch.no_grad():
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(functools.partial(watch, name)))
+        model(**inputs, use_cache=False)
+    return pd.DataFrame(list(rows.values()))
 
 
 def summarize_predictions(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> pd.DataFrame:
-    """Score every token of a batch from those before it.
+    """Score every token of a batch from those before it, by a causal language model.
 
     In evaluation mode, whatever mode the model was in: on the CPU int8 layers compute differently in training
     mode, so losses of the two modes cannot be compared.
 
-    Args:
-        model: A causal language model.
-        batch: ``input_ids`` and ``attention_mask``, each (rows, tokens), on the model's device.
-
     Returns:
         One row per scored token: row, position, label (its id), nll (negative log-likelihood in nats), top1
         (the id that the model found likeliest). The mean of nll is the loss; its exponential the perplexity.
-
-    Raises:
-        ValueError: The batch is empty, or on another device than the model.
     """
     inputs = checked_inputs(model, batch, least_tokens=2)
     frames = []
@@ -250,24 +179,16 @@ def summarize_predictions(model: nn.Module, batch: Mapping[str, torch.Tensor]) -
         for row, ids in enumerate(inputs["input_ids"]):
             labels = ids[1:].to(logits.device)
             scores = logits[row, :-1].float()  # one row at a time: float32 logits of a batch are large
-            frame = pd.DataFrame(
-                {
-                    "row": row,
-                    "position": range(1, len(ids)),
-                    "label": labels.cpu().numpy(),
-                    "nll": nn.functional.cross_entropy(scores, labels, reduction="none").cpu().numpy(),
-                    "top1": scores.argmax(-1).cpu().numpy(),
-                }
-            )
+            nll = nn.functional.cross_entropy(scores, labels, reduction="none")
+            columns = {"label": labels, "nll": nll, "top1": scores.argmax(-1)}
+            values = {name: column.cpu().numpy() for name, column in columns.items()}
+            frame = pd.DataFrame({"row": row, "position": range(1, len(ids)), **values})
             mask = inputs.get("attention_mask")
             if mask is not None:  # neither a padding token, nor a token predicted from one
                 real = mask[row].bool().cpu().numpy()
                 frame = frame[real[1:] & real[:-1]]
             frames.append(frame)
     return pd.concat(frames, ignore_index=True)
-
-
-# --- Shared pieces ---
 
 
 def _why(name: str, module: nn.Module, *, shared: bool, quantized: bool) -> str:
@@ -315,19 +236,15 @@ def _peak_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:
         model(**inputs, use_cache=False)
         return torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler prints a line at its start and end
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with (
-        _outliers_of_the_last_pass(model),
-        torch.profiler.profile(activities=[cpu], profile_memory=True) as profiler,
-    ):
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with _outliers_of_the_last_pass(model), profile:
         model(**inputs, use_cache=False)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
+        profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted(
-        (event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]
-    )
+    changes = [event for event in events if event["name"] == "[memory]"]
+    changes.sort(key=lambda event: event["ts"])
     return max(itertools.accumulate((event["args"]["Bytes"] for event in changes), initial=0))
 
 

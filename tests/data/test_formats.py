@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from tiny_models import build_trainer
 
 from llama_sft_helpers import data
 
@@ -20,6 +21,12 @@ TALK = [
     ("user", "한국의 수도는?"),
     ("assistant", "서울입니다. 🙂"),
 ]
+
+
+def encode(row, tokenizer):
+    """The ids and labels that a row is trained with."""
+    (encoded,) = data.format_rows(Dataset.from_list([row]), tokenizer, "chat")
+    return encoded
 
 
 def chat(*turns):
@@ -49,23 +56,18 @@ def by_hand(tokenizer, turns):
 @pytest.mark.parametrize("turns", [TALK, TALK[1:3], TALK[:5], [*TALK, ("user", "Thanks!")]])
 def test_all_assistant_turns_are_scored_and_nothing_else(smollm2, turns):
     ids, scored = by_hand(smollm2, turns)
-    encoded = data.encode_chat(chat(*turns), smollm2)
+    encoded = encode(chat(*turns), smollm2)
     assert encoded["input_ids"] == ids
     assert encoded["labels"] == [token if mark else -100 for token, mark in zip(ids, scored, strict=True)]
 
 
 def test_the_trainer_takes_the_scored_tokens_as_they_are(smollm2, tiny_model, tmp_path):
-    from trl import SFTConfig, SFTTrainer
-
     rows = data.format_rows(Dataset.from_list([chat(*TALK), chat(*TALK[1:3])]), smollm2, "chat")
-    quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "max_length": 512}
+    expected = sorted(label for row in rows["labels"] for label in row if label != -100)
     for packing in (False, True):
-        args = SFTConfig(str(tmp_path), packing=packing, **quiet)
-        trainer = SFTTrainer(tiny_model, args, train_dataset=rows, processing_class=smollm2)
+        trainer = build_trainer(tiny_model, tmp_path, smollm2, rows, max_length=512, packing=packing)
         (batch,) = trainer.get_train_dataloader()
-        labels = [label for label in batch["labels"].flatten().tolist() if label != -100]
-        expected = [label for row in rows["labels"] for label in row if label != -100]
-        assert sorted(labels) == sorted(expected)
+        assert sorted(label for label in batch["labels"].flatten().tolist() if label != -100) == expected
 
 
 def test_a_template_that_changes_earlier_turns_or_forgets_eos_is_refused(smollm2):
@@ -74,7 +76,7 @@ def test_a_template_that_changes_earlier_turns_or_forgets_eos_is_refused(smollm2
     for template in (last_only, "{% for m in messages %}{{ m.content }}{% endfor %}"):
         smollm2.chat_template = template
         with pytest.raises(data.DataError, match=r"Turn \d cannot be found.*prompt_format='alpaca'"):
-            data.encode_chat(chat(*TALK), smollm2)
+            encode(chat(*TALK), smollm2)
 
 
 def test_the_format_is_chosen_from_data_and_tokenizer(smollm2, tiny_tokenizer):
@@ -91,9 +93,6 @@ def test_the_format_is_chosen_from_data_and_tokenizer(smollm2, tiny_tokenizer):
     for layout, asked in (("alpaca", "plain"), ("messages", "chat")):
         with pytest.raises(data.DataError, match="take 'auto'"):
             chosen(layout, tiny_tokenizer, asked)
-
-
-# --- The template that is saved ---
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2"])
@@ -117,23 +116,21 @@ def test_alpacas_saved_template_writes_the_training_prompt_token_for_token(name,
         assert ids(talk["messages"][:-1], add_generation_prompt=True) == tokenizer(prompt).input_ids
 
 
-def test_the_models_own_template_is_kept_for_chat_and_none_for_plain(smollm2):
-    assert data.training_template(smollm2, "chat") == smollm2.chat_template
-    assert data.training_template(smollm2, "plain") is None
-
-
 def test_a_prompt_has_the_tokens_that_stand_before_the_answer_in_training(smollm2, tiny_tokenizer):
+    row = {"instruction": "Add 2 and 2.", "output": "4"}
     bos_first = "{{ bos_token }}" + smollm2.chat_template.replace("<|im_end|>", "<|end_of_text|>")
     for tokenizer, template in ((smollm2, smollm2.chat_template), (tiny_tokenizer, bos_first)):
         tokenizer.chat_template = template
-        for row in (chat(*TALK), chat(*TALK[1:3]), {"instruction": "Add.", "input": "2 2", "output": "4"}):
-            encoded = data.encode_chat(row, tokenizer)
-            last = len(encoded["labels"]) - encoded["labels"][::-1].index(-100)
-            prompt = tokenizer(data.render_prompt(row, tokenizer, "chat")).input_ids
-            assert prompt == encoded["input_ids"][:last]
-    assert data.render_prompt("Add.", smollm2, "plain") == "Add."
-    alpaca = data.to_prompt_completion({"instruction": "Add.", "output": "4"})["prompt"]
-    assert data.render_prompt("Add.", smollm2, "alpaca") == alpaca
+        encoded = encode(row, tokenizer)
+        last = len(encoded["labels"]) - encoded["labels"][::-1].index(-100)
+        for asked in (row, "Add 2 and 2."):
+            prompt = data.render_prompt(asked, tokenizer, "chat")
+            assert tokenizer(prompt).input_ids == encoded["input_ids"][:last]
+    assert data.training_template(smollm2, "chat") == smollm2.chat_template
+    assert data.training_template(smollm2, "plain") is None
+    assert data.render_prompt("Add 2 and 2.", smollm2, "plain") == "Add 2 and 2."
+    for asked in (row, "Add 2 and 2."):  # 09 asks with rows
+        assert data.render_prompt(asked, smollm2, "alpaca") == data.to_prompt_completion(row)["prompt"]
 
 
 def test_rows_are_judged_by_the_format_they_are_trained_in(smollm2):

@@ -774,6 +774,11 @@ class _LyingError(Exception):
     filename = property(lambda self: 1 / 0)
 
 
+class _Mine:
+    def __init__(self):
+        pass
+
+
 def _refuse(message, kind=AssertionError):
     raise kind(message) if message else kind
 
@@ -796,6 +801,8 @@ _NOT_KNOWN = {
     "frame's column": lambda: pandas.DataFrame({"a": [1]})["text"],
     "like dtype-mismatch: shapes": lambda: torch.ones(2, 3) @ torch.ones(2, 3),
     "like dtype-mismatch: labels": lambda: torch.nn.functional.nll_loss(torch.ones(2, 3), torch.ones(2)),
+    "like renamed-argument": lambda: _Mine(tokenizer=None),
+    "like renamed-argument: a misspelling": lambda: _Mine(lora_alfa=16),
     "like folder-missing": lambda: next(Path("/nowhere/at/all").iterdir()),
     "like data-file-missing": lambda: Path("/nowhere/at/all.py").read_text(),
     "like column-missing": lambda: {}["instruction"],
