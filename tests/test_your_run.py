@@ -87,7 +87,6 @@ def test_an_overfitted_run_keeps_everything_and_its_best_adapter(switches, tmp_p
     folder = tmp_path / "out" / "your_run"
     assert "Overfitted: the loss was lowest after step" in shown
     assert "each row is seen 12 times. That is often" in shown
-    assert "runs uncompiled" not in shown
     losses = pd.read_csv(folder / "training_log.csv").set_index("step")["eval_loss"].dropna()
     assert summary["eval_loss_after"] == pytest.approx(losses.min())
     checkpoints = [f"checkpoints/checkpoint-{step}" for step in (losses.idxmin(), losses.index[-1])]
