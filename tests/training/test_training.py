@@ -289,12 +289,20 @@ def test_a_missing_file_is_named(run_folder, name):
         check_checkpoint(run_folder / "checkpoint-4")
 
 
-def test_a_flipped_byte_in_the_optimizer_is_seen(run_folder):
-    path = run_folder / "checkpoint-4" / "optimizer.pt"
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("optimizer.pt", r"is (damaged|cut short)"),
+        ("adapter_model.safetensors", "is not as it was written: its checksum differs"),
+        ("checksums.json", r"is (cut short or damaged|not as it was written)"),
+    ],
+)
+def test_a_flipped_byte_is_seen(run_folder, name, problem):
+    path = run_folder / "checkpoint-4" / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt is (damaged|cut short)"):
+    with pytest.raises(CheckpointError, match=problem):
         check_checkpoint(run_folder / "checkpoint-4")
 
 
