@@ -1,12 +1,17 @@
 """Models of Llama's shape that are not Llama 3: random tiny weights from disk through every step."""
 
+import json
+
 import pytest
 import torch
+from data_forms import write_form
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import ARCHITECTURES, SEVEN, load_int8, random_model, tiny_config
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeoXConfig, set_seed
+from typer.testing import CliRunner
 
 from llama_sft_helpers import evaluation, lora, memory, quantization, training
+from llama_sft_helpers.cli import app
 from llama_sft_helpers.profiles import read_profile
 
 IDS = torch.arange(2 * 40).reshape(2, 40) * 7 % 1024
@@ -87,3 +92,29 @@ def test_other_architectures_are_refused_by_name(config, look):
     with pytest.raises(memory.UnsupportedModelError, match=message):
         look(config)
     memory.check_supported(tiny_config("qwen3"))
+
+
+CHAT = (
+    "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}"
+    "{{ eos_token if turn.role == 'assistant' }}\n{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
+)
+
+
+@pytest.mark.slow
+def test_06_07_and_09_run_on_a_qwen2_with_chats(tmp_path, tiny_tokenizer):
+    source, _, _ = write_form("jsonl", tmp_path / "data")
+    model_type, changes = ARCHITECTURES["Qwen 2"]
+    ends = {"bos_token_id": tiny_tokenizer.bos_token_id, "eos_token_id": tiny_tokenizer.eos_token_id}
+    # Qwen 2's own tokenizer class, which transformers takes for its models, adds a token
+    random_model(model_type, **changes, **ends, vocab_size=1088).save_pretrained(tmp_path / "base")
+    tiny_tokenizer.chat_template = CHAT
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    out = tmp_path / "out"
+    command = ["run", "--profile", "ci-tiny", "--only", "06,07,09", "--out", out, "--data", source]
+    command += ["--model", tmp_path / "base", "--set", "max_steps=4", "--set", "max_new_tokens=4"]
+    result = CliRunner().invoke(app, [str(word) for word in command])
+    assert result.exit_code == 0, result.output
+    for folder in (out, out / "your_run"):
+        summary = json.loads((folder / "training_summary.json").read_text(encoding="utf-8"))
+        assert summary["prompt_format"] == "chat"
+        assert AutoTokenizer.from_pretrained(folder / "adapter").chat_template == CHAT

@@ -12,10 +12,7 @@ IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 
 
 def document_bounds(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Where documents begin in rows that are read one after the other, and the longest document's length.
-
-    Args:
-        position_ids: Shape ``(batch, tokens)``; a 0 begins a document.
+    """Where documents begin in rows read one after the other: at each 0 of ``(batch, tokens)`` positions.
 
     Returns:
         int32 bounds of shape ``(documents + 1,)`` that begin with 0 and end with ``batch * tokens``; the
@@ -30,12 +27,7 @@ def document_bounds(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def rows_without_eos(labels: Iterable[Sequence[int]], eos_token_id: int) -> list[int]:
-    """Numbers of the rows that do not end in a scored EOS: they would not teach the model to stop.
-
-    Args:
-        labels: The labels of each row, without padding.
-        eos_token_id: The token that ends an answer.
-    """
+    """Numbers of the rows, unpadded, that do not end in a scored EOS: none teaches the model to stop."""
     return [index for index, row in enumerate(labels) if not len(row) or int(row[-1]) != eos_token_id]
 
 

@@ -78,11 +78,9 @@ def new_folder(target: str | Path, needed_bytes: int = 0, stamp: str = _STAMP) -
     target = Path(target)
     _refuse_foreign(target, stamp)
     target.parent.mkdir(parents=True, exist_ok=True)
-    free = free_bytes(target.parent)
-    if needed_bytes > free:
-        raise FilesError(
-            _no_room(target, f"{needed_bytes / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free")
-        )
+    if needed_bytes > (free := free_bytes(target.parent)):
+        sizes = f"{needed_bytes / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free"
+        raise FilesError(_no_room(target, sizes))
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         building, old = Path(scratch) / "new", Path(scratch) / "old"
         building.mkdir()

@@ -50,9 +50,7 @@ def check_supported(config: Any) -> None:
 def is_llama3(model_id: str, size: str = "") -> bool:
     """Whether a hub id (Meta's or anybody's) or a folder names Llama 3, which 3.1 and later are not.
 
-    Args:
-        model_id: ``meta-llama/Meta-Llama-3-8B``, ``unsloth/llama-3-8b`` or ``/content/Meta-Llama-3-8B``.
-        size: Ask for this size too: ``8B`` means the shape of ``load_llama3_config``.
+    With ``size="8B"`` whether it has the shape of ``load_llama3_config`` too.
     """
     rest = rf"[-_](?:.*[-_])?{size}(?![a-z\d])" if size else ""
     return bool(re.match(_LLAMA3 + rest, Path(model_id).name, flags=re.IGNORECASE))
@@ -118,6 +116,11 @@ class Shape:
         return dict(zip(LINEARS, sizes, strict=True))
 
     @property
+    def linear_weights(self) -> int:
+        """Weights of all decoder layers' linears, which are those that get quantized."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears.values())
+
+    @property
     def unquantized(self) -> int:
         """Parameters that stay in 16 bits: embeddings, output layer unless tied, norms, biases."""
         tables = self.vocab * self.hidden * (1 if self.tied else 2)
@@ -139,12 +142,8 @@ def linear_bytes(kind: str, d_in: int, d_out: int) -> tuple[int, int]:
 
     Beside int8 codes lies a float32 scale a row. nf4 has a float32 scale a block of 64 weights, and the table
     of its 16 levels; double quantization (``nf4``) keeps those scales as uint8, in blocks of 256 with a
-    float32 scale each, with their float32 offset and a table of 256 levels.
-
-    Args:
-        kind: ``fp32``, ``bf16``, ``int8``, ``nf4`` or ``nf4 single``.
-        d_in: The linear's inputs.
-        d_out: Its outputs.
+    float32 scale each, with their float32 offset and a table of 256 levels; ``nf4 single`` does not. The
+    other kinds are ``fp32`` and ``bf16``.
     """
     weights = d_in * d_out
     blocks = math.ceil(weights / _NF4_BLOCK)

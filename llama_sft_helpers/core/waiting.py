@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import queue
+import concurrent.futures
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 _Result = TypeVar("_Result")
 
@@ -18,19 +18,16 @@ def within(seconds: float, call: Callable[[], _Result]) -> _Result:
     Raises:
         TimeoutError: There was no answer in time; whatever the call raises is raised here too.
     """
-    outcome: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
+    future: concurrent.futures.Future[_Result] = concurrent.futures.Future()
 
     def work() -> None:
         try:
-            outcome.put((call(), None))
+            future.set_result(call())
         except BaseException as error:
-            outcome.put((None, error))
+            future.set_exception(error)
 
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        result, error = outcome.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return result  # type: ignore[no-any-return]
+    threading.Thread(target=work, daemon=True).start()  # an executor would wait for it at the end
+    concurrent.futures.wait([future], timeout=seconds)
+    if not future.done():
+        raise TimeoutError(f"no answer in {seconds:g} s")
+    return future.result()

@@ -42,8 +42,7 @@ def needed_disk_gib(profile: Profile) -> float:
 def _planned_download_gib(model_id: str) -> float:
     """The size that the model's shape gives, less what lies in the cache already."""
     shape = Shape.of(load_llama3_config())
-    linears = shape.layers * sum(inputs * outputs for inputs, outputs in shape.linears.values())
-    download = 2 * (linears + shape.unquantized) / 2**30
+    download = 2 * (shape.linear_weights + shape.unquantized) / 2**30
     blobs = hub_cache() / f"models--{model_id.replace('/', '--')}" / "blobs"
     done = sum(path.stat().st_size for path in blobs.glob("*")) / 2**30
     return max(download - done, 0.0)

@@ -11,11 +11,8 @@ CONTENTS = {
     "smaller_profiles": "plan",  # changes that need less, the mildest first
     "plan_smaller_batch": "plan",  # the next smaller micro-batch of the same effective batch
     "explain_oom": "plan",  # what filled the card, and the next try
-    "CARDS_GIB": "plan",  # what PyTorch can use of the cards
-    "QUANTIZATIONS": "plan",  # the kinds of weights that can be planned
     "check_supported": "core.llama",  # refuse a model whose layers are not Llama's
     "UnsupportedModelError": "core.llama",  # raised where it is refused
-    "TARGET_MODULES": "plan",  # the linears of a decoder layer
 }
 __all__ = list(CONTENTS)
 __getattr__, __dir__ = load_on_demand(__name__, CONTENTS)

@@ -6,6 +6,7 @@ it says so. The measurements are in ``benchmarks/results``.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from llama_sft_helpers.core.llama import Shape, linear_bytes
@@ -13,28 +14,60 @@ from llama_sft_helpers.core.llama import Shape, linear_bytes
 if TYPE_CHECKING:
     from llama_sft_helpers.profiles import Profile
 
+_LORA_RANK = 16  # on all seven linears, as the series sets it
 _WORKSPACE = 2**26  # what cuBLAS asks of PyTorch's allocator
 # Tensors of the MLP's width alive at once in its backward pass, measured; LLM.int8 casts and quantizes too.
 _GRADIENTS_IN_MLP = {"int8": 3.2, "fast int8": 2.0, "nf4": 2.0, "16-bit": 4.2}
 _LOSS_TILE = (4096, 32768)  # tokens x vocabulary entries that trl's chunked loss projects at once
 
-# component, bytes, what they are
 _Row = tuple[str, float, str]
 
 
-def _bytes_per_element(profile: Profile) -> int:
-    return 4 if profile.dtype == "float32" else 2
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A training step to be counted: a model's shape, what a profile sets, and the kind of its weights."""
+
+    shape: Shape
+    profile: Profile
+    quantization: str
+
+    @property
+    def element(self) -> int:  # bytes
+        return 4 if self.profile.dtype == "float32" else 2
+
+    @property
+    def tokens(self) -> int:  # of a full micro-batch
+        return self.profile.per_device_train_batch_size * self.profile.max_length
+
+    @property
+    def masked_pairs(self) -> int:
+        """Entries of sdpa's mask: pairs of a packed micro-batch or of padded rows; one row needs none."""
+        if self.profile.attn_implementation != "sdpa":
+            return 0
+        if self.profile.packing:
+            return self.tokens**2
+        return self.tokens * self.profile.max_length * (self.profile.per_device_train_batch_size > 1)
+
+    @property
+    def plain_half(self) -> bool:
+        """Whether autocast and PEFT copy what the linears read: their weights are plain, in 16 bits."""
+        return self.quantization == "16-bit" and self.element == 2
 
 
-def weight_rows(shape: Shape, profile: Profile, quantization: str) -> list[_Row]:
+def plan_rows(shape: Shape, profile: Profile, quantization: str) -> list[_Row]:
+    """Component, bytes and what they are, of a training step."""
+    step = _Step(shape, profile, quantization)
+    return [*_weight_rows(step), *_adapter_rows(step), *_activation_rows(step)]
+
+
+def _weight_rows(step: _Step) -> list[_Row]:
     """The weights, quantized and not."""
-    element = _bytes_per_element(profile)
-    count = shape.layers * sum(inputs * outputs for inputs, outputs in shape.linears.values())
+    shape, element, count = step.shape, step.element, step.shape.linear_weights
     quantized, plain = 0, shape.unquantized
-    if quantization == "16-bit":
+    if step.quantization == "16-bit":
         plain += count
     else:
-        kind = "nf4 single" if quantization == "nf4" else quantization
+        kind = "nf4 single" if step.quantization == "nf4" else step.quantization
         quantized = shape.layers * sum(sum(linear_bytes(kind, *linear)) for linear in shape.linears.values())
     return [
         ("quantized weights", quantized, f"{count:,} weights"),
@@ -42,134 +75,103 @@ def weight_rows(shape: Shape, profile: Profile, quantization: str) -> list[_Row]
     ]
 
 
-def adapter_rows(shape: Shape, profile: Profile, rank: int, target_modules: tuple[str, ...]) -> list[_Row]:
+def _adapter_rows(step: _Step) -> list[_Row]:
     """The adapters, their gradients and the optimizer's state."""
-    count = shape.layers * sum(rank * sum(shape.linears[name]) for name in target_modules)
+    shape, profile = step.shape, step.profile
+    count = shape.layers * _LORA_RANK * sum(sum(linear) for linear in shape.linears.values())
     copies = 0 if profile.dtype == "float32" or profile.fast_int8 else 2 * count
-    weights = 4 * count + copies
     also = ", and autocast's 16-bit copies" if copies else ""
     accumulates = profile.gradient_accumulation_steps > 1
     gradients = 4 * count if accumulates else 4 * count / shape.layers
     when = "4 bytes each" if accumulates else "one layer's: without accumulation they come as activations go"
     return [
-        ("LoRA adapters", weights, f"{count:,} trainable weights in float32{also}"),
+        ("LoRA adapters", 4 * count + copies, f"{count:,} trainable weights in float32{also}"),
         ("gradients", gradients, when),
         ("optimizer state", 8 * count, "AdamW's two averages in float32"),
     ]
 
 
-def activation_rows(shape: Shape, profile: Profile, quantization: str, rank: int) -> list[_Row]:
+def _activation_rows(step: _Step) -> list[_Row]:
     """What the micro-batch's tokens need: kept activations, the loss, the layer at work."""
-    tokens = profile.per_device_train_batch_size * profile.max_length
-    element = _bytes_per_element(profile)
-    kept, how = _kept_by_layer(shape, profile, quantization, rank)
-    mask = _pairs(profile) * (profile.attn_implementation == "sdpa")  # one byte a pair, shared by all layers
-    loss = _loss(shape, element, tokens)
-    working = _working(shape, profile, quantization, rank)
+    layers, (kept, how) = step.shape.layers, _kept_by_layer(step)
+    kept = kept * layers + step.masked_pairs  # the mask, one byte a pair, is shared by all layers
+    loss = _loss(step)
+    rest = max(0.0, _working(step) - loss)
     return [
-        ("activations", kept * shape.layers + mask, f"{tokens:,} tokens x {shape.layers} layers: {how}"),
+        ("activations", kept, f"{step.tokens:,} tokens x {layers} layers: {how}"),
         ("loss", loss, "the last hidden states and one tile of logits with its gradient"),
-        (
-            "one layer at work",
-            max(0.0, working - loss),
-            "what its backward pass needs beyond the loss's share",
-        ),
+        ("one layer at work", rest, "what its backward pass needs beyond the loss's share"),
     ]
 
 
-def _kept_by_layer(shape: Shape, profile: Profile, quantization: str, rank: int) -> tuple[float, str]:
+def _kept_by_layer(step: _Step) -> tuple[float, str]:
     """Bytes that one decoder layer keeps from the forward to the backward pass, and what they are."""
-    tokens = profile.per_device_train_batch_size * profile.max_length
-    element = _bytes_per_element(profile)
-    held_by_bitsandbytes = quantization == "int8" and not profile.fast_int8
+    profile = step.profile
     if profile.gradient_checkpointing:
-        kept, how = element * shape.hidden, "the input of each layer"
-        if held_by_bitsandbytes:
-            kept += _linear_inputs(shape, element, quantization)
+        kept, how = step.element * step.shape.hidden, "the input of each layer"
+        if step.quantization == "int8" and not profile.fast_int8:
+            kept += _linear_inputs(step)
             how += " and, kept by LLM.int8 in spite of checkpointing, of each linear"
-        return kept * tokens, how
+        return kept * step.tokens, how
     if profile.compile_layers:
-        return _kept_compiled(shape, profile), f"what a budget of {profile.activation_memory_budget:g} keeps"
-    return _saved_by_autograd(shape, profile, quantization, rank), "results kept for the backward pass"
+        return _kept_compiled(step), f"what a budget of {profile.activation_memory_budget:g} keeps"
+    return _saved_by_autograd(step), "results kept for the backward pass"
 
 
-def _saved_by_autograd(shape: Shape, profile: Profile, quantization: str, rank: int) -> float:
-    element = _bytes_per_element(profile)
-    tokens = profile.per_device_train_batch_size * profile.max_length
-    norms = 2 * 4 * shape.hidden  # RMSNorm computes in float32 and keeps that copy
-    mlp = 3 * element * shape.mlp  # gate, silu(gate), up
-    inputs = _linear_inputs(shape, element, quantization)
-    lora = 0 if profile.fast_int8 else 7 * element * rank
-    per_token = norms + mlp + inputs + lora + _attention(shape, profile, quantization)
-    return per_token * tokens + element * _pairs(profile) * (profile.attn_implementation == "sdpa")
+def _saved_by_autograd(step: _Step) -> float:
+    norms = 2 * 4 * step.shape.hidden  # RMSNorm computes in float32 and keeps that copy
+    mlp = 3 * step.element * step.shape.mlp  # gate, silu(gate), up
+    lora = 0 if step.profile.fast_int8 else 7 * step.element * _LORA_RANK
+    per_token = norms + mlp + _linear_inputs(step) + lora + _attention(step)
+    return per_token * step.tokens + step.element * step.masked_pairs
 
 
-def _kept_compiled(shape: Shape, profile: Profile) -> float:
+def _kept_compiled(step: _Step) -> float:
     """What a compiled layer keeps, in bytes: at budget 1 the inputs and results of every product.
 
     Below 1, PyTorch's partitioner first recomputes what costs no product (norms, silu, gate times up), then
     the cheapest products, until no more than the budget's share of all intermediate results is kept:
     https://pytorch.org/blog/activation-checkpointing-techniques/.
     """
-    element = _bytes_per_element(profile)
-    tokens = profile.per_device_train_batch_size * profile.max_length
+    shape, element, budget = step.shape, step.element, step.profile.activation_memory_budget
     attention = 2 * shape.query + 2 * shape.key_value
     results = element * (2 * shape.hidden + attention + 2 * shape.mlp) + 4 * shape.heads
-    budget = profile.activation_memory_budget
     if budget == 1:
-        return tokens * (results + element * (2 * shape.hidden + shape.mlp))
-    return tokens * min(results, budget * (results + 2 * element * shape.mlp))
+        return step.tokens * (results + element * (2 * shape.hidden + shape.mlp))
+    return step.tokens * min(results, budget * (results + 2 * element * shape.mlp))
 
 
-def _linear_inputs(shape: Shape, element: int, quantization: str) -> int:
+def _linear_inputs(step: _Step) -> int:
     """Bytes a token of the inputs of q/k/v, o, gate/up and down.
 
     On quantized weights one tensor serves every linear that reads it. On plain ones PEFT casts the input to
     the adapter's float32 first, and autocast makes each adapter a 16-bit copy of its own.
     """
-    if quantization == "16-bit" and element == 2:
-        return element * (3 * shape.hidden + shape.query + 2 * shape.hidden + shape.mlp)
-    return element * (shape.hidden + shape.query + shape.hidden + shape.mlp)
+    copies = 5 if step.plain_half else 2
+    return step.element * (copies * step.shape.hidden + step.shape.query + step.shape.mlp)
 
 
-def _attention(shape: Shape, profile: Profile, quantization: str) -> int:
+def _attention(step: _Step) -> int:
     """Bytes a token of query, key, value and the softmax's log-sum; the output too where o_proj does not."""
-    element = _bytes_per_element(profile)
-    # Under a mask sdpa repeats the KV heads.
-    repeated = profile.attn_implementation == "sdpa" and _pairs(profile) > 0
-    key_value = 2 * (shape.query if repeated else shape.key_value)
-    output = shape.query if quantization == "16-bit" and element == 2 else 0
-    return element * (shape.query + key_value + output) + 4 * shape.heads
+    shape = step.shape
+    key_value = 2 * (shape.query if step.masked_pairs else shape.key_value)  # a mask makes sdpa repeat heads
+    output = shape.query if step.plain_half else 0
+    return step.element * (shape.query + key_value + output) + 4 * shape.heads
 
 
-def _pairs(profile: Profile) -> int:
-    """Entries of sdpa's mask: all pairs of tokens of a packed micro-batch, or of each padded row.
-
-    A single row needs none, as nothing is padded.
-    """
-    rows, length = profile.per_device_train_batch_size, profile.max_length
-    if profile.packing:
-        return (rows * length) ** 2
-    return rows * length**2 if rows > 1 else 0
-
-
-def _loss(shape: Shape, element: int, tokens: int) -> float:
+def _loss(step: _Step) -> float:
     """What scoring holds: trl takes a tile of logits at a time; every token is taken as scored."""
-    tile = element * min(tokens, _LOSS_TILE[0]) * min(shape.vocab, _LOSS_TILE[1])
-    last_norm = tokens * shape.hidden * (4 + element)
-    return tile + last_norm + tokens * shape.hidden * (4 + element)  # the gradient, and the scored rows
+    tile = step.element * min(step.tokens, _LOSS_TILE[0]) * min(step.shape.vocab, _LOSS_TILE[1])
+    last_norm = step.tokens * step.shape.hidden * (4 + step.element)
+    return tile + 2 * last_norm  # once more for the gradient, and the scored rows
 
 
-def _working(shape: Shape, profile: Profile, quantization: str, rank: int) -> float:
+def _working(step: _Step) -> float:
     """The layer whose backward pass runs: activations if computed anew, gradients, one 16-bit weight."""
-    element = _bytes_per_element(profile)
-    tokens = profile.per_device_train_batch_size * profile.max_length
-    again = 0.0
-    if profile.gradient_checkpointing and profile.compile_layers:
-        again = _kept_compiled(shape, profile)
-    elif profile.gradient_checkpointing:
-        again = _saved_by_autograd(shape, profile, quantization, rank)
-    alive = _GRADIENTS_IN_MLP["fast int8" if profile.fast_int8 else quantization]
-    gradients = alive * element * tokens * shape.mlp
-    weight = 0 if quantization == "16-bit" else element * shape.hidden * shape.mlp
+    shape, profile, again = step.shape, step.profile, 0.0
+    if profile.gradient_checkpointing:
+        again = _kept_compiled(step) if profile.compile_layers else _saved_by_autograd(step)
+    alive = _GRADIENTS_IN_MLP["fast int8" if profile.fast_int8 else step.quantization]
+    gradients = alive * step.element * step.tokens * shape.mlp
+    weight = 0 if step.quantization == "16-bit" else step.element * shape.hidden * shape.mlp
     return again + max(gradients, weight) + _WORKSPACE * (profile.gpu_gib > 0)

@@ -9,11 +9,12 @@ https://huggingface.co/docs/transformers/model_memory_anatomy.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
-from llama_sft_helpers.core.llama import LINEARS, Shape
+from llama_sft_helpers.core.llama import Shape
 from llama_sft_helpers.core.plots import BLUE, new_axes
-from llama_sft_helpers.memory.counts import activation_rows, adapter_rows, weight_rows
+from llama_sft_helpers.memory.counts import plan_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -27,7 +28,6 @@ GIB = 2**30
 # What PyTorch can use of the cards sold as 16, 24, 40 and 80 GB: a T4, an L4, the two A100s or an H100.
 CARDS_GIB = {"16 GB": 14.6, "24 GB": 22.0, "40 GB": 39.4, "80 GB": 79.1}
 QUANTIZATIONS = ("int8", "nf4", "16-bit")
-TARGET_MODULES = LINEARS
 
 _TIGHT = 0.9  # above this share of the card the verdict is "tight"
 _OUTSIDE_ALLOCATED = ("allocator slack", "CUDA context")
@@ -35,15 +35,8 @@ _CONTEXT_GIB = 0.6  # driver, kernels and cuBLAS handles: what nvidia-smi shows 
 _SLACK = 0.06  # share of the peak that the caching allocator holds but does not use (measured: 2 to 9 %)
 
 
-def plan_memory(
-    config: Any,
-    profile: Profile,
-    *,
-    quantization: str = "int8",
-    lora_rank: int = 16,
-    target_modules: tuple[str, ...] = TARGET_MODULES,
-) -> pd.DataFrame:
-    """Predict the memory of a LoRA training step, component by component.
+def plan_memory(config: Any, profile: Profile, *, quantization: str = "int8") -> pd.DataFrame:
+    """Predict the memory of a LoRA training step (rank 16, all seven linears), component by component.
 
     A micro-batch is taken as full: ``per_device_train_batch_size * max_length`` tokens.
 
@@ -51,28 +44,22 @@ def plan_memory(
         config: A ``LlamaConfig`` (``AutoConfig.from_pretrained`` loads no weights).
         profile: Gives batch, length, packing, checkpointing, precision, attention and speed switches.
         quantization: ``int8`` (LLM.int8), ``nf4`` (QLoRA's, not doubly quantized) or ``16-bit`` (none).
-        lora_rank: LoRA's ``r``.
-        target_modules: The linears that get an adapter.
 
     Returns:
         Columns ``component``, ``gib`` and ``how`` (what the figure is made of). The sum is what the card has
         to hold; ``planned_peak_gib`` leaves out what PyTorch does not count as allocated.
 
     Raises:
-        ValueError: No configuration or profile, an unknown quantization or target module, or a rank below 1.
+        ValueError: No configuration or profile, or an unknown quantization.
     """
     import pandas as pd
 
     shape = Shape.of(config)
     _check_profile(profile)
-    _check_arguments(quantization, lora_rank, target_modules)
-    rows = [
-        *weight_rows(shape, profile, quantization),
-        *adapter_rows(shape, profile, lora_rank, target_modules),
-        *activation_rows(shape, profile, quantization, lora_rank),
-    ]
-    allocated = sum(size for _, size, _ in rows)
-    on_gpu = profile.gpu_gib > 0
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}.")
+    rows = plan_rows(shape, profile, quantization)
+    allocated, on_gpu = sum(size for _, size, _ in rows), profile.gpu_gib > 0
     rows.append(("allocator slack", allocated * _SLACK * on_gpu, "blocks PyTorch holds between two uses"))
     rows.append(("CUDA context", _CONTEXT_GIB * GIB * on_gpu, "driver, kernels and cuBLAS handles"))
     table = [(component, size / GIB, how) for component, size, how in rows]
@@ -85,19 +72,11 @@ def planned_peak_gib(plan: pd.DataFrame) -> float:
 
 
 def plan_fit(
-    config: Any,
-    profile: Profile,
-    *,
-    quantization: str = "int8",
-    cards_gib: Mapping[str, float] = CARDS_GIB,
+    config: Any, profile: Profile, *, quantization: str = "int8", cards_gib: Mapping[str, float] = CARDS_GIB
 ) -> pd.DataFrame:
-    """Hold the plan against cards: does it fit, and if not, the first change that would make it fit.
+    """Hold ``plan_memory`` against cards: does it fit, and if not, the first change that would make it fit.
 
-    Args:
-        config: As for ``plan_memory``.
-        profile: As for ``plan_memory``.
-        quantization: As for ``plan_memory``.
-        cards_gib: Name -> GiB that PyTorch can use, which is less than the GB a card is sold with.
+    ``cards_gib`` holds what PyTorch can use of each card, which is less than the GB it is sold with.
 
     Returns:
         Columns ``card``, ``card_gib``, ``planned_gib``, ``share``, ``verdict`` (fits, tight, does not fit),
@@ -105,30 +84,20 @@ def plan_fit(
     """
     import pandas as pd
 
-    planned = float(plan_memory(config, profile, quantization=quantization)["gib"].sum())
-    rows = [
-        (
-            name,
-            card,
-            planned,
-            planned / card,
-            _verdict(planned, card),
-            "" if planned <= card * _TIGHT else _change_that_fits(config, profile, quantization, card),
-        )
-        for name, card in cards_gib.items()
+    fit = pd.DataFrame({"card": list(cards_gib), "card_gib": list(cards_gib.values())})
+    fit["planned_gib"] = float(plan_memory(config, profile, quantization=quantization)["gib"].sum())
+    fit["share"] = fit["planned_gib"] / fit["card_gib"]
+    verdicts = ["fits", "tight", "does not fit"]
+    fit["verdict"] = pd.cut(fit["share"], [0, _TIGHT, 1, math.inf], labels=verdicts).astype(str)
+    fit["change"] = [
+        "" if verdict == "fits" else _change_that_fits(config, profile, quantization, card)
+        for card, verdict in zip(fit["card_gib"], fit["verdict"], strict=True)
     ]
-    return pd.DataFrame(rows, columns=["card", "card_gib", "planned_gib", "share", "verdict", "change"])
+    return fit
 
 
 def reconcile_memory(plan: pd.DataFrame, measured_gib: float) -> pd.DataFrame:
-    """Set the measured peak beside the predicted one.
-
-    Args:
-        plan: From ``plan_memory``.
-        measured_gib: ``torch.cuda.max_memory_allocated() / 2**30`` after training.
-
-    Returns:
-        One row: ``predicted_gib``, ``measured_gib``, ``difference_gib``, ``difference_percent``.
+    """Set the measured peak (``torch.cuda.max_memory_allocated()``) beside the predicted one, in one row.
 
     Raises:
         ValueError: The measured peak is not a positive number.
@@ -147,15 +116,14 @@ def reconcile_memory(plan: pd.DataFrame, measured_gib: float) -> pd.DataFrame:
     return pd.DataFrame([row], columns=columns)
 
 
-def plot_memory(plan: pd.DataFrame, card_gib: float | None = None) -> Axes:
-    """Draw the plan as horizontal bars, one a component, with the card's size in the title if given."""
+def plot_memory(plan: pd.DataFrame, card_gib: float) -> Axes:
+    """Draw the plan as horizontal bars, one a component; the card's size, unless 0, goes into the title."""
     ax = new_axes(3.8)
     shown = plan[plan["gib"] > 0].iloc[::-1]
     bars = ax.barh(shown["component"], shown["gib"], color=BLUE)
-    unit = 1024 if plan["gib"].sum() < 1 else 1
-    name = "MiB" if unit > 1 else "GiB"
-    ax.bar_label(bars, [f"{size * unit:.2f}" for size in shown["gib"]], padding=3)
     total = plan["gib"].sum()
+    unit, name = (1024, "MiB") if total < 1 else (1, "GiB")
+    ax.bar_label(bars, [f"{size * unit:.2f}" for size in shown["gib"]], padding=3)
     of_card = f" of {card_gib:g} GiB" if card_gib else ""
     largest = plan.loc[plan["gib"].idxmax(), "component"]
     ax.set_title(f"Planned: {total * unit:.2f} {name}{of_card}, the largest part: {largest}")
@@ -171,13 +139,21 @@ def smaller_profiles(profile: Profile) -> list[tuple[str, Profile]]:
     Checkpointing comes first, then half the micro-batch with twice the accumulation (the same effective
     batch), and shorter rows last, as those cut text off.
     """
-    changes: list[tuple[str, Profile]] = []
-    current = profile
-    for changed in _shrink(profile):
-        current = dataclasses.replace(current, **changed)
-        settings = _differences(profile, current).items()
-        changes.append((", ".join(f"{key}={value}" for key, value in settings), current))
+    names = [field.name for field in dataclasses.fields(profile) if field.compare]
+    changes = []
+    for smaller in _shrink(profile):
+        changed = [name for name in names if getattr(smaller, name) != getattr(profile, name)]
+        changes.append((", ".join(f"{name}={getattr(smaller, name)}" for name in changed), smaller))
     return changes
+
+
+def _shrink(profile: Profile) -> Iterator[Profile]:
+    if not profile.gradient_checkpointing:
+        yield (profile := dataclasses.replace(profile, gradient_checkpointing=True))
+    while profile.per_device_train_batch_size > 1:
+        yield (profile := plan_smaller_batch(profile))
+    while profile.max_length > 256:
+        yield (profile := dataclasses.replace(profile, max_length=profile.max_length // 2))
 
 
 def explain_oom(config: Any, profile: Profile) -> str:
@@ -224,48 +200,12 @@ def _what_is_left(profile: Profile) -> str:
     return f"{rest[0] if rest else 'a smaller model'}, or 4-bit weights"
 
 
-def _shrink(profile: Profile) -> Iterator[dict[str, Any]]:
-    if not profile.gradient_checkpointing:
-        yield {"gradient_checkpointing": True}
-    smaller = profile
-    while smaller.per_device_train_batch_size > 1:
-        smaller = plan_smaller_batch(smaller)
-        yield {
-            "per_device_train_batch_size": smaller.per_device_train_batch_size,
-            "gradient_accumulation_steps": smaller.gradient_accumulation_steps,
-        }
-    length = profile.max_length
-    while length > 256:
-        length //= 2
-        yield {"max_length": length}
-
-
-def _differences(before: Profile, after: Profile) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(before) if field.compare]
-    return {name: getattr(after, name) for name in names if getattr(after, name) != getattr(before, name)}
-
-
 def _check_profile(profile: Any) -> None:
     if not hasattr(profile, "per_device_train_batch_size"):
         hint = f"load_profile({profile!r})" if isinstance(profile, str) else "load_profile()"
         raise ValueError(
             f"profile is {profile!r}, a {type(profile).__name__}; expected a Profile: pass {hint}."
         )
-
-
-def _check_arguments(quantization: str, lora_rank: int, target_modules: tuple[str, ...]) -> None:
-    if quantization not in QUANTIZATIONS:
-        raise ValueError(f"quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}.")
-    if lora_rank < 1:
-        raise ValueError(f"lora_rank={lora_rank} is too small, expected at least 1.")
-    if unknown := sorted(set(target_modules) - set(TARGET_MODULES)):
-        raise ValueError(f"Unknown target modules {unknown}; a Llama layer has {', '.join(TARGET_MODULES)}.")
-
-
-def _verdict(planned_gib: float, card_gib: float) -> str:
-    if planned_gib > card_gib:
-        return "does not fit"
-    return "tight" if planned_gib > card_gib * _TIGHT else "fits"
 
 
 def _change_that_fits(config: Any, profile: Profile, quantization: str, card_gib: float) -> str:

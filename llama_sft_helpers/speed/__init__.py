@@ -8,8 +8,6 @@ from llama_sft_helpers.core.contents import load_on_demand
 
 CONTENTS = {
     "use_fast_int8": "int8_product",  # switch: int8 weights in a 16-bit product
-    "int8_linear": "int8_product",  # that product
-    "dequantize": "int8_product",  # the 16-bit weight, with LoRA's update
     "register_varlen_attention": "varlen",  # switch: attention that skips what packing masks
     "document_bounds": "core.batches",  # where the packed rows begin and end
     "compile_decoder_layers": "compiled_layers",  # switch: each decoder layer compiled

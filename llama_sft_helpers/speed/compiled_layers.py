@@ -1,7 +1,4 @@
-"""Decoder layers compiled one by one: the switch ``compile_decoder_layers`` of notebook 08.
-
-``speed`` offers the public functions beside its own.
-"""
+"""Decoder layers compiled one by one: the switch ``compile_decoder_layers`` of notebook 08."""
 
 from __future__ import annotations
 
@@ -22,6 +19,7 @@ else:  # a mixin: what it overrides comes with the trainer it is mixed into
 
 # Python must launch a layer's backward pass faster than the GPU runs it: leave out its checks of sizes
 _INDUCTOR = {"size_asserts": False, "alignment_asserts": False}
+_MOST_GRAPHS = 3  # training, evaluation, and one longer bound of attention
 
 
 @dataclasses.dataclass
@@ -29,16 +27,13 @@ class CompiledLayers:
     """What ``compile_decoder_layers`` did, kept up to date while the model runs.
 
     Attributes:
-        layers: Decoder layers that share the compiled code.
         activation_memory_budget: Share of activations kept.
         graphs: Graphs compiled so far.
         seconds: Time spent in compiling so far.
         fallback: Why some graph runs uncompiled; empty if none does.
     """
 
-    layers: int
     activation_memory_budget: float
-    most_graphs: int = 3
     graphs: int = 0
     seconds: float = 0.0
     fallback: str = ""
@@ -54,8 +49,8 @@ class CompiledLayers:
         import torch._functorch.config as functorch_config
         from torch._inductor.compile_fx import compile_fx
 
-        if self.graphs >= self.most_graphs:
-            self._fall_back(f"{self.most_graphs} graphs are compiled and another shape or mode came")
+        if self.graphs >= _MOST_GRAPHS:
+            self._fall_back(f"{_MOST_GRAPHS} graphs are compiled and another shape or mode came")
             return graph.forward
         self.graphs += 1
         try:
@@ -71,13 +66,13 @@ class CompiledLayers:
 
     def _take_over(self, layer: Any) -> None:
         """Put the compiled layer in the place of the instance's ``forward``."""
-        before = vars(layer).get("forward")
-        if before is not None and getattr(before, "func", None) is not _call_layer:
-            self._fall_back(f"another library runs {type(layer).__name__} ({before!r})")
+        forward = vars(layer).get("forward")
+        if forward is not None and getattr(forward, "func", None) is not _call_layer:
+            self._fall_back(f"another library runs {type(layer).__name__} ({forward!r})")
             return
         compiled = torch.compile(type(layer).forward, backend=self._compile)
         layer.forward = functools.partial(_call_layer, compiled, layer)
-        self._undo.append(functools.partial(_put_back, layer, before))
+        self._undo.append(functools.partial(vars(layer).pop, "forward", None))
 
     def _fall_back(self, reason: str) -> None:
         self.fallback = reason
@@ -105,7 +100,7 @@ class CompiledLayers:
         self._undo.append(stop)
 
 
-def _decoder(model: torch.nn.Module) -> torch.nn.Module:
+def _decoder(model: torch.nn.Module) -> Any:
     for module in model.modules():
         if all(hasattr(module, part) for part in ("layers", "embed_tokens", "rotary_emb")):
             return module
@@ -115,24 +110,13 @@ def _decoder(model: torch.nn.Module) -> torch.nn.Module:
     )
 
 
-def _put_back(layer: Any, before: Any) -> None:
-    del layer.forward
-    if before is not None:
-        layer.forward = before
-
-
 def compile_decoder_layers(model: torch.nn.Module, activation_memory_budget: float = 0.5) -> CompiledLayers:
     """Compile each decoder layer with ``torch.compile``; all layers share one graph for each mode.
 
-    The graph's length is marked as changing from the first call, so that rows of another length do not
-    compile again. Call it last: after ``get_peft_model``, after building the trainer, after
-    ``use_fast_int8``.
-
-    Args:
-        model: A Llama model, wrapped by PEFT or not.
-        activation_memory_budget: Share of the activations to keep for the backward pass, in (0, 1]; below 1
-            the compiler recomputes the cheapest products, see
-            https://pytorch.org/blog/activation-checkpointing-techniques/.
+    Rows of another length do not compile again. Call it last: after ``get_peft_model``, after building the
+    trainer, after ``use_fast_int8``. The budget is the share of the activations to keep for the backward
+    pass, in (0, 1]; below 1 the compiler recomputes the cheapest products:
+    https://pytorch.org/blog/activation-checkpointing-techniques/.
 
     Returns:
         A report: graphs and seconds of compilation so far, ``remove()`` to undo. Each layer's instance gets
@@ -146,10 +130,9 @@ def compile_decoder_layers(model: torch.nn.Module, activation_memory_budget: flo
             f"activation_memory_budget={activation_memory_budget!r} is outside (0, 1]; 1 keeps all "
             "activations, 0.5 about half."
         )
-    layers: Any = _decoder(model).layers
-    report = CompiledLayers(len(layers), activation_memory_budget)
+    report = CompiledLayers(activation_memory_budget)
     report._watch_time()
-    for layer in layers:
+    for layer in _decoder(model).layers:
         report._take_over(layer)
     return report
 
@@ -189,16 +172,15 @@ def _mark(tensor: Any, dim: int) -> None:
 
 
 def check_graphs(compiled: CompiledLayers) -> None:
-    """Raise if compilation did not settle within its number of graphs, or some graph runs uncompiled.
+    """Check that every layer runs compiled, which more shapes or modes than graphs prevent as well.
 
     Raises:
-        AssertionError: With the number of graphs, the limit, and what to do.
+        AssertionError: Why some graph runs uncompiled, how many were compiled, and what to do.
     """
-    if compiled.graphs > compiled.most_graphs or compiled.fallback:
+    if compiled.fallback:
         raise AssertionError(
-            f"{compiled.graphs} graphs were compiled, expected at most {compiled.most_graphs}; uncompiled: "
-            f"{compiled.fallback or 'none'}. Keep batch sizes equal, and switch everything "
-            "on before the first step."
+            f"A graph runs uncompiled, expected none: {compiled.fallback}; {compiled.graphs} were compiled. "
+            "Keep batch sizes equal, and switch everything on before the first step."
         )
 
 

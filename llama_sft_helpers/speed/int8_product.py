@@ -1,7 +1,4 @@
-"""Int8 weights dequantized inside a 16-bit product: the switch ``use_fast_int8`` of notebook 08.
-
-``speed`` offers the public functions beside its own.
-"""
+"""Int8 weights dequantized inside a 16-bit product: the switch ``use_fast_int8`` of notebook 08."""
 
 # ruff: noqa: N803, PLR0917 - a kernel's compile-time constants are in capitals, and an operator's arguments
 # are those of its schema
@@ -215,16 +212,8 @@ def int8_linear(
     The weight is dequantized inside the product, in the forward and again in the backward pass. Unlike
     LLM.int8 (https://arxiv.org/abs/2208.07339) activations are not quantized, so the only error is rounding.
 
-    Args:
-        x: Shape ``(..., in_features)``; under autocast it is cast to autocast's type first.
-        codes: int8, shape ``(out_features, in_features)``.
-        absmax: float32, shape ``(out_features,)``.
-        lora_a: ``(rank, in_features)``, or None.
-        lora_b: ``(out_features, rank)``, or None.
-        scaling: ``lora_alpha / rank``.
-
-    Returns:
-        Shape ``(..., out_features)``; gradients flow to ``x``, ``lora_a`` and ``lora_b``.
+    ``x`` of shape ``(..., in_features)`` gives ``(..., out_features)``; under autocast it is cast first. The
+    weight's parts are those of ``dequantize``. Gradients flow to ``x``, ``lora_a`` and ``lora_b``.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))

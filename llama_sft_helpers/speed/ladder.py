@@ -16,15 +16,11 @@ if TYPE_CHECKING:
 _ACROSS = {
     "tokens_per_second": "tokens per second",
     "peak_reserved_gib": "peak of reserved memory (GiB)",
-    "share_of_floor": "share of floor",
 }
 
 
 def read_results(name: str) -> dict[str, Any]:
-    """What a benchmark measured and the project keeps, with its card, versions and command.
-
-    Args:
-        name: A file of ``benchmarks/results`` without ``.json``, for example ``speed_h100_40gib``.
+    """A file of ``benchmarks/results``, such as ``speed_h100_40gib``, with its card, versions and command.
 
     Raises:
         FileNotFoundError: No such file; the message lists those that are there.
@@ -39,33 +35,25 @@ def read_results(name: str) -> dict[str, Any]:
     raise FileNotFoundError(f"no results {name!r}; expected one of {', '.join(known) or 'none: reinstall'}.")
 
 
-def summarize_ladder(
-    results: Mapping[str, Any] | str | Path, epoch_tokens: int, price_per_hour: float
-) -> pd.DataFrame:
-    """One row for each rung: speed, memory, distance to the floor, hours and price of an epoch.
+def summarize_ladder(results: Mapping[str, Any], epoch_tokens: int, price_per_hour: float) -> pd.DataFrame:
+    """One row for each rung: speed, memory, distance to the ceiling, hours and price of an epoch.
 
-    Args:
-        results: What ``benchmarks/speed_ladder.py`` wrote, or the path of that file.
-        epoch_tokens: Real tokens in an epoch.
-        price_per_hour: Price of an hour of the card, in any currency.
+    ``results`` are those of ``benchmarks/speed_ladder.py``; the price of an hour is in any currency.
 
     Raises:
         ValueError: The results have no rungs.
     """
     import pandas as pd
 
-    report: Any = results
-    if isinstance(results, (str, Path)):
-        report = json.loads(Path(results).read_text(encoding="utf-8"))
-    rungs = [rung for rung in report.get("rungs", []) if "tokens_per_second" in rung]
+    rungs = [rung for rung in results.get("rungs", []) if "tokens_per_second" in rung]
     if not rungs:
         raise ValueError("the results hold no finished rung; run benchmarks/speed_ladder.py first.")
     table = pd.DataFrame(rungs).set_index("rung")
-    plain = report["rungs"][0].get("tokens_per_second", float("nan"))  # the first rung, or nothing to compare
-    table["times_plain"] = table["tokens_per_second"] / plain
+    first = results["rungs"][0]["rung"]  # NaN where it did not finish: nothing to compare with
+    table["times_plain"] = table["tokens_per_second"] / table["tokens_per_second"].get(first, float("nan"))
     table["epoch_hours"] = epoch_tokens / table["tokens_per_second"] / 3600
     table["epoch_price"] = table["epoch_hours"] * price_per_hour
-    columns = ["tokens_per_second", "times_plain", "peak_reserved_gib", "share_of_floor", "compile_seconds"]
+    columns = ["tokens_per_second", "times_plain", "peak_reserved_gib", "share_of_ceiling", "compile_seconds"]
     return table[[c for c in columns if c in table] + ["epoch_hours", "epoch_price"]]
 
 
@@ -84,8 +72,8 @@ def plot_ladder(
     ax = ax or new_axes(0.36 * len(table) + 1.2)
     values = table[column]
     bars = ax.barh(range(len(values)), values.fillna(0), color=BLUE)
-    pattern = "{:.0%}" if column == "share_of_floor" else "{:,.0f}" if values.max() > 100 else "{:.1f}"
-    labels = [missing if v != v else pattern.format(v) for v in values]  # noqa: PLR0124, NaN
+    pattern = "{:,.0f}" if values.max() > 100 else "{:.1f}"
+    labels = values.map(pattern.format, na_action="ignore").fillna(missing)
     ax.bar_label(bars, labels=labels, padding=3)
     ax.set_yticks(range(len(values)), [str(name) for name in values.index])
     ax.invert_yaxis()

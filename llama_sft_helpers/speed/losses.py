@@ -1,7 +1,4 @@
-"""Losses row by row, padded or padding-free, and how far rounding alone may move them.
-
-``speed`` offers these functions beside its own.
-"""
+"""Losses row by row, padded or padding-free, and how far rounding alone may move them."""
 
 from __future__ import annotations
 

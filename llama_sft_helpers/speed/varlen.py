@@ -1,7 +1,4 @@
-"""Attention over packed documents by PyTorch's own kernel: ``register_varlen_attention`` of notebook 08.
-
-``speed`` offers the public functions beside its own.
-"""
+"""Attention over packed documents by PyTorch's own kernel: ``register_varlen_attention`` of notebook 08."""
 
 from __future__ import annotations
 

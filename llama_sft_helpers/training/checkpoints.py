@@ -1,8 +1,9 @@
 """Notebook 06, the way back: which checkpoint is whole, whose it is, and what to do when the disk is full.
 
-transformers writes a checkpoint file by file in its final folder, the trainer's state last
+transformers writes a checkpoint file by file in its final folder
 (https://huggingface.co/docs/transformers/main_classes/trainer#checkpoints), so a killed run leaves a
-half-written one behind.
+half-written one behind. ``RunGuardCallback`` seals each with checksums when it is complete: without its seal,
+or unlike it, a checkpoint is not used.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
+import math
 import shutil
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,6 @@ from llama_sft_helpers.core.files import free_bytes, is_full_disk, write_text
 
 RUN_FILE = "run.json"
 CHECKSUMS_FILE = "checksums.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# In the order in which transformers writes them: the trainer's state comes last.
-_NEEDED = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
-    "trainer_state.json",
-)
 
 
 class CheckpointError(ValueError):
@@ -54,7 +44,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         "model": Path(str(base.config._name_or_path)).name,
         **shape,
         "quantization": str(getattr(base, "quantization_method", None) or "none").rpartition(".")[2],
-        "lora": f"r={lora.r}, lora_alpha={lora.lora_alpha}, {_described(lora.target_modules)}",
+        "lora": f"r={lora.r}, lora_alpha={lora.lora_alpha}, {_describe(lora.target_modules)}",
         "rows": len(dataset),
         "data": _data_checksum(dataset),
         "max_length": args.max_length,
@@ -66,7 +56,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     }
 
 
-def _described(target_modules: Any) -> str:
+def _describe(target_modules: Any) -> str:
     """The names of LoRA's target modules, or the one pattern that a text is to PEFT."""
     if isinstance(target_modules, str):
         return f"modules matching {target_modules!r}"
@@ -80,11 +70,7 @@ def _data_checksum(dataset: Any) -> str:
 
 
 class RunGuardCallback(TrainerCallback):
-    """Writes ``run.json`` beside the checkpoints and ``checksums.json`` into each; saves only with room.
-
-    Args:
-        run: From ``describe_run``.
-    """
+    """Writes what ``describe_run`` gave beside the checkpoints, seals each, and saves only with room."""
 
     def __init__(self, run: Mapping[str, Any]) -> None:
         self._run = dict(run)
@@ -95,26 +81,24 @@ class RunGuardCallback(TrainerCallback):
         if _checkpoints(folder):
             _check_same_run(folder, self._run)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / RUN_FILE, self._run)
+        write_text(folder / RUN_FILE, json.dumps(self._run, indent=1))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Before a checkpoint is written: make its place free, and is there room for it?"""
         if not control.should_save or model is None:
             return
-        # a damaged checkpoint that was skipped may stand there; peft would read the README in it
+        # A damaged checkpoint that was skipped may stand there; PEFT would read the README in it.
         shutil.rmtree(Path(args.output_dir) / f"checkpoint-{state.global_step}", ignore_errors=True)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         needed = 3 * 4 * trainable * 1.1 + 2**24  # adapter and AdamW's two averages, tokenizer, small files
         if free_bytes(args.output_dir) < needed:
-            raise CheckpointWriteError(
-                _no_room(Path(args.output_dir), f"{needed / 2**20:,.0f} MiB are needed")
-            )
+            raise CheckpointWriteError(_no_room(args.output_dir, f"{needed / 2**20:,.0f} MiB are needed"))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Seal the checkpoint: safetensors files hold no checksum, so a flipped bit would go unseen."""
+        """Seal the checkpoint, whose files hold no checksum of their own."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         sums = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
-        _write_json(folder / CHECKSUMS_FILE, sums)
+        write_text(folder / CHECKSUMS_FILE, json.dumps(sums, indent=1))
 
 
 @contextlib.contextmanager
@@ -126,21 +110,18 @@ def checkpoint_errors(output_dir: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except CheckpointWriteError:
-        raise
     except Exception as error:  # safetensors' own error is of no common kind
-        if not is_full_disk(error) or isinstance(error, CheckpointError):
+        if not is_full_disk(error):
             raise
-        raise CheckpointWriteError(_no_room(Path(output_dir), "writing stopped half-way")) from error
+        raise CheckpointWriteError(_no_room(output_dir, "writing stopped half-way")) from error
 
 
 def latest_checkpoint(
-    output_dir: str | Path, run: Mapping[str, Any] | None = None, before_step: int | None = None
+    output_dir: str | Path, run: Mapping[str, Any] | None = None, before_step: float = math.inf
 ) -> str | None:
-    """The newest complete checkpoint, for ``train(resume_from_checkpoint=...)``; None to start afresh.
+    """The newest whole checkpoint, for ``train(resume_from_checkpoint=...)``; None to start afresh.
 
-    transformers writes a checkpoint file by file in its final folder, so a killed run leaves a half-written
-    one; such a folder is skipped with a warning that says what is wrong with it.
+    Others are skipped with a warning that says what is wrong with them.
 
     Args:
         output_dir: The trainer's ``output_dir``; it need not exist.
@@ -152,7 +133,7 @@ def latest_checkpoint(
         CheckpointError: The folder's checkpoints belong to another model or other settings.
     """
     folder = Path(output_dir)
-    for checkpoint in _checkpoints(folder, before_step):
+    for checkpoint in (path for step, path in _checkpoints(folder) if step < before_step):
         try:
             check_checkpoint(checkpoint)
         except CheckpointError as error:
@@ -165,71 +146,43 @@ def latest_checkpoint(
 
 
 def check_checkpoint(folder: str | Path) -> None:
-    """Check that a checkpoint has every file that resuming reads, each complete.
+    """Check that a checkpoint is as it was sealed: every file there, and none changed since.
 
     Raises:
-        CheckpointError: A file is missing, cut short or unreadable; the message names it.
+        CheckpointError: It has no seal, a file is missing or changed, or the folder was renamed.
     """
     folder = Path(folder)
-    for name in _NEEDED:
-        path = folder / name
-        problem = "is missing" if not path.is_file() else _damage(path)
-        if problem:
-            raise CheckpointError(
-                f"{path} {problem}. The checkpoint is incomplete: delete {folder.name}, or resume from an "
-                "older one (latest_checkpoint finds it)."
-            )
-    _check_seal(folder)
-    step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")).get("global_step")
-    if not folder.name.endswith(f"-{step}"):
+    if problem := _problem(folder):
         raise CheckpointError(
-            f"{folder} holds step {step}: it was renamed or overwritten. Resume from another."
+            f"{problem}. The checkpoint is incomplete: delete {folder.name}, or resume from an older one "
+            "(latest_checkpoint finds it)."
         )
 
 
-def _checkpoints(folder: Path, before_step: int | None = None) -> list[Path]:
-    """Checkpoint folders, newest step first."""
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _match(path))]
-    return [path for step, path in sorted(found, reverse=True) if before_step is None or step < before_step]
-
-
-def _match(path: Path) -> re.Match[str] | None:
-    return _CHECKPOINT.fullmatch(path.name) if path.is_dir() else None
-
-
-def _damage(path: Path) -> str:
-    """What is wrong with a file, or nothing: safetensors header, zip directory and JSON must be whole."""
-    from safetensors import SafetensorError, safe_open
-
+def _problem(folder: Path) -> str:
+    """What is wrong with a checkpoint, or nothing."""
+    seal = folder / CHECKSUMS_FILE
+    if not seal.is_file():
+        return f"{seal} is missing: the run ended before it was written"
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(str(path), framework="pt") as tensors:
-                return "" if tensors.keys() else "holds no tensors"
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
-            return ""
-        with zipfile.ZipFile(path) as archive:
-            return f"is damaged in {broken}" if (broken := archive.testzip()) else ""
-    except (SafetensorError, ValueError, OSError, zipfile.BadZipFile) as error:
-        return f"is cut short or damaged ({error})"
+        sums = json.loads(seal.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"{seal} is cut short or damaged ({error})"
+    for path in map(folder.joinpath, sums):
+        if not path.is_file():
+            return f"{path} is missing"
+        if _sha256(path) != sums[path.name]:
+            return f"{path} is cut short or damaged: its checksum differs"
+    step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    same = folder.name == f"checkpoint-{step}"
+    return "" if same else f"{folder} holds step {step}: it was renamed or overwritten"
 
 
-def _check_seal(folder: Path) -> None:
-    """Compare with ``checksums.json``, where there is one."""
-    path = folder / CHECKSUMS_FILE
-    if not path.is_file():
-        return
-    problem = _damage(path)
-    sums = {} if problem else json.loads(path.read_text(encoding="utf-8"))
-    for name, expected in sums.items():
-        if not (folder / name).is_file() or _sha256(folder / name) != expected:
-            path, problem = folder / name, "is not as it was written: its checksum differs"
-            break
-    if problem:
-        raise CheckpointError(
-            f"{path} {problem}. The checkpoint is cut short or damaged: delete {folder.name}, or resume from "
-            "an older one (latest_checkpoint finds it)."
-        )
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Step and folder of each checkpoint, the newest first."""
+    folders = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    named = [(path.name.removeprefix("checkpoint-"), path) for path in folders]
+    return sorted(((int(step), path) for step, path in named if step.isdecimal()), reverse=True)
 
 
 def _sha256(path: Path) -> str:
@@ -253,17 +206,13 @@ def _check_same_run(folder: Path, run: Mapping[str, Any]) -> None:
         )
 
 
-def _no_room(folder: Path, what: str) -> str:
-    free = free_bytes(folder) / 2**20
+def _no_room(output_dir: str | Path, what: str) -> str:
+    free = free_bytes(output_dir) / 2**20
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        last = latest_checkpoint(folder)
+        last = latest_checkpoint(output_dir)
     kept = f"the last good checkpoint is {Path(last).name}, intact" if last else "there is no checkpoint yet"
     return (
-        f"The disk of {folder} is full: {what}, {free:,.0f} MiB are free; {kept}. Free some space (old "
+        f"The disk of {output_dir} is full: {what}, {free:,.0f} MiB are free; {kept}. Free some space (old "
         "checkpoints, Google Drive's bin) and run this cell again to go on from there."
     )
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=1, default=str))

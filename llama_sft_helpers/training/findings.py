@@ -7,7 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from llama_sft_helpers.core.findings import FEW_ROWS, LEVEL, finding
+from llama_sft_helpers.core.findings import FEW_ROWS, LEVEL
+
+
+def rose(lowest: float, end: float) -> bool:
+    """Whether a held-out loss rose after its lowest point by more than is taken for level."""
+    return end - lowest > LEVEL * lowest
 
 
 def summarize_training_result(
@@ -28,7 +33,7 @@ def summarize_training_result(
         best_is_saved: Whether the saved adapter is that one (``load_best_model_at_end``), not the last.
 
     Returns:
-        Index ``finding``; ``hoped for``, ``measured``, ``verdict``, ``advice``.
+        One row, index ``finding``; ``hoped for``, ``measured``, ``verdict``, ``advice``.
     """
     losses = [(row["eval_loss"], row["step"]) for row in log_history if "eval_loss" in row]
     end, last = losses[-1]
@@ -40,16 +45,18 @@ def summarize_training_result(
             "The adapter learned its training rows, and nothing that helps with others. Lower the learning "
             "rate, take fewer steps, or add rows."
         )
-    if lowest < end and step < last:
-        kept = "The adapter of that step is saved." if best_is_saved else ""
-        kept = kept or (f"Its checkpoint is kept: {best_checkpoint}." if best_checkpoint else "")
-        rose = end - lowest > LEVEL * lowest
-        name = "Overfitted" if rose else f"Level in the end, within {LEVEL:.0%}"
-        enough = f"; max_steps={step} would do" if rose else ""
+    if lowest < end:
+        kept = f"Its checkpoint is kept: {best_checkpoint}." if best_checkpoint else ""
+        kept = "The adapter of that step is saved." if best_is_saved else kept
+        name = "Overfitted" if rose(lowest, end) else f"Level in the end, within {LEVEL:.0%}"
+        enough = f"; max_steps={step} would do" if rose(lowest, end) else ""
         advice.append(
             f"{name}: the loss was lowest after step {step} ({lowest:.4f}) and {end:.4f} by step "
             f"{last}{enough}. {kept}".rstrip()
         )
     if eval_rows < FEW_ROWS:
         advice.append(f"Rows held out: {eval_rows}. With so few, either direction may be luck.")
-    return finding("held-out loss", f"below {before:.4f}", f"{after:.4f}", after < before, advice)
+    verdict = "as hoped" if after < before else "not as hoped"
+    row = (f"below {before:.4f}", f"{after:.4f}", verdict, " ".join(advice) or "nothing to do")
+    index = pd.Index(["held-out loss"], name="finding")
+    return pd.DataFrame([row], index, ["hoped for", "measured", "verdict", "advice"])

@@ -19,9 +19,6 @@ def check_loss_history(log_history: Iterable[Mapping[str, Any]]) -> None:
     The trainer replaces a NaN loss by 0 before it logs it (``logging_nan_inf_filter``), so that a training
     that broke down looks like a perfect one.
 
-    Args:
-        log_history: ``trainer.state.log_history``.
-
     Raises:
         LossError: The first such loss, its step and what to do.
     """
@@ -50,11 +47,7 @@ def check_gradients_reach_adapters(model: torch.nn.Module) -> None:
         raise AssertionError(
             "Measured: 0 trainable LoRA matrices. Expected: some. Call get_peft_model first."
         )
-    bad = [
-        name
-        for name, p in adapters
-        if p.grad is None or not torch.isfinite(p.grad).all() or not torch.count_nonzero(p.grad)
-    ]
+    bad = [name for name, p in adapters if p.grad is None or not (p.grad.isfinite().all() and p.grad.any())]
     if bad:
         raise AssertionError(
             f"Measured: {len(bad)} of {len(adapters)} LoRA matrices without a finite, non-zero gradient "

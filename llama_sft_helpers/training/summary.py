@@ -28,10 +28,7 @@ def write_training_summary(path: str | Path, summary: Mapping[str, Any]) -> None
 
 
 def read_training_summary(path: str | Path) -> dict[str, Any]:
-    """What notebook 06 wrote beside the adapter.
-
-    Args:
-        path: ``training_summary.json``.
+    """The ``training_summary.json`` that notebook 06 wrote.
 
     Raises:
         FilesError: The file is missing or damaged, or lacks a key.

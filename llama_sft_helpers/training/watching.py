@@ -17,13 +17,14 @@ from transformers import TrainerCallback
 
 from llama_sft_helpers.core.findings import LEVEL
 from llama_sft_helpers.core.plots import BLUE, RED, new_axes
+from llama_sft_helpers.training.findings import rose
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-
 _THROUGHPUT = ["step", "seconds", "tokens", "tokens_per_second", "peak_gib", "seconds_left"]
+_SECONDS_BETWEEN_DRAWINGS = 2.0
 
 
 def peak_memory_gib() -> float:
@@ -103,29 +104,18 @@ class LiveLossCallback(TrainerCallback):
 
     Args:
         throughput: Its figures go into the title; put it before this callback in the trainer's list.
-        every_seconds: Least time between two drawings.
         before: The held-out loss before training, in nats per token, drawn at step 0.
     """
 
-    def __init__(
-        self,
-        throughput: ThroughputCallback | None = None,
-        every_seconds: float = 2.0,
-        before: float | None = None,
-    ) -> None:
+    def __init__(self, throughput: ThroughputCallback, before: float) -> None:
         self._throughput = throughput
-        self._every_seconds = every_seconds
         self._before = before
         self._drawn = 0.0
         self._handle: Any = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin a new figure."""
-        self._handle, self._drawn = None, 0.0
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw again, unless the last drawing is too recent."""
-        if time.perf_counter() - self._drawn >= self._every_seconds:
+        if time.perf_counter() - self._drawn >= _SECONDS_BETWEEN_DRAWINGS:
             self._draw(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -140,7 +130,7 @@ class LiveLossCallback(TrainerCallback):
         if not losses:
             return
         ax = plot_loss(state.log_history, before=self._before)
-        top = max(2 * (self._before or losses[0]), 1.05 * max(losses))
+        top = max(2 * self._before, 1.05 * max(losses))
         ax.set(
             title=self._title(state), xlim=(-0.02 * state.max_steps, 1.02 * state.max_steps), ylim=(0, top)
         )
@@ -157,7 +147,7 @@ class LiveLossCallback(TrainerCallback):
         if len(held_out) > 1:
             first, last = (held_out[step][1] for step in (min(held_out), max(held_out)))
             title += f", held-out loss {first:.2f} → {last:.2f}"
-        if self._throughput and self._throughput.rows:
+        if self._throughput.rows:
             row = self._throughput.rows[-1]
             minutes, seconds = divmod(round(row["seconds_left"]), 60)
             title += f"\n{row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_gib']:.1f} GiB"
@@ -184,21 +174,13 @@ def _finish(ax: Axes, across: str) -> None:
         ax.legend(loc="upper center", ncols=2, frameon=False, labelcolor="linecolor")
 
 
-def plot_loss(
-    log_history: Sequence[Mapping[str, Any]],
-    label: str = "",
-    ax: Axes | None = None,
-    before: float | None = None,
-) -> Axes:
+def plot_loss(log_history: Sequence[Mapping[str, Any]], label: str = "", before: float | None = None) -> Axes:
     """Draw the training loss (line) and the held-out loss (points) over optimizer steps.
 
-    Args:
-        log_history: ``trainer.state.log_history``, or the same list from a ``trainer_state.json``.
-        label: Put before the legend's names, to tell two runs apart.
-        ax: Axes to draw on; None makes a figure.
-        before: The held-out loss before training, drawn at step 0.
+    ``log_history`` is the trainer's or that of a ``trainer_state.json``; ``label`` tells two runs apart;
+    ``before`` is the held-out loss before training, drawn at step 0.
     """
-    ax = ax or new_axes(3.4)
+    ax = new_axes(3.4)
     train = [(row["step"], row["loss"]) for row in log_history if "loss" in row]
     held_out = [(step, loss) for step, (_, loss) in _held_out(log_history, before).items()]
     if train:
@@ -237,8 +219,8 @@ def plot_overfitting(log_history: Sequence[Mapping[str, Any]], before: float | N
     step = min(held_out, key=lambda step: held_out[step][1])
     ax.axvline(held_out[step][0], color="black", linewidth=1)
     lowest, (_, end) = held_out[step][1], held_out[max(held_out)]
-    rose = "then rose: overfitting" if end - lowest > LEVEL * lowest else f"level since, within {LEVEL:.0%}"
-    ending = rose if step < max(held_out) else "the last one measured"
+    ending = "then rose: overfitting" if rose(lowest, end) else f"level since, within {LEVEL:.0%}"
+    ending = ending if step < max(held_out) else "the last one measured"
     course = f"Held-out loss: {held_out[min(held_out)][1]:.2f} at step {min(held_out)}, lowest {lowest:.2f}"
     ax.set_title(f"{course}\nat step {step} (line), {ending}")
     _finish(ax, "epoch")

@@ -7,22 +7,19 @@ import pytest
 import torch
 
 from llama_sft_helpers.core import batches
-from llama_sft_helpers.data import packing, tokens
-from llama_sft_helpers.evaluation import losses
 
 PACKAGE = Path(batches.__file__).parents[1]
 
 
 def test_the_label_that_is_not_scored_is_torchs_and_has_one_home():
-    loss = torch.nn.CrossEntropyLoss()
-    assert loss.ignore_index == batches.IGNORED
-    homes = []
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-100":
-                homes.append(path.name)
+    assert torch.nn.CrossEntropyLoss().ignore_index == batches.IGNORED
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
+    homes = [path.name for path, tree in trees.items() for node in ast.walk(tree) if is_ignored(node)]
     assert homes == ["batches.py"]
-    assert tokens.IGNORED is losses.IGNORED is packing.IGNORED is batches.IGNORED
+
+
+def is_ignored(node):
+    return isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-100"
 
 
 def test_document_bounds_by_hand():

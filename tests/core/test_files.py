@@ -3,44 +3,53 @@
 import errno
 import hashlib
 import shutil
-import threading
-from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
+from llama_sft_helpers.core import files
 from llama_sft_helpers.core.files import FilesError, free_bytes, is_full_disk, write_text
 from llama_sft_helpers.evaluation import new_folder
 from llama_sft_helpers.training import hash_files
 
 
-def test_a_folder_appears_when_complete_and_is_replaced_by_the_next_run(tmp_path):
+@pytest.fixture
+def target(tmp_path):
+    """A folder that an earlier run has written."""
     target = tmp_path / "deep" / "merged"
     with new_folder(target) as folder:
-        (folder / "a").write_text("1")
+        (folder / "weights").write_text("old")
         assert not target.exists()
+    return target
+
+
+def test_a_folder_is_replaced_by_the_next_run_when_complete(target):
     with new_folder(target) as folder:
-        (folder / "b").write_text("2")
-        assert (target / "a").exists()
-    assert not (target / "a").exists()
-    assert (target / "b").read_text() == "2"
+        (folder / "more").write_text("new")
+        assert (target / "weights").exists()
+    assert not (target / "weights").exists()
+    assert (target / "more").read_text() == "new"
     assert list(target.parent.iterdir()) == [target]
 
 
-def _write_and_fail(folder):
-    (folder / "a").write_text("2")
-    raise KeyError
+FULL = "too full to write.*Nothing was overwritten"
 
 
-def test_an_error_leaves_the_earlier_folder_as_it_was(tmp_path):
-    target = tmp_path / "merged"
-    with new_folder(target) as folder:
-        (folder / "a").write_text("1")
-    with pytest.raises(KeyError), new_folder(target) as folder:
-        _write_and_fail(folder)
-    assert (target / "a").read_text() == "1"
-    assert list(tmp_path.iterdir()) == [target]
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (KeyError("a fault of the block's own"), KeyError, "fault"),
+        (OSError(errno.ENOSPC, "full"), FilesError, FULL),
+        (SafetensorError("I/O error (os error 28)"), FilesError, FULL),
+    ],
+)
+def test_an_error_leaves_the_earlier_folder_as_it_was(target, error, kind, told):
+    with pytest.raises(kind, match=told), new_folder(target):
+        raise error
+    assert (target / "weights").read_text() == "old"
+    assert list(target.parent.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -49,34 +58,18 @@ def test_what_somebody_else_wrote_is_left_alone(tmp_path, kind):
     kept = target / "thesis.txt" if kind == "folder" else target
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("precious")
-    with (
-        pytest.raises(FilesError, match="not written by this series; nothing was changed"),
-        new_folder(target),
-    ):
-        raise AssertionError("the body must not run")
+    told = "not written by this series; nothing was changed"
+    with pytest.raises(FilesError, match=told), new_folder(target):
+        pytest.fail("the body must not run")
     assert kept.read_text() == "precious"
 
 
 def test_too_little_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 99, 2**29))
-    with (
-        pytest.raises(FilesError, match=r"1.00 GiB needed, 0.50 GiB free"),
-        new_folder(tmp_path / "m", 2**30),
-    ):
-        raise AssertionError("the body must not run")
+    monkeypatch.setattr(files, "free_bytes", lambda folder: 2**29)
+    told = r"1.00 GiB needed, 0.50 GiB free"
+    with pytest.raises(FilesError, match=told), new_folder(tmp_path / "m", 2**30):
+        pytest.fail("the body must not run")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), SafetensorError("I/O error (os error 28)")])
-def test_a_disk_that_fills_up_leaves_the_earlier_folder_as_it_was(tmp_path, error):
-    target = tmp_path / "merged"
-    with new_folder(target) as folder:
-        (folder / "model.safetensors").write_text("the earlier merge")
-    with pytest.raises(FilesError, match=r"too full to write.*Nothing was overwritten"), new_folder(target):
-        raise error
-    assert (target / "model.safetensors").read_text() == "the earlier merge"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize(
@@ -113,10 +106,7 @@ def test_the_hash_covers_names_and_bytes(tmp_path):
         hash_files(tmp_path.parent)
 
 
-def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
-    target = tmp_path / "merged"
-    with new_folder(target) as folder:
-        (folder / "weights").write_text("old")
+def test_a_rename_that_fails_puts_the_old_folder_back(target, monkeypatch):
     rename = Path.rename
 
     def failing(self, to):
@@ -139,10 +129,7 @@ def test_two_writers_of_one_file_never_show_half_of_it(tmp_path):
             write_text(path, text)
             seen.add(path.read_text(encoding="utf-8"))
 
-    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, texts))
     assert seen <= set(texts)
     assert [item.name for item in tmp_path.iterdir()] == ["file.txt"]

@@ -30,6 +30,10 @@ TRAINING = Path(__file__).parents[1] / "support" / "drill_training.py"
 COMMAND = [sys.executable, "-m", "llama_sft_helpers.cli"]
 
 
+def survived(drill, **further):
+    counts.record("drills", drill, provoked=1, survived=1, **further)
+
+
 def leftovers(folder):
     """Scratch files and folders that a run should have taken away."""
     kept = ("*.part", ".*.part", ".*.tmp", ".tiny-llama.*", ".model.*", ".merged.*")
@@ -37,47 +41,63 @@ def leftovers(folder):
     return [path for path in found if path.suffix != ".lock"]
 
 
-def training_drill(which, folder, times):
-    done = subprocess.run(
-        [sys.executable, TRAINING, which, folder, str(SEED), str(times)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"DRILL_SEED={SEED}: {done.stderr[-3000:]}"
-    report = json.loads(done.stdout.splitlines()[-1])
-    return report, f"DRILL_SEED={SEED}: {report}"
+def start(out, notebooks, command=COMMAND, **changes):
+    """Run notebooks by the command line, in another process."""
+    arguments = ["run", "--profile", "ci-tiny", "--out", out, "--notebooks", notebooks]
+    return subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, **changes)
+
+
+def run(out, notebooks):
+    process = start(out, notebooks)
+    printed = process.communicate(timeout=120)[1]
+    assert "Traceback" not in printed
+    return process.returncode, printed
+
+
+@pytest.fixture
+def originals(tmp_path, tiny_model_dir):
+    """Writes notebooks of these cells: 01_a, and 02_b if asked for."""
+    folder = tmp_path / "originals"
+    folder.mkdir()
+
+    def write(*cells):
+        for name, source in zip(("01_a", "02_b"), cells, strict=False):
+            built = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+            nbformat.write(built, folder / f"{name}.ipynb")
+        return folder
+
+    return write
 
 
 # --- Training ---
 
 
+def training_drill(which, folder, times):
+    command = [sys.executable, TRAINING, which, folder, str(SEED), str(times)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"DRILL_SEED={SEED}: {done.stderr[-3000:]}"
+    report = json.loads(done.stdout.splitlines()[-1])
+    return report, f"DRILL_SEED={SEED}: {report}"
+
+
 def test_training_killed_at_ten_random_moments(tmp_path, tiny_model_dir):
     report, where = training_drill("kill", tmp_path / "drill", 10)
-    counts.record(
-        "drills",
-        "SIGKILL at random moments of a training",
-        provoked=report["kills"],
-        survived=report["kills"] - report["lost_checkpoints"],
-        **{"lost checkpoints": report["lost_checkpoints"], "runs ended bit for bit": report["equal_ends"]},
-    )
-    assert report["kills"] == 10, where
-    assert report["lost_checkpoints"] == 0, where
-    assert report["equal_ends"] == report["runs"], where
+    lost, ended = report["lost_checkpoints"], report["equal_ends"]
+    further = {"lost checkpoints": lost, "runs ended bit for bit": ended}
+    name = "SIGKILL at random moments of a training"
+    counts.record("drills", name, provoked=report["kills"], survived=report["kills"] - lost, **further)
+    assert (report["kills"], lost, ended) == (10, 0, report["runs"]), where
     assert sum(step > 0 for step in report["resumed_from"]) >= 5, where  # else nothing was there to lose
 
 
 def test_a_hundred_damaged_checkpoint_files(tmp_path, tiny_model_dir):
     report, where = training_drill("corrupt", tmp_path / "drill", 100)
-    counts.record(
-        "drills",
-        "damaged checkpoint files",
-        provoked=100,
-        detected=report["detected"] + report["refused"],
-        harmless=report["harmless"],
-        survived=report["detected"] + report["harmless"] + report["refused"] - len(report["unclear"]),
-        **{"silently wrong": len(report["wrong"])},
-    )
+    detected, harmless = report["detected"] + report["refused"], report["harmless"]
+    told = {"detected": detected, "harmless": harmless, "silently wrong": len(report["wrong"])}
+    whole = detected + harmless - len(report["unclear"])
+    counts.record("drills", "damaged checkpoint files", provoked=100, survived=whole, **told)
     assert not report["wrong"], where
-    assert not report["unclear"], where
-    assert report["detected"] + report["harmless"] + report["refused"] == 100, where
+    assert whole == 100, where
     assert report["detected"] > 50, where
 
 
@@ -85,18 +105,12 @@ def test_the_disk_fills_up_while_a_checkpoint_is_written(tmp_path, tiny_model_di
     with small_disk(tmp_path / "probe", 64):
         pass
     report, where = training_drill("full", tmp_path / "drill", 8)
-    counts.record(
-        "drills",
-        "disk full at a checkpoint",
-        provoked=report["full"],
-        explained=report["explained"],
-        survived=report["full"] - report["lost_checkpoints"],
-        **{"lost checkpoints": report["lost_checkpoints"]},
-    )
-    assert report["full"] >= 5, where
-    assert report["clear"] == report["explained"] == report["full"], where
-    assert report["lost_checkpoints"] == 0, where
-    assert report["equal_ends"] == 8, where
+    full, lost = report["full"], report["lost_checkpoints"]
+    told = {"explained": report["explained"], "lost checkpoints": lost}
+    counts.record("drills", "disk full at a checkpoint", provoked=full, survived=full - lost, **told)
+    assert full >= 5, where
+    assert report["clear"] == report["explained"] == full, where
+    assert (lost, report["equal_ends"]) == (0, 8), where
 
 
 # --- Full and read-only disks elsewhere ---
@@ -112,7 +126,7 @@ def test_the_disk_is_full_at_the_model_build(tmp_path):
             assert explain(caught.value).key == "disk-full"
             assert not (disk / "model").exists()
             assert not leftovers(disk)
-            counts.record("drills", "disk full at the model build", provoked=1, explained=1, survived=1)
+            survived("disk full at the model build", explained=1)
             subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
             assert demo_model.is_complete(demo_model.ensure_model("tiny-llama", disk / "model"))
 
@@ -140,64 +154,37 @@ def test_the_disk_is_full_at_the_merge(tmp_path, tiny_model):
             assert explain(caught.value).key == "disk-full", caught.value
             assert hash_files(disk / "merged") == before
             assert sorted(path.name for path in disk.iterdir()) == ["film", "merged"]
-            counts.record("drills", "disk full at the merge", provoked=1, explained=1, survived=1)
-
-
-@pytest.fixture
-def originals(tmp_path, tiny_model_dir):
-    folder = tmp_path / "originals"
-    folder.mkdir()
-
-    def write(**cells):
-        for name, sources in cells.items():
-            built = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-            nbformat.write(built, folder / f"{name.removeprefix('n')}.ipynb")
-        return folder
-
-    return write
+            survived("disk full at the merge", explained=1)
 
 
 def test_the_disk_is_full_at_the_runs_output(tmp_path, originals):
-    folder = originals(n01_a=["print('x' * 20_000)"], n02_b=["print('y' * 20_000)"])
+    folder = originals("print('x' * 20_000)", "print('y' * 20_000)")
     for kib in (4, 16, 40, 150, 340, 400):
         with small_disk(tmp_path / f"disk-{kib}", kib) as disk:
-            result = run(disk / "out", folder)
-            assert result.returncode == 1, (kib, result.stderr)
-            assert "Cannot write" in result.stderr, (kib, result.stderr)
-            assert "The disk is full" in result.stderr, (kib, result.stderr)
-            assert "Traceback" not in result.stderr
+            code, printed = run(disk / "out", folder)
+            assert code == 1, (kib, printed)
+            assert "Cannot write" in printed, (kib, printed)
+            assert "The disk is full" in printed, (kib, printed)
             assert not leftovers(disk)
             for path in disk.rglob("*.ipynb"):
                 nbformat.read(path, as_version=4)  # whole
-            counts.record("drills", "disk full at the run's output", provoked=1, explained=1, survived=1)
-
-
-def run(out, notebooks, **environment):
-    command = [*COMMAND, "run", "--profile", "ci-tiny", "--out", str(out), "--notebooks", str(notebooks)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+            survived("disk full at the run's output", explained=1)
 
 
 def test_read_only_folders(tmp_path, originals, tiny_model):
     from llama_sft_helpers.demo_model import ModelBuildError, ensure_model
 
-    folder = originals(n01_a=["1"])
+    folder = originals("1")
     with small_disk(tmp_path / "disk", 2000) as disk:
         (disk / "kept.txt").write_text("kept")
         read_only(disk)
-        results = [run(disk / "out", folder), run(disk, folder)]
-        results.append(
-            subprocess.run(
-                [*COMMAND, "demo-model", str(disk / "model"), "--name", "tiny-llama"],
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
-        )
-        for result in results:
-            assert result.returncode == 1, result.stderr
-            assert "Cannot write" in result.stderr
-            assert "Read-only file system" in result.stderr
-            assert "Traceback" not in result.stderr
+        command = [*COMMAND, "demo-model", disk / "model", "--name", "tiny-llama"]
+        built = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        for code, printed in (run(disk / "out", folder), run(disk, folder), (built.returncode, built.stderr)):
+            assert code == 1, printed
+            assert "Cannot write" in printed
+            assert "Read-only file system" in printed
+            assert "Traceback" not in printed
         with pytest.raises(ModelBuildError) as build:
             ensure_model("tiny-llama", disk / "model")
         with pytest.raises(OSError, match="Read-only") as save:
@@ -209,37 +196,16 @@ def test_read_only_folders(tmp_path, originals, tiny_model):
 
 # --- Ctrl-C ---
 
-_TRAINING_CELL = """
+IN_CELL = "open('in_cell', 'w').close()\n"
+SLEEP = "import time; time.sleep(60)"
+COMPUTE = """
 import torch
 model = torch.nn.Linear(400, 400)
-open("in_cell", "w").close()
 while True:
     model(torch.ones(400, 400)).sum().backward()
 """
-
-
-def _exists(pattern):
-    return lambda process, out, models: bool(list(out.glob(pattern)))
-
-
-def _kernel_of(process):
-    with contextlib.suppress(psutil.Error):
-        return [child for child in psutil.Process(process.pid).children() if _is_kernel(child)]
-    return []
-
-
-def _is_kernel(process):
-    with contextlib.suppress(psutil.Error):
-        return "ipykernel_launcher" in " ".join(process.cmdline())
-    return False
-
-
-def _page_is_written(process, out, models):
-    return (out / "01_a.ipynb").exists() and not (out / "01_a.html").exists()
-
-
 # The command line, where the tiny model takes a minute instead of the blink of copying it.
-_SLOW_COPY = """
+SLOW_COPY = """
 import time
 from llama_sft_helpers import demo_model
 from llama_sft_helpers.cli import app
@@ -252,111 +218,116 @@ demo_model._BUILDERS["tiny-llama"] = copy_and_wait
 app()
 """
 
-# phase -> (the cells of 01, when it is reached)
+
+def exists(pattern):
+    return lambda process, out: bool(list(out.glob(pattern)))
+
+
+def kernels_of(process):
+    """The run's kernels; none once it has ended."""
+    with contextlib.suppress(psutil.Error):
+        children = psutil.Process(process.pid).children()
+        return [child for child in children if "ipykernel_launcher" in " ".join(child.cmdline())]
+    return []
+
+
+def page_is_written(process, out):
+    return (out / "01_a.ipynb").exists() and not (out / "01_a.html").exists()
+
+
+def wait_until(reached, process, out):
+    deadline = time.monotonic() + 90
+    while not reached(process, out):
+        assert time.monotonic() < deadline, "not reached in time"
+        assert process.poll() is None, "the run ended first"
+        time.sleep(0.002)
+
+
+def left_alive(kernels, seconds):
+    """The kernels that are still there after some seconds, which are ended."""
+    _, alive = psutil.wait_procs(kernels, timeout=seconds)
+    for kernel in alive:
+        kernel.kill()
+    return alive
+
+
+# phase -> (the cell of 01, when it is reached)
 _PHASES = {
-    "start": (["1"], _exists(".llama-sft-run.lock")),
-    "model build": (["1"], lambda process, out, models: bool(list(models.glob(".tiny-llama.*/new")))),
-    "kernel start": (["1"], lambda process, out, models: bool(_kernel_of(process))),
-    "cell that sleeps": (["open('in_cell', 'w').close(); import time; time.sleep(60)"], _exists("in_cell")),
-    "cell that computes": ([_TRAINING_CELL], _exists("in_cell")),
+    "start": ("1", exists(".llama-sft-run.lock")),
+    "model build": ("1", exists("../models/.tiny-llama.*/new")),
+    "kernel start": ("1", lambda process, out: bool(kernels_of(process))),
+    "cell that sleeps": (IN_CELL + SLEEP, exists("in_cell")),
+    "cell that computes": (IN_CELL + COMPUTE, exists("in_cell")),
     "cell that ignores Ctrl-C": (
-        [
-            "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-            "open('in_cell', 'w').close(); import time; time.sleep(60)"
-        ],
-        _exists("in_cell"),
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + IN_CELL + SLEEP,
+        exists("in_cell"),
     ),
-    "page being written": (["for n in range(3): print('x' * 3_000_000)"], _page_is_written),
-    "next notebook": (["1"], _exists("01_a.html")),
+    "page being written": ("for n in range(3): print('x' * 3_000_000)", page_is_written),
+    "next notebook": ("1", exists("01_a.html")),
 }
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("phase", _PHASES)
 def test_a_run_interrupted_in_every_phase(tmp_path, originals, phase, number):
-    cells, reached = _PHASES[phase]
-    folder = originals(n01_a=cells, n02_b=["import time; time.sleep(60)"])
+    cell, reached = _PHASES[phase]
+    folder = originals(cell, SLEEP)
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    out, models = tmp_path / "out", tmp_path / "models"
+    out, models, command = tmp_path / "out", tmp_path / "models", COMMAND
+    out.mkdir()
     models.mkdir()
-    environment = os.environ | ({"SFT_MODELS_DIR": str(models)} if phase == "model build" else {})
-    command = [sys.executable, "-c", _SLOW_COPY] if phase == "model build" else COMMAND
-    process = subprocess.Popen(
-        [*command, "run", "--profile", "ci-tiny", "--out", str(out), "--notebooks", str(folder)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    kernels = []
+    environment = dict(os.environ)
+    if phase == "model build":
+        environment["SFT_MODELS_DIR"], command = str(models), [sys.executable, "-c", SLOW_COPY]
+    process = start(out, folder, command, env=environment, start_new_session=True)
     try:
-        deadline = time.monotonic() + 90
-        while not reached(process, out, models):
-            assert time.monotonic() < deadline, f"{phase} was not reached"
-            assert process.poll() is None, f"{phase} was not reached"
-            time.sleep(0.002)
-        kernels = _kernel_of(process)
+        wait_until(reached, process, out)
+        kernels = kernels_of(process)
         os.killpg(process.pid, number)  # as a terminal's Ctrl-C: to the whole group
-        process.wait(timeout=20)
-        printed = process.stderr.read()
+        printed = process.communicate(timeout=20)[1]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    _, alive = psutil.wait_procs(kernels, timeout=5)
-    for kernel in alive:
-        kernel.kill()
+    assert not left_alive(kernels, 5), "an orphaned kernel"
     assert process.returncode == 128 + number, printed
     for remark in ("Traceback", "Task was destroyed", "exception was never retrieved", "Aborted"):
         assert remark not in printed
     assert ("run again to resume" in printed) == (number is signal.SIGINT)
-    assert not alive, "an orphaned kernel"
     assert not leftovers(tmp_path), leftovers(tmp_path)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert not (out / "index.html").exists()
     for path in out.glob("*.ipynb"):
         nbformat.read(path, as_version=4)
-    counts.record("drills", f"{number.name} in every phase of a run", provoked=1, survived=1)
+    survived(f"{number.name} in every phase of a run")
 
 
 def test_a_killed_run_leaves_no_kernel(tmp_path, originals):
-    folder = originals(n01_a=["open('in_cell', 'w').close(); import time; time.sleep(60)"])
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [*COMMAND, "run", "--profile", "ci-tiny", "--out", str(out), "--notebooks", str(folder)],
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 60
-    while not (out / "in_cell").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    kernels = _kernel_of(process)
+    process = start(out, originals(IN_CELL + SLEEP), start_new_session=True)
+    wait_until(exists("in_cell"), process, out)
+    kernels = kernels_of(process)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(kernels, timeout=15)
-    for kernel in alive:
-        kernel.kill()
     assert kernels
-    assert not alive
-    again = run(out, originals(n01_a=["1"]))  # the lock died with its holder
-    assert again.returncode == 0, again.stderr
-    counts.record("drills", "SIGKILL of a run", provoked=1, survived=1)
+    assert not left_alive(kernels, 15)
+    assert run(out, originals("1"))[0] == 0  # the lock died with its holder
+    survived("SIGKILL of a run")
 
 
 # --- Two at once ---
 
 
 def test_two_runs_into_one_folder_at_once(tmp_path, originals):
-    folder = originals(n01_a=["import time; time.sleep(6)", "print('whole')"])
+    folder = originals("import time; time.sleep(6)\nprint('whole')")
     for attempt in range(5):
         out = tmp_path / f"out-{attempt}"
-        command = [*COMMAND, "run", "--profile", "ci-tiny", "--out", str(out), "--notebooks", str(folder)]
-        both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        both = [start(out, folder) for _ in range(2)]
         printed = [process.communicate(timeout=90)[1] for process in both]
         codes = [process.returncode for process in both]
         assert sorted(codes) == [0, 1], printed
         assert "Another run is writing to" in printed[codes.index(1)]
         assert "whole" in (out / "01_a.ipynb").read_text(encoding="utf-8")
-        counts.record("drills", "two runs into one folder", provoked=1, refused=1, survived=1)
+        survived("two runs into one folder", refused=1)
 
 
 def test_two_model_builds_at_once(tmp_path):
@@ -364,11 +335,11 @@ def test_two_model_builds_at_once(tmp_path):
         "import sys; from llama_sft_helpers.demo_model import ensure_model; "
         "print(ensure_model('tiny-llama', sys.argv[1]))"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    command = [sys.executable, "-c", code, tmp_path / "model"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate(timeout=90)[0].strip() for process in both] == [str(tmp_path / "model")] * 2
     assert not leftovers(tmp_path)
-    counts.record("drills", "two model builds at once", provoked=1, survived=1)
+    survived("two model builds at once")
 
 
 # --- Malformed data files ---

@@ -7,10 +7,11 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def _needs_a_gpu():
+def _needs_a_gpu(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU: run `make test-gpu` on a machine that has one")
+    monkeypatch.chdir(tmp_path)
 
 
 _MODEL = """
@@ -42,8 +43,7 @@ def trainer(model, **arguments):
 
 
 @provokes("cuda-out-of-memory")
-def test_more_memory_than_the_card_may_give(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_more_memory_than_the_card_may_give():
     code = """
 torch.cuda.set_per_process_memory_fraction(0.02)  # a card of 1 to 2 GiB
 model = load(torch.float32)
@@ -69,28 +69,25 @@ provoke(lambda: load(torch.float32)(input_ids=ids, labels=ids + 5000).loss.item(
 
 
 @provokes("grad-scaler-bf16")
-def test_bfloat16_adapters_under_the_fp16_scaler(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bfloat16_adapters_under_the_fp16_scaler():
     return in_another_process(
         _MODEL + "provoke(lambda: trainer(adapted(load(torch.float16, True)), fp16=True).train())"
     )
 
 
 @provokes("fp16-unscale")
-def test_fp16_adapters_under_the_fp16_scaler(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_fp16_adapters_under_the_fp16_scaler():
     return in_another_process(
         _MODEL + "provoke(lambda: trainer(adapted(load(torch.float16)), fp16=True).train())"
     )
 
 
-def test_the_fix_for_both_lets_the_training_run(tmp_path, monkeypatch):
+def test_the_fix_for_both_lets_the_training_run():
     """The line that the doctor gives is run as it stands."""
     from llama_sft_helpers.doctor import TABLE
 
     fix = next(failure.fix for failure in TABLE if failure.key == "fp16-unscale")
     line = fix.split("`")[1]
-    monkeypatch.chdir(tmp_path)
     code = f"""
 for eight_bit in (False, True):
     model = adapted(load(torch.float16, eight_bit))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import SEVEN
 
 from llama_sft_helpers import memory, training
 from llama_sft_helpers.profiles import device_map, load_profile
@@ -47,10 +48,7 @@ def tiny_model(dtype):
         dtype=dtype,
     )
     set_seed(42)
-    targets = list(memory.TARGET_MODULES)
-    return get_peft_model(
-        model, LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM", target_modules=targets)
-    )
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM", target_modules=SEVEN))
 
 
 def rows(count, length=256):
