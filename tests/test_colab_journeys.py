@@ -18,7 +18,6 @@ from fake_hub import Account, Answer, FakeHub
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from llama_sft_helpers import profiles
 from llama_sft_helpers.profiles import connect_drive, read_profile
 
 ROOT = Path(__file__).parent.parent
@@ -68,20 +67,22 @@ profiles._DRIVE = Path(os.environ["FAKE_CONTENT"]) / "drive"
 
 
 class Machine:
-    """A kernel that runs cells one by one; ``text`` holds everything that was put out."""
+    """A kernel that runs cells one by one."""
 
     def __init__(self, client):
-        self.client, self.text = client, ""
+        self.client = client
 
     def run(self, source):
         """Run one cell; its outputs as text."""
-        notebook = self.client.nb
-        notebook.cells.append(nbformat.v4.new_code_cell(source))
-        try:
-            self.client.execute_cell(notebook.cells[-1], len(notebook.cells) - 1)
-        finally:
-            self.text = nbformat.writes(notebook)
-        return json.dumps(notebook.cells[-1].outputs)
+        cells = self.client.nb.cells
+        cells.append(nbformat.v4.new_code_cell(source))
+        self.client.execute_cell(cells[-1], len(cells) - 1)
+        return json.dumps(cells[-1].outputs)
+
+    @property
+    def text(self):
+        """The notebook with everything that was put out."""
+        return nbformat.writes(self.client.nb)
 
 
 class GoogleAccount:
@@ -100,27 +101,18 @@ class GoogleAccount:
             (self.folder / name).write_text(text)
 
     @contextlib.contextmanager
-    def machine(self, profile, **environment):
+    def machine(self, profile):
         """A new machine: an empty home directory, and no variable that names a place or a token."""
         self.machines += 1
         home = self.folder / f"machine-{self.machines}"
         home.mkdir()
         places = ("HF_", "HUGGING_FACE", "XDG_", "IPYTHON", "JUPYTER", "SFT_OUTPUT", "SFT_PROFILE")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(places)}
-        client = NotebookClient(
-            nbformat.v4.new_notebook(),
-            timeout=170,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(home)}},
-        )
-        own = {
-            "HOME": str(home),
-            "PYTHONPATH": str(self.folder),
-            "FAKE_CONTENT": str(home),
-            "HF_ENDPOINT": self.hub.url,
-            "SFT_PROFILE": profile,
-        }
-        with client.setup_kernel(env=kept | own | environment):
+        empty, resources = nbformat.v4.new_notebook(), {"metadata": {"path": str(home)}}
+        client = NotebookClient(empty, timeout=170, kernel_name="python3", resources=resources)
+        own = {"HOME": str(home), "FAKE_CONTENT": str(home), "PYTHONPATH": str(self.folder)}
+        own |= {"HF_ENDPOINT": self.hub.url, "SFT_PROFILE": profile}
+        with client.setup_kernel(env=kept | own):
             yield Machine(client)
 
 
@@ -259,9 +251,6 @@ class TestDrive:
         code = "\n".join(code_cells(number).values())
         assert code.index("connect_drive()") < code.index("load_profile(") < code.index(".output_dir")
 
-    def test_the_folder_is_the_one_that_colab_mounts_at(self):
-        assert Path("/content/drive") == profiles._DRIVE
-
     def test_elsewhere_nothing_is_asked(self, monkeypatch):
         monkeypatch.delitem(sys.modules, "google.colab", raising=False)
         monkeypatch.delenv("SFT_OUTPUT_DIR", raising=False)
@@ -276,15 +265,10 @@ class TestPublishedAdapter:
 
     def publish(self, hub, files):
         """Serve files as the hub serves those of a model."""
-        commit = "0" * 39 + "1"
-        siblings = [{"rfilename": name} for name in files]
+        commit, siblings = "0" * 39 + "1", [{"rfilename": name} for name in files]
         listing = {"id": self.NAME, "modelId": self.NAME, "sha": commit, "siblings": siblings}
         hub.route("GET", rf"/api/models/{self.NAME}(/revision/\w+)?")(lambda *_: Answer(200, listing))
-
-        tree = [
-            {"type": "file", "path": name, "size": len(body), "oid": f"{name}-1"}
-            for name, body in files.items()
-        ]
+        tree = [{"type": "file", "path": n, "size": len(b), "oid": f"{n}-1"} for n, b in files.items()]
         hub.route("GET", rf"/api/models/{self.NAME}/tree/\w+")(lambda *_: Answer(200, tree))
 
         def serve(request, name):
@@ -310,17 +294,8 @@ class TestPublishedAdapter:
     @pytest.mark.slow
     def test_07_runs_to_its_end_with_one(self, account, tiny_model_dir, tmp_path):
         """06 trains it, the hub serves it, and 07 runs on a machine without anything of 06."""
-        command = [
-            sys.executable,
-            "-m",
-            "llama_sft_helpers.cli",
-            "run",
-            "--profile",
-            "ci-tiny",
-            "--only",
-            "06",
-        ]
-        places = {"SFT_OUTPUT_DIR": str(tmp_path / "out"), "SFT_PROFILE": "ci-tiny"}
+        command = [sys.executable, "-m", "llama_sft_helpers.cli", "run", "--only", "06"]
+        places = {"SFT_OUTPUT_DIR": str(tmp_path / "out")}
         subprocess.run([*command, "--out", tmp_path / "demo"], check=True, env=os.environ | places)
         trained = next((tmp_path).rglob("adapter/adapter_model.safetensors")).parent
         self.publish(account.hub, {path.name: path.read_bytes() for path in trained.glob("adapter_*")})

@@ -196,7 +196,8 @@ def test_settings_of_a_command_line_are_values_and_text(tmp_path, monkeypatch):
         "columns": "q=instruction,a=output",
         "max_steps": 5,
     }
-    assert parse_settings(["epochs=none"]) == {"epochs": None}
+    dated = {"epochs": None, "model_id": "2024-01-01"}  # a folder, and no date of TOML
+    assert parse_settings(["epochs=none", "model_id=2024-01-01"]) == dated
     with pytest.raises(SettingsError, match="'max_steps 5': expected key=value"):
         parse_settings(["max_steps 5"])
 

@@ -9,14 +9,23 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 
 import ledger as counts
 import nbformat
 import pandas as pd
 import psutil
 import pytest
+import torch
 from fake_hub import Account, FakeHub
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from tiny_models import build_trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llama_sft_helpers import data, evaluation, quantization
+from llama_sft_helpers.doctor import explain
+from llama_sft_helpers.evaluation import AdapterError, check_adapter
+from llama_sft_helpers.run import run_notebooks
 
 SCRIPT = "<script>alert('planted')</script><img src=x onerror=alert(1)>"
 
@@ -48,11 +57,8 @@ def test_a_planted_token_is_nowhere_after_a_whole_run(tmp_path, tiny_model_dir):
     assert len(files) > 20
     marks = (token.encode(), token[3:19].encode(), base64.b64encode(token.encode())[:40])
     leaks = [path for path in files if any(mark in path.read_bytes() for mark in marks)]
-    counts.record(
-        "drills",
-        "a planted token hunted in every file of a run",
-        **{"files searched": len(files), "tokens leaked": len(leaks)},
-    )
+    found = {"files searched": len(files), "tokens leaked": len(leaks)}
+    counts.record("drills", "a planted token hunted in every file of a run", **found)
     assert not leaks
     assert code == 0, (tmp_path / "printed.txt").read_text()[-3000:]
 
@@ -90,33 +96,26 @@ def payload(tmp_path):
     marker = tmp_path / "pickle-was-run"
     yield _Payload(marker)
     assert not marker.exists(), "code in a pickle was run"
-
-
-def test_the_payload_works(tmp_path):
-    pickle.loads(pickle.dumps(_Payload(tmp_path / "made")))
-    assert (tmp_path / "made").exists()
+    pickle.loads(pickle.dumps(_Payload(marker)))
+    assert marker.exists(), "the payload does not work"
 
 
 @pytest.fixture
-def adapter(tmp_path, tiny_model, tiny_model_dir):
-    from peft import LoraConfig, get_peft_model
-
+def lora_model(tiny_model, tiny_model_dir):
     tiny_model.config._name_or_path = str(tiny_model_dir)
-    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"])
-    model = get_peft_model(tiny_model, config)
-    model.save_pretrained(tmp_path / "adapter")
+    return get_peft_model(tiny_model, LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"]))
+
+
+@pytest.fixture
+def adapter(tmp_path, lora_model, payload):
+    """An adapter whose weights lie in a pickle."""
+    lora_model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save({"weight": payload}, tmp_path / "adapter" / "adapter_model.bin")
     return tmp_path / "adapter"
 
 
-def test_an_adapter_in_a_pickle_is_refused(adapter, payload, tiny_model_dir):
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    from llama_sft_helpers.evaluation import AdapterError, check_adapter
-
-    (adapter / "adapter_model.safetensors").unlink()
-    torch.save({"weight": payload}, adapter / "adapter_model.bin")
+def test_an_adapter_in_a_pickle_is_refused(adapter, tiny_model_dir):
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     with pytest.raises(AdapterError, match=r"has no adapter_model\.safetensors"):
         check_adapter(adapter, base, str(tiny_model_dir))
@@ -124,11 +123,7 @@ def test_an_adapter_in_a_pickle_is_refused(adapter, payload, tiny_model_dir):
         PeftModel.from_pretrained(base, adapter)
 
 
-def test_the_chat_command_refuses_a_pickle(adapter, payload):
-    import torch
-
-    (adapter / "adapter_model.safetensors").unlink()
-    torch.save({"weight": payload}, adapter / "adapter_model.bin")
+def test_the_chat_command_refuses_a_pickle(adapter):
     command = [sys.executable, "-m", "llama_sft_helpers.cli", "chat", str(adapter), "--prompt", "hi"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
@@ -137,27 +132,16 @@ def test_the_chat_command_refuses_a_pickle(adapter, payload):
 
 
 def test_a_safetensors_file_that_is_a_pickle_is_refused(adapter, payload, tiny_model_dir):
-    from peft import PeftModel
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
     (adapter / "adapter_model.safetensors").write_bytes(pickle.dumps({"weight": payload}))
     with pytest.raises(SafetensorError):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), adapter)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_does_not_run_a_pickle(name, payload, tmp_path, tiny_model, tiny_tokenizer):
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from tiny_models import build_trainer
-
-    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"])
+def test_a_checkpoint_does_not_run_a_pickle(name, payload, tmp_path, lora_model, tiny_tokenizer):
     rows = [{"prompt": "Say hi. ", "completion": "hi"}] * 8
     saving = {"save_strategy": "steps", "save_steps": 1}
-    trainer = build_trainer(
-        get_peft_model(tiny_model, config), tmp_path / "run", tiny_tokenizer, rows, **saving
-    )
+    trainer = build_trainer(lora_model, tmp_path / "run", tiny_tokenizer, rows, **saving)
     trainer.train()
     torch.save({"state": payload}, tmp_path / "run" / "checkpoint-1" / name)
     with pytest.raises(pickle.UnpicklingError):
@@ -165,9 +149,6 @@ def test_a_checkpoint_does_not_run_a_pickle(name, payload, tmp_path, tiny_model,
 
 
 def test_a_base_model_in_a_pickle_does_not_run(payload, tmp_path, tiny_model_dir):
-    import torch
-    from transformers import AutoModelForCausalLM
-
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_dir, folder)
     (folder / "model.safetensors").unlink()
@@ -177,8 +158,6 @@ def test_a_base_model_in_a_pickle_does_not_run(payload, tmp_path, tiny_model_dir
 
 
 def test_a_models_own_code_is_not_run(tmp_path, tiny_model_dir):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_dir, folder)
     marker = tmp_path / "remote-code-was-run"
@@ -197,12 +176,7 @@ def test_a_models_own_code_is_not_run(tmp_path, tiny_model_dir):
 # --- Markup ---
 
 
-def _rendered(what, tokenizer, tiny_model, tmp_path):
-    import torch
-
-    from llama_sft_helpers import data, evaluation, quantization
-    from llama_sft_helpers.doctor import explain
-
+def _rendered(what, tokenizer, tiny_model):
     ids = torch.tensor([tokenizer(SCRIPT).input_ids])
     batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
     if what == "tokens":
@@ -215,15 +189,12 @@ def _rendered(what, tokenizer, tiny_model, tmp_path):
         return evaluation.render_generations(pd.DataFrame(columns)).data
     if what == "layers":
         return quantization.render_side_by_side(tiny_model.lm_head, tiny_model.lm_head, (SCRIPT, SCRIPT)).data
-    error = OSError(28, "No space left on device", SCRIPT)
-    return explain(error)._repr_html_()
+    return explain(OSError(28, "No space left on device", SCRIPT))._repr_html_()
 
 
 @pytest.mark.parametrize("what", ["tokens", "loss mask", "answers", "layers", "doctor"])
-def test_text_from_data_is_escaped(what, tiny_tokenizer, tiny_model, tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        page = _rendered(what, tiny_tokenizer, tiny_model, tmp_path)
+def test_text_from_data_is_escaped(what, tiny_tokenizer, tiny_model):
+    page = _rendered(what, tiny_tokenizer, tiny_model)
     assert "<script" not in page
     assert "<img" not in page
     text = re.sub(r"<[^>]+>", "", page)  # what a browser would show
@@ -231,8 +202,6 @@ def test_text_from_data_is_escaped(what, tiny_tokenizer, tiny_model, tmp_path):
 
 
 def test_the_pages_of_a_run_escape_what_notebooks_print(tmp_path):
-    from llama_sft_helpers.run import run_notebooks
-
     cells = [f"text = {SCRIPT!r}\nprint(text)", "text", "import pandas as pd\npd.DataFrame({text: [text]})"]
     built = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     (tmp_path / "originals").mkdir()

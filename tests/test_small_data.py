@@ -1,24 +1,24 @@
 """Few rows: what is held out, the steps by hand over several epochs, and the notebooks to their end."""
 
+import itertools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
+import small_data
 import torch
-from small_data import ROOT, write_rows
+import transformers
+from tiny_models import build_trainer
+from trl import SFTTrainer
 
-from llama_sft_helpers import evaluation, training
+from llama_sft_helpers import training
 from llama_sft_helpers.data import DataError, plan_split, plan_steps
 from llama_sft_helpers.profiles import available_profiles, read_profile
 
 PROFILES = available_profiles()
-
-
-# --- The split ---
 
 
 @pytest.mark.parametrize("profile_name", PROFILES)
@@ -34,16 +34,11 @@ def test_at_most_a_tenth_is_held_out_and_at_least_one(profile_name, usable, held
     assert f"left out: 5 that cannot be used, {expected - sizes.train_rows:,} beyond" in str(sizes)
 
 
-def test_many_rows_are_split_as_the_profile_says():
-    sizes = plan_split(read_profile("ci-tiny"), 300, 300)
-    assert (sizes.train_rows, sizes.eval_rows) == (64, 16)
-    assert str(sizes) == (
+def test_a_split_says_what_it_did():
+    assert str(plan_split(read_profile("ci-tiny"), 300, 300)) == (
         "300 rows: 64 to train on, 16 held out; left out: 0 that cannot be used, 220 beyond the profile's "
         "train_rows"
     )
-
-
-def test_a_small_split_says_what_it_did_instead():
     told = str(plan_split(read_profile("colab-a100"), 20, 23))
     assert told.startswith(
         "23 rows: 18 to train on, 2 held out (a tenth of the rows, at least one, instead of"
@@ -67,17 +62,9 @@ def test_epochs_give_the_steps_that_the_trainer_takes(  # noqa: PLR0917
     tmp_path, tiny_model, rows, batch, accumulation, epochs
 ):
     """transformers' own count, by its ``num_train_epochs``, is the independent truth."""
-    import transformers
-
     settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-    args = transformers.TrainingArguments(
-        str(tmp_path),
-        num_train_epochs=epochs,
-        learning_rate=0.0,
-        report_to="none",
-        disable_tqdm=True,
-        **settings,
-    )
+    quiet = {"learning_rate": 0.0, "report_to": "none", "disable_tqdm": True}
+    args = transformers.TrainingArguments(str(tmp_path), num_train_epochs=epochs, **quiet, **settings)
     row = {"input_ids": [1, 2], "labels": [1, 2]}
     trained = transformers.Trainer(tiny_model, args, train_dataset=[row] * rows).train()
     plan = plan_steps(read_profile("ci-tiny", epochs=epochs, **settings), rows, 2 * rows)
@@ -93,60 +80,39 @@ def test_packed_epochs_count_blocks_and_a_small_set_seen_often_is_warned_of():
     assert (often.max_steps, often.epochs) == (30, 10)
     assert str(often).startswith("30 updates: each row is seen 10 times. That is often")
     assert "max_steps=15 or fewer" in str(often)
-    assert (
-        str(plan_steps(read_profile("cpu-demo", epochs=2), 9, 900)) == "6 updates: each row is seen 2 times"
-    )
+    twice = plan_steps(read_profile("cpu-demo", epochs=2), 9, 900)
+    assert str(twice) == "6 updates: each row is seen 2 times"
 
 
-# --- The steps by hand ---
+# --- Notebook 06: the steps by hand ---
 
 
-def cell_source(number, text):
-    path = next((ROOT / "notebooks").glob(f"{number}_*.ipynb"))
-    cells = nbformat.read(path, as_version=4).cells
-    return next(cell.source for cell in cells if cell.cell_type == "code" and text in cell.source)
+def code_of_06():
+    path = small_data.ROOT / "notebooks" / "06_training.ipynb"
+    return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+class Recorder(SFTTrainer):
+    """Writes down each micro-batch that it takes: the update, the tokens, how many the update scores."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.taken.append((self.state.global_step, inputs["input_ids"].clone(), int(num_items_in_batch)))
+        return super().training_step(model, inputs, num_items_in_batch)
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("count", "batch", "accumulation", "packing"),
     [(1, 2, 4, False), (3, 2, 4, True), (5, 2, 2, False), (7, 1, 4, False), (12, 2, 2, True)],
 )
-def test_the_loop_by_hand_takes_the_micro_batches_that_the_trainer_takes(
-    tmp_path, tiny_model, tiny_tokenizer, case
+def test_the_loop_by_hand_takes_the_micro_batches_that_the_trainer_takes(  # noqa: PLR0917
+    tmp_path, tiny_model, tiny_tokenizer, count, batch, accumulation, packing
 ):
-    """The trainer's own micro-batches, written down as it takes them, are the independent truth.
-
-    A case is: rows, rows in a micro-batch, micro-batches in an update, whether rows are packed.
-    """
-    import itertools
-
-    import transformers
-    from tiny_models import build_trainer
-    from trl import SFTTrainer
-
-    count, batch, accumulation, packing = case
-    taken = []
-
-    class Recorder(SFTTrainer):
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            update = (self.state.global_step, inputs["input_ids"].clone(), int(num_items_in_batch))
-            taken.append(update)
-            return super().training_step(model, inputs, num_items_in_batch)
-
     rows = [{"prompt": f"Row {n}:\n", "completion": f"{n * 7} apples"} for n in range(count)]
-    trainer = build_trainer(
-        tiny_model,
-        tmp_path,
-        tiny_tokenizer,
-        rows,
-        kind=Recorder,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation,
-        packing=packing,
-        max_steps=5,
-    )
+    settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    settings |= {"packing": packing, "max_steps": 5, "kind": Recorder}
+    trainer = build_trainer(tiny_model, tmp_path, tiny_tokenizer, rows, **settings)
     namespace = {"itertools": itertools}
-    exec(cell_source("06", "def micro_batches_by_update"), namespace)
+    exec(next(source for source in code_of_06() if "def micro_batches_by_update" in source), namespace)
     transformers.set_seed(42)
     updates = namespace["micro_batches_by_update"](trainer.get_train_dataloader(), accumulation)
     by_hand = [
@@ -154,125 +120,83 @@ def test_the_loop_by_hand_takes_the_micro_batches_that_the_trainer_takes(
         for step, group in zip(range(5), updates, strict=False)
         for micro in group
     ]
+    trainer.taken = []
     trainer.train()
-    assert len(by_hand) == len(taken)
-    for (step, ids, tokens), (step_taken, ids_taken, tokens_taken) in zip(by_hand, taken, strict=True):
-        assert (step, tokens) == (step_taken, tokens_taken)
-        assert torch.equal(ids, ids_taken)
+    for ours, theirs in zip(by_hand, trainer.taken, strict=True):
+        assert (ours[0], ours[2]) == (theirs[0], theirs[2])
+        assert torch.equal(ours[1], theirs[1])
 
 
 def test_06_saves_before_it_judges():
-    path = ROOT / "notebooks" / "06_training.ipynb"
-    code = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    trained = next(n for n, source in enumerate(code) if "trainer.train(" in source)
-    saved = next(
-        n for n, source in enumerate(code) if "write_training_summary(" in source and "open" not in source
-    )
-    assert trained < saved
-    for source in code[trained + 1 : saved]:
+    after = itertools.dropwhile(lambda source: "trainer.train(" not in source, code_of_06())
+    _, *unsaved = itertools.takewhile(lambda source: "write_training_summary(" not in source, after)
+    for source in unsaved:
         assert "assert " not in source, source
         assert "check_" not in source, source
 
 
-# --- Findings ---
+ROSE, KEPT = (1.4, 1.2, 1.9), {"best_checkpoint": "run/checkpoint-8"}
+LOWEST = "the loss was lowest after step 8 (1.2000)"
+FINDINGS = [
+    (ROSE, 2, {}, "not as hoped", f"Overfitted: {LOWEST} and 1.9000 by step 12; max_steps=8"),
+    (ROSE, 2, {}, "not as hoped", "Rows held out: 2."),
+    (ROSE, 200, KEPT, "not as hoped", "Its checkpoint is kept: run/checkpoint-8."),
+    (ROSE, 200, {"best_is_saved": True}, "as hoped", "The adapter of that step is saved."),
+    ((1.4, 1.2, 1.21), 200, KEPT, "as hoped", f"Level in the end, within 1%: {LOWEST}"),
+    ((1.4, 1.2), 200, {}, "as hoped", "nothing to do"),
+    ((float("nan"),), 200, {}, "not as hoped", ""),
+]
 
 
-def history(*losses):
-    return [{"step": 4 * n, "eval_loss": loss} for n, loss in enumerate(losses, start=1)]
-
-
-def test_a_risen_loss_is_a_finding_with_advice():
-    row = training.summarize_training_result(history(1.4, 1.2, 1.9), before=1.5, eval_rows=2).iloc[0]
-    assert row["verdict"] == "not as hoped"
-    assert row["hoped for"] == "below 1.5000"
-    assert (
-        "Overfitted: the loss was lowest after step 8 (1.2000) and 1.9000 by step 12; max_steps=8"
-        in row["advice"]
-    )
-    assert "Rows held out: 2." in row["advice"]
-
-
-def test_a_rise_within_a_hundredth_is_level_and_no_overfitting():
-    losses = history(1.4, 1.2, 1.21)
-    row = training.summarize_training_result(losses, 1.5, 200, "run/checkpoint-8").iloc[0]
-    assert row["advice"].startswith("Level in the end, within 1%: the loss was lowest after step 8 (1.2000)")
-    assert "max_steps" not in row["advice"]
-
-
-def test_what_is_kept_of_an_overfitted_run_is_said():
-    losses = history(1.4, 1.2, 1.9)
-    row = training.summarize_training_result(losses, 1.5, 200, "run/checkpoint-8").iloc[0]
-    assert "Its checkpoint is kept: run/checkpoint-8." in row["advice"]
-    row = training.summarize_training_result(losses, 1.5, 200, best_is_saved=True).iloc[0]
-    assert (row["verdict"], row["measured"]) == ("as hoped", "1.2000")
-    assert row["advice"].endswith("The adapter of that step is saved.")
-
-
-def test_a_fallen_loss_leaves_nothing_to_do():
-    row = training.summarize_training_result(history(1.4, 1.2), before=1.5, eval_rows=200).iloc[0]
-    assert (row["verdict"], row["advice"]) == ("as hoped", "nothing to do")
-    assert (
-        training.summarize_training_result(history(float("nan")), 1.5, 200)["verdict"].item()
-        == "not as hoped"
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "high", "rows", "verdict", "advice"),
-    [
-        (-0.2, -0.1, 200, "Yes: ", ""),
-        (-0.2, 0.1, 200, "It cannot be told: ", "cannot be told from luck"),
-        (-0.2, -0.1, 1, "Yes: ", "interval itself uncertain"),
-        (0.2, 0.3, 200, "No: ", "Lower the learning rate"),
-    ],
-)
-def test_the_gain_is_judged_with_its_interval(change, high, rows, verdict, advice):
-    line = {"loss_nats": change, "low": change - 0.1, "high": high, "rows": rows}
-    row = evaluation.summarize_verdict(pd.DataFrame({"tuned - base": line}).T).iloc[0]
-    assert row["verdict"].startswith(verdict)
+@pytest.mark.parametrize(("losses", "rows", "kept", "verdict", "advice"), FINDINGS)
+def test_a_held_out_loss_is_a_finding_with_advice(losses, rows, kept, verdict, advice):
+    history = [{"step": 4 * n, "eval_loss": loss} for n, loss in enumerate(losses, start=1)]
+    row = training.summarize_training_result(history, 1.5, rows, **kept).iloc[0]
+    assert (row["verdict"], row["hoped for"]) == (verdict, "below 1.5000")
     assert advice in row["advice"]
-    assert bool(advice) == bool(row["advice"])
+    assert ("max_steps" in row["advice"]) == (losses == ROSE)
 
 
 # --- The notebooks ---
 
 
-def run(tmp_path, profile_name, count, numbers, **changes):
-    folder = write_rows(tmp_path / "data" / "rows.jsonl", count)
-    out = tmp_path / "out"
-    script = Path(__file__).parent / "support" / "small_data.py"
-    command = [sys.executable, str(script), profile_name, str(folder), str(out), numbers, json.dumps(changes)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT), out
+@pytest.fixture
+def run(tmp_path):
+    """Run notebooks on so many rows with a profile's data settings; returns what was printed and where."""
+
+    def start(profile_name, count, numbers, returncode=0, **changes):
+        folder, out = small_data.write_rows(tmp_path / "data" / "rows.jsonl", count), tmp_path / "out"
+        arguments = [small_data.__file__, profile_name, folder, out, numbers, json.dumps(changes)]
+        command = [sys.executable, *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=small_data.ROOT)
+        assert result.returncode == returncode, result.stdout[-3000:] + result.stderr[-1000:]
+        return result.stdout + result.stderr, out
+
+    return start
 
 
 @pytest.mark.parametrize("count", [3, 20])
-def test_training_and_evaluation_run_on_few_rows(tmp_path, count):
-    result, out = run(tmp_path, "colab-a100", count, "06,07")
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    assert f"{count} rows: {count - max(1, count // 10)} to train on" in result.stdout
+def test_training_and_evaluation_run_on_few_rows(run, count):
+    printed, out = run("colab-a100", count, "06,07")
+    assert f"{count} rows: {count - max(1, count // 10)} to train on" in printed
     assert (out / "training_summary.json").is_file()
 
 
-def test_one_row_is_refused_in_06_by_name(tmp_path):
-    result, _ = run(tmp_path, "colab-a100", 1, "06")
-    assert result.returncode != 0
-    assert "[too-few-rows] 1 of 1 rows can be used, expected at least 2" in result.stdout + result.stderr
+def test_one_row_is_refused_in_06_by_name(run):
+    printed, _ = run("colab-a100", 1, "06", returncode=1)
+    assert "[too-few-rows] 1 of 1 rows can be used, expected at least 2" in printed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 20, 40])
 @pytest.mark.parametrize("profile_name", PROFILES)
-def test_every_profile_runs_on_few_rows(tmp_path, profile_name, count):
-    numbers = "05" if count == 1 else "05,06,07"
-    result, _ = run(tmp_path, profile_name, count, numbers)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+def test_every_profile_runs_on_few_rows(run, profile_name, count):
+    run(profile_name, count, "05" if count == 1 else "05,06,07")
 
 
 @pytest.mark.slow
-def test_an_overfitted_adapter_is_saved_and_judged(tmp_path):
-    changes = {"max_steps": 120, "save_steps": 40, "eval_steps": 20}
-    result, out = run(tmp_path, "cpu-demo", 3, "06,07", **changes)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+def test_an_overfitted_adapter_is_saved_and_judged(run):
+    _, out = run("cpu-demo", 3, "06,07", max_steps=120, save_steps=40, eval_steps=20)
     summary = json.loads((out / "training_summary.json").read_text(encoding="utf-8"))
     assert summary["eval_loss_after"] > summary["eval_loss_before"]
     log = pd.read_csv(out / "training_log.csv").dropna(subset="eval_loss")
@@ -282,7 +206,6 @@ def test_an_overfitted_adapter_is_saved_and_judged(tmp_path):
 
 
 @pytest.mark.slow
-def test_04_runs_on_three_rows_within_a_second_of_sweep(tmp_path):
-    result, _ = run(tmp_path, "ci-tiny", 3, "04", sweep_seconds=1)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    assert "left out: attention, learning rate" in result.stdout
+def test_04_runs_on_three_rows_within_a_second_of_sweep(run):
+    printed, _ = run("ci-tiny", 3, "04", sweep_seconds=1)
+    assert "left out: attention, learning rate" in printed

@@ -6,9 +6,12 @@ import zipfile
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from data_forms import FORMS, write_form
+from safetensors.torch import load_file
 from small_data import write_rows
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from llama_sft_helpers.cli import app
@@ -24,9 +27,8 @@ datasets.load_dataset = lambda name, split: {{("me/own", "train"): rows}}[name, 
 SHORT = ["--set", "max_steps=2", "--set", "eval_rows=4", "--set", "max_new_tokens=2"]
 
 
-def train(source, columns, out, *options):
+def train(source, out, *options):
     command = ["train", "--profile", "ci-tiny", "--data", str(source), "--out", str(out), *options]
-    command += ["--columns", columns] if columns else []
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     summary = json.loads((out / "your_run" / "training_summary.json").read_text(encoding="utf-8"))
@@ -38,30 +40,26 @@ def train(source, columns, out, *options):
     "form", [FORMS[0], *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[1:])]
 )
 def test_a_file_becomes_an_adapter_that_keeps_its_template(form, tmp_path, tiny_model_dir, monkeypatch):
-    from transformers import AutoTokenizer
-
     source, columns, layout = write_form(form, tmp_path / "data")
     if form == "hub":
         (tmp_path / "sitecustomize.py").write_text(HUB.format(path=str(source)))
         monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
         source = "me/own"
-    summary, shown = train(source, columns, tmp_path / "out", "--model", str(tiny_model_dir), *SHORT)
-    assert summary["data"] == str(source)
-    assert summary["prompt_format"] == ("plain" if layout == "prompt-completion" else "alpaca")
+    options = ["--columns", columns] if columns else []
+    summary, shown = train(source, tmp_path / "out", "--model", str(tiny_model_dir), *options, *SHORT)
+    plain = layout == "prompt-completion"
+    assert (summary["data"], summary["prompt_format"]) == (str(source), "plain" if plain else "alpaca")
     assert f"layout: {layout}" in shown
-    card = (tmp_path / "out" / "your_run" / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert ("datasets:\n- me/own" in card, "The data are the trainer's own" in card) == (
-        form == "hub",
-        form != "hub",
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "your_run" / "adapter")
-    if layout == "prompt-completion":
+    adapter = tmp_path / "out" / "your_run" / "adapter"
+    said = "datasets:\n- me/own" if form == "hub" else "The data are the trainer's own"
+    assert said in (adapter / "README.md").read_text(encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    if plain:
         assert tokenizer.chat_template is None
         return
     asked = [{"role": "user", "content": "Add 2 and 2."}]
     prompt = to_prompt_completion({"instruction": "Add 2 and 2.", "output": "4"})["prompt"]
-    saved = tokenizer.apply_chat_template(asked, tokenize=False)
-    assert saved == tokenizer.bos_token + prompt
+    assert tokenizer.apply_chat_template(asked, tokenize=False) == tokenizer.bos_token + prompt
 
 
 @pytest.mark.parametrize(
@@ -81,34 +79,28 @@ def test_what_cannot_be_trained_is_one_clear_error(options, told, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("switches", ["", "packing", "packing fast_int8 compile_layers"])
 def test_an_overfitted_run_keeps_everything_and_its_best_adapter(switches, tmp_path):
-    import pandas as pd
-    from safetensors.torch import load_file
-
     source = write_rows(tmp_path / "data" / "rows.jsonl", 12)
     options = ["epochs=12", "learning_rate=0.02", "max_new_tokens=2"]
     options += [f"{switch}=true" for switch in switches.split()]
     settings = [word for option in options for word in ("--set", option)]
-    summary, shown = train(source, None, tmp_path / "out", *settings)
+    summary, shown = train(source, tmp_path / "out", *settings)
     folder = tmp_path / "out" / "your_run"
     assert "Overfitted: the loss was lowest after step" in shown
     assert "each row is seen 12 times. That is often" in shown
     assert "runs uncompiled" not in shown
     losses = pd.read_csv(folder / "training_log.csv").set_index("step")["eval_loss"].dropna()
     assert summary["eval_loss_after"] == pytest.approx(losses.min())
-    weights = "adapter_model.safetensors"
+    checkpoints = [f"checkpoints/checkpoint-{step}" for step in (losses.idxmin(), losses.index[-1])]
     saved, best, last = (
-        load_file(path / weights)["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
-        for path in (folder / "adapter", *(folder / "checkpoints" / f"checkpoint-{step}" for step in
-                                           (losses.idxmin(), losses.index[-1])))
-    )  # fmt: skip
-    assert saved.equal(best)
-    assert not saved.equal(last)
+        load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", *checkpoints)
+    )
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    assert saved[name].equal(best[name])
+    assert not saved[name].equal(last[name])
     assert (folder / "adapter.zip").is_file()
 
 
-def test_the_export_has_card_merged_model_and_modelfile_and_a_second_run_writes_them_anew(
-    tmp_path, monkeypatch
-):
+def test_a_second_run_writes_the_export_anew_and_keeps_an_edited_card(tmp_path, monkeypatch):
     """The tiny model's tokenizer is unknown to llama.cpp: the profile stops before the GGUF file."""
     chosen = ORIGINAL.read_text(encoding="utf-8").replace(
         'export = \\"adapter\\"', 'export = \\"adapter and GGUF\\"'
@@ -117,13 +109,17 @@ def test_the_export_has_card_merged_model_and_modelfile_and_a_second_run_writes_
     (tmp_path / "notebooks" / ORIGINAL.name).write_text(chosen, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     source = write_rows(tmp_path / "data" / "rows.jsonl", 12)
-    for _ in range(2):
-        _, shown = train(source, None, tmp_path / "out", *SHORT)
+    train(source, tmp_path / "out", *SHORT)
     folder = tmp_path / "out" / "your_run"
+    card = folder / "adapter" / "README.md"
+    edited = card.read_text(encoding="utf-8") + "The rows are under CC0.\n"
+    card.write_text(edited, encoding="utf-8")
+    (folder / "Modelfile").unlink()
+    _, shown = train(source, tmp_path / "out", *SHORT)
+    assert "README.md was edited" in shown
     assert "convert_hf_to_gguf" in shown
     assert (folder / "merged" / "model.safetensors").is_file()
     assert "FROM ./model-q8_0.gguf" in (folder / "Modelfile").read_text(encoding="utf-8")
     with zipfile.ZipFile(folder / "adapter.zip") as archive:
-        card = archive.read("README.md").decode()
-    assert card == (folder / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert "r=16, alpha=16" in card
+        assert archive.read("README.md").decode() == edited == card.read_text(encoding="utf-8")
+        assert "r=16, alpha=16" in archive.read("README.new.md").decode()

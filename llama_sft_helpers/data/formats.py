@@ -106,17 +106,18 @@ def to_messages(row: Row) -> list[dict[str, Any]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def render_prompt(text: str, tokenizer: Any, prompt_format: str) -> str:
-    """What a model is given to answer an instruction: what stood before the answer in training.
+def render_prompt(row: Row | str, tokenizer: Any, prompt_format: str) -> str:
+    """What a model is given to answer a row or an instruction: what stood before the answer in training.
 
     ``tokenizer(prompt)`` gives training's token ids: a BOS that the template writes is left to the tokenizer
     where that writes one too.
     """
-    if prompt_format == "plain":
-        return text
-    if prompt_format == "alpaca":
-        return to_prompt_completion({"instruction": text, "output": "unused"})["prompt"]
-    prompt = _render(tokenizer, [{"role": "user", "content": text}], None, ask=True)
+    if isinstance(row, str):
+        plain = prompt_format == "plain"
+        row = {"prompt": row, "completion": "-"} if plain else {"instruction": row, "output": "-"}
+    if prompt_format != "chat":
+        return to_prompt_completion(row)["prompt"]
+    prompt = _render(tokenizer, to_messages(row)[:-1], row.get("tools"), ask=True)
     return prompt.removeprefix(tokenizer.bos_token) if _writes_bos(tokenizer) else prompt
 
 

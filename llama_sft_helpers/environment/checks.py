@@ -100,7 +100,6 @@ def _judge(machine: Machine, profile: Profile, chosen: bool) -> list[_Row]:
 
     tested, bounds, pythons = tested_versions(), bounds_of_packages(), tested_python()
     known_python = SpecifierSet(pythons).contains(machine.python, prereleases=True)
-    needed_disk, needed_ram = needed_disk_gib(profile), needed_ram_gib(profile)
     move = f"free space at {hub_cache()}, or point HF_HOME to a larger disk"
     return [
         _row("Python", machine.python, pythons, known_python, ("unsupported", f"use a Python {pythons}")),
@@ -109,8 +108,8 @@ def _judge(machine: Machine, profile: Profile, chosen: bool) -> list[_Row]:
         _judge_tool("CUDA toolkit", machine.toolkit_cuda),
         *_judge_gpu(machine, profile, chosen),
         *_judge_demo_model(profile),
-        _size_row("free disk", machine.free_disk_gib, needed_disk, profile, move),
-        _size_row("RAM", machine.ram_gib, needed_ram, profile, "use a machine with more memory"),
+        _size_row("free disk", machine.free_disk_gib, needed_disk_gib(profile), profile, move),
+        _size_row("RAM", machine.ram_gib, needed_ram_gib(profile), profile, "use a machine with more memory"),
     ]
 
 

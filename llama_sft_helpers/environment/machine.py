@@ -56,10 +56,9 @@ def measure() -> Machine:
 
 def _ask(tool: str, pattern: str, *arguments: str) -> str | None:
     """What a command-line tool says of its CUDA version; None without the tool, "no answer" if it hangs."""
-    command = [tool, *arguments]
     try:
         answer = subprocess.run(  # noqa: S603
-            command, check=False, capture_output=True, text=True, timeout=_TOOL_SECONDS
+            [tool, *arguments], check=False, capture_output=True, text=True, timeout=_TOOL_SECONDS
         )
     except subprocess.TimeoutExpired:
         return NO_ANSWER

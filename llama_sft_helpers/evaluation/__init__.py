@@ -4,7 +4,6 @@ from llama_sft_helpers.core.contents import load_on_demand
 
 CONTENTS = {
     "encode_rows": "losses",  # token ids and labels, as SFTTrainer makes them
-    "check_eos_in_labels": "losses",  # every row is scored on the EOS that ends it
     "summarize_row_losses": "losses",  # loss and probability of EOS of each row
     "summarize_perplexity": "losses",  # held-out loss and perplexity with bootstrap intervals
     "next_token_log_probs": "losses",  # log-probabilities of the scored tokens

@@ -5,9 +5,8 @@ Nothing here loads an adapter into a model: the notebook does.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,6 @@ class AdapterError(ValueError):
 def find_base_model(folder: str | Path) -> str:
     """The base model that an adapter folder names; a demo model's folder, which is built where it is missing.
 
-    Args:
-        folder: The adapter folder that notebook 06 wrote.
-
     Raises:
         AdapterError: Folder or file missing or damaged.
     """
@@ -45,9 +41,7 @@ def find_base_model(folder: str | Path) -> str:
 def name_base_model(folder: str | Path) -> str:
     """Let an adapter name a demo model as profiles do, ``local:NAME``, instead of by this machine's cache.
 
-    Args:
-        folder: The adapter folder, whose ``adapter_config.json`` is written anew; a hub id or a folder of
-            your own stays as it is.
+    Its ``adapter_config.json`` is written anew; a hub id or a folder of your own stays as it is.
 
     Returns:
         The base model's name as the adapter now has it.
@@ -71,27 +65,24 @@ def check_adapter(
     Args:
         folder: The adapter folder that notebook 06 wrote.
         model: The base model, without an adapter.
-        base_model_id: The id or folder the base model was loaded from.
-        sha256: ``training.hash_files`` of the folder when it was written; a changed byte is noticed by this
-            alone.
+        base_model_id: The id or folder it was loaded from.
+        sha256: ``training.hash_files`` of the folder when it was written, which alone tells a changed byte.
 
     Raises:
         AdapterError: Folder or file missing or damaged, another base model, or shapes that do not fit.
     """
     folder = Path(folder)
     trained_on = find_base_model(folder)
-    if not _same_model(trained_on, base_model_id):
+    if Path(trained_on).name != Path(base_model_id).name:  # the same model may lie in another place
         raise AdapterError(
             f"The adapter in {folder} was trained on {trained_on!r}, the model here is {base_model_id!r}. "
             "Load the same base model, or run notebook 06 with this profile."
         )
-    with _open_weights(folder) as tensors:
-        names = list(tensors.keys())
-        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
-        odd = [name for name in names if not torch.isfinite(tensors.get_tensor(name)).all()]
-    if odd:
-        raise AdapterError(f"{odd[0]} in {folder} is not finite. Train again with a lower learning rate.")
-    _check_shapes(folder, shapes, model)
+    weights = _read_weights(folder)
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{name} in {folder} is not finite. Train again with a lower learning rate.")
+    _check_shapes(folder, weights, model)
     if sha256 is not None and (found := hash_files(folder)) != sha256:
         raise AdapterError(
             f"The weights in {folder} have the hash {found[:16]}..., expected {sha256[:16]}...: they changed "
@@ -104,17 +95,12 @@ def check_adapter_loaded(model: torch.nn.Module, folder: str | Path) -> None:
 
     With equal base weights, equal adapter weights make equal logits.
 
-    Args:
-        model: The ``PeftModel`` that was just loaded.
-        folder: Its adapter folder.
-
     Raises:
         AdapterError: A tensor is missing, differs, or was left at its initial value.
     """
     from peft import get_peft_model_state_dict
 
-    with _open_weights(Path(folder)) as tensors:
-        saved = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    saved = _read_weights(Path(folder))
     # left to itself PEFT looks on the hub whether the vocabulary has grown, for a local model too
     embeddings = any("embed_tokens" in name or "lm_head" in name for name in saved)
     loaded = get_peft_model_state_dict(model, save_embedding_layers=embeddings)
@@ -131,12 +117,9 @@ def check_adapter_loaded(model: torch.nn.Module, folder: str | Path) -> None:
 def read_lora(folder: str | Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
     """Read the A and B of every adapted layer, and the scale of their product.
 
-    Args:
-        folder: The adapter folder that notebook 06 wrote.
-
     Returns:
-        The path of a layer in the base model (``model.layers.0.self_attn.q_proj``) -> (A of r x inputs, B of
-        outputs x r), in float32; and alpha / r, or alpha / sqrt(r) with ``use_rslora``
+        Name of a weight of the base model (``model.layers.0.self_attn.q_proj.weight``) -> (A of r x inputs,
+        B of outputs x r), in float32; and alpha / r, or alpha / sqrt(r) with ``use_rslora``
         (https://arxiv.org/abs/2312.03732).
 
     Raises:
@@ -146,10 +129,9 @@ def read_lora(folder: str | Path) -> tuple[dict[str, tuple[torch.Tensor, torch.T
     folder = Path(folder)
     config = _read_adapter_config(folder)
     odd = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if config.get(key)]
-    with _open_weights(folder) as tensors:
-        factors = {name: tensors.get_tensor(name).float() for name in tensors.keys()}  # noqa: SIM118
-    paths = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in factors}
-    names = {path: [f"base_model.model.{path}.lora_{kind}.weight" for kind in "AB"] for path in paths}
+    factors = {name: tensor.float() for name, tensor in _read_weights(folder).items()}
+    layers = sorted({name.partition(".lora_")[0] for name in factors})
+    names = {layer: [f"{layer}.lora_{kind}.weight" for kind in "AB"] for layer in layers}
     odd += sorted(set(factors) ^ {name for pair in names.values() for name in pair})
     if odd:
         raise AdapterError(
@@ -157,7 +139,10 @@ def read_lora(folder: str | Path) -> tuple[dict[str, tuple[torch.Tensor, torch.T
             "PeftModel.from_pretrained and merge it with merge_and_unload()."
         )
     scale = config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1)
-    return {path: (factors[a], factors[b]) for path, (a, b) in sorted(names.items())}, scale
+    prefix = "base_model.model."
+    return {
+        f"{layer.removeprefix(prefix)}.weight": (factors[a], factors[b]) for layer, (a, b) in names.items()
+    }, scale
 
 
 def _read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -171,9 +156,7 @@ def _read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise AdapterError(
-            f"{path} is damaged ({error}). Run notebook 06 again, or copy it again."
-        ) from error
+        raise AdapterError(f"{path} is damaged ({error}). Copy it again, or run 06 again.") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(f"{path} describes no LoRA adapter. Give the folder that notebook 06 wrote.")
     return config
@@ -192,40 +175,33 @@ def _no_adapter(folder: Path) -> str:
     )
 
 
-def _same_model(one: str, other: str) -> bool:
-    """Equal ids, or folders of the same name (the same model in another place)."""
-    return one == other or Path(one).name == Path(other).name
-
-
-@contextlib.contextmanager
-def _open_weights(folder: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     path = folder / _WEIGHTS
     if not path.is_file():
         raise AdapterError(f"{folder} has no {_WEIGHTS}. Run notebook 06 again, or copy the whole folder.")
     try:
-        with safe_open(str(path), framework="pt") as tensors:
-            if not any(".lora_" in name for name in tensors.keys()):  # noqa: SIM118
-                raise AdapterError(_NO_LORA.format(path=path))
-            yield tensors
+        weights = load_file(path)
     except SafetensorError as error:
-        raise AdapterError(
-            f"{path} is damaged ({error}). Copy it again, or run notebook 06 again."
-        ) from error
+        raise AdapterError(f"{path} is damaged ({error}). Copy it again, or run 06 again.") from error
+    if not any(".lora_" in name for name in weights):
+        raise AdapterError(_NO_LORA.format(path=path))
+    return weights
 
 
-def _check_shapes(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: torch.nn.Module) -> None:
+def _check_shapes(folder: Path, weights: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
     modules = dict(model.named_modules())
-    for name, shape in shapes.items():
+    for name, tensor in weights.items():
         path, _, kind = name.removeprefix("base_model.model.").rpartition(".lora_")
-        layer = modules.get(path)
-        if not path:
-            continue  # a tensor that is no LoRA factor (modules_to_save): PEFT checks it
+        if not path or kind.startswith("embedding"):
+            continue  # a whole layer (modules_to_save) or embeddings: PEFT checks their shapes
+        layer: Any = modules.get(path)
         if layer is None:
             raise AdapterError(f"The adapter in {folder} has weights for {path}, which this model has not.")
         expected = layer.in_features if kind.startswith("A") else layer.out_features
-        found = shape[1] if kind.startswith("A") else shape[0]
+        found = tensor.shape[1] if kind.startswith("A") else tensor.shape[0]
         if found != expected:
             raise AdapterError(
                 f"{name} in {folder} is made for a width of {found}, this model's {path} has {expected}: "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +16,13 @@ if TYPE_CHECKING:
     from IPython.display import HTML
     from matplotlib.axes import Axes
 
-_PALETTE = (RED, BLUE, GREEN, PINK, ORANGE, SKY)  # with more models it begins again
+_COLOURS = (RED, BLUE, GREEN, PINK, ORANGE, SKY)  # with more models they begin again
 
 
 def summarize_generations(
     tokenizer: Any, prompts: Sequence[str], generated: Mapping[str, torch.Tensor]
 ) -> pd.DataFrame:
-    """Answers side by side.
-
-    Args:
-        tokenizer: The tokenizer; decodes without special tokens.
-        prompts: One text a row.
-        generated: Name -> new token ids [prompts, new tokens], without the prompt.
+    """Answers side by side, from each model's new token ids [prompts, new tokens], without the prompt.
 
     Returns:
         ``prompt``, and for every name: the answer, ``<name>_tokens`` (EOS included), ``<name>_stopped``.
@@ -41,10 +35,8 @@ def summarize_generations(
         if len(tokens) != len(prompts):
             raise ValueError(f"{name} has {len(tokens)} answers for {len(prompts)} prompts.")
         lengths, stopped = _answer_lengths(tokens, tokenizer.eos_token_id)
-        texts = [
-            tokenizer.decode(row[:n], skip_special_tokens=True)
-            for row, n in zip(tokens, lengths, strict=True)
-        ]
+        whole = [row[:n] for row, n in zip(tokens, lengths, strict=True)]
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in whole]
         table |= {name: texts, f"{name}_tokens": lengths, f"{name}_stopped": stopped}
     return pd.DataFrame(table)
 
@@ -56,35 +48,37 @@ def _answer_lengths(tokens: torch.Tensor, eos_token_id: int) -> tuple[list[int],
     return first.tolist(), ends.any(dim=1).tolist()
 
 
+def list_answers(table: pd.DataFrame) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Each prompt of ``summarize_generations`` with its answers: model, how the answer ended, text."""
+    names = [column for column in map(str, table) if f"{column}_stopped" in table]
+
+    def ending(row: Mapping[Any, Any], name: str) -> str:
+        return f"{'stopped' if row[f'{name}_stopped'] else 'cut'} after {row[f'{name}_tokens']} tokens"
+
+    return [
+        (str(row["prompt"]), [(name, ending(row, name), str(row[name])) for name in names])
+        for row in table.to_dict("records")
+    ]
+
+
 def render_generations(table: pd.DataFrame) -> HTML:
-    """``summarize_generations`` as a page: prompt, then each model's answer and how it ended.
-
-    Args:
-        table: What ``summarize_generations`` returned.
-
-    Returns:
-        An object that a notebook shows; all text is escaped.
-    """
+    """``summarize_generations`` as a page: prompt, then each model's answer and how it ended."""
     from IPython.display import HTML
 
-    names = [column for column in map(str, table) if f"{column}_stopped" in table]
     style = "text-align:left;vertical-align:top;white-space:pre-wrap;padding:4px 8px;max-width:22em"
-    head = "".join(f"<th style='text-align:left'>{html.escape(name)}</th>" for name in ["prompt", *names])
-    body = ""
-    for row in table.to_dict("records"):
-        cells = [html.escape(str(row["prompt"]))]
-        for name in names:
-            ending = "stopped" if row[f"{name}_stopped"] else "cut"
-            note = f"{ending} after {row[f'{name}_tokens']} tokens"
-            cells.append(f"{html.escape(str(row[name]).strip())}<br><small><i>{note}</i></small>")
+    body, names = "", ["prompt"]
+    for prompt, answers in list_answers(table):
+        names = ["prompt", *(name for name, _, _ in answers)]
+        cells = [html.escape(prompt)]
+        for _, ending, text in answers:
+            cells.append(f"{html.escape(text.strip())}<br><small><i>{ending}</i></small>")
         body += "<tr>" + "".join(f"<td style='{style}'>{cell}</td>" for cell in cells) + "</tr>"
+    head = "".join(f"<th style='text-align:left'>{html.escape(name)}</th>" for name in names)
     return HTML(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
 def summarize_stops(
-    rows: Mapping[str, pd.DataFrame],
-    generated: Mapping[str, torch.Tensor],
-    eos_token_id: int,
+    rows: Mapping[str, pd.DataFrame], generated: Mapping[str, torch.Tensor], eos_token_id: int
 ) -> pd.DataFrame:
     """Whether answers end: the probability of EOS where the reference ends, and how many end by themselves.
 
@@ -107,24 +101,16 @@ def summarize_stops(
             "stopped_share": sum(stopped) / len(stopped),
             "median_tokens": float(np.median(lengths)),
         }
-    frame = pd.DataFrame(table).T.rename_axis("model")
-    return frame.astype({"stopped": int, "prompts": int})
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("model")
 
 
-def plot_stops(rows: Mapping[str, pd.DataFrame], stops: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """The probability of EOS at each reference answer's end, one dot a row, and each model's median.
-
-    Args:
-        rows: Name -> ``summarize_row_losses`` of that model.
-        stops: ``summarize_stops`` of the same models.
-        ax: Axes to draw on; a new figure by default.
-    """
-    ax = ax or new_axes(1.4 + 0.8 * len(rows))
-    labels, medians = [], []
-    for y, (name, colour) in enumerate(zip(rows, itertools.cycle(_PALETTE), strict=False)):
+def plot_stops(rows: Mapping[str, pd.DataFrame], stops: pd.DataFrame) -> Axes:
+    """The probability of EOS at each reference answer's end, one dot a row, and each model's median."""
+    ax, labels, medians = new_axes(1.4 + 0.8 * len(rows)), [], []
+    for y, name in enumerate(rows):
         values = rows[name]["eos_probability"].dropna().to_numpy()
         spread = np.random.default_rng(0).uniform(-0.2, 0.2, len(values))
-        ax.scatter(values, y + spread, s=22, color=colour, alpha=0.6, linewidths=0)
+        ax.scatter(values, y + spread, s=22, color=_COLOURS[y % len(_COLOURS)], alpha=0.6, linewidths=0)
         medians.append(f"{name} {np.median(values):.2f}")
         ax.plot([np.median(values)] * 2, [y - 0.32, y + 0.32], color="black", linewidth=2)
         stopped = stops.loc[name]

@@ -31,19 +31,16 @@ class ChatError(RuntimeError):
 def stream_answer(
     model: Any, tokenizer: Any, prompt: str, *, tuned: bool = True, max_new_tokens: int = 256
 ) -> Generator[str, None, None]:
-    """Generate an answer and yield it piece by piece, until EOS or ``max_new_tokens``.
+    """Generate an answer greedily and yield it piece by piece, until EOS or ``max_new_tokens``.
 
-    Greedy. Closing the iterator early stops the generation at its next token.
+    Closing the iterator early stops the generation at its next token.
 
     Args:
         model: A ``PeftModel``.
         tokenizer: Its tokenizer.
         prompt: The whole prompt, template included.
         tuned: False switches the adapter off for this answer.
-        max_new_tokens: Longest answer, in tokens.
-
-    Yields:
-        Text, usually a word at a time.
+        max_new_tokens: Longest answer.
 
     Raises:
         ChatError: Generation failed.
@@ -84,12 +81,8 @@ def stream_answer(
 def run_chat(answer: Answer, *, tuned: bool = True, prompt: str | None = None) -> None:
     """Talk in a terminal: a line is an instruction; ``/base``, ``/tuned`` and ``/quit`` are commands.
 
-    Ctrl-C ends an answer, Ctrl-D or ``/quit`` the talk.
-
-    Args:
-        answer: Called with the message and whether the tuned model is chosen; yields text.
-        tuned: Whether to start with the adapter on.
-        prompt: One instruction to answer; None reads lines until the end of the input.
+    Ctrl-C ends an answer, Ctrl-D or ``/quit`` the talk. ``tuned`` says whether the adapter is on at first;
+    with a ``prompt``, this one instruction is answered and nothing is read.
     """
     from rich.console import Console
 
@@ -126,15 +119,9 @@ def _print_answer(console: Console, pieces: Generator[str, None, None]) -> None:
 
 
 def chat_box(answer: Answer) -> Any:
-    """A box with a text field, a base/tuned toggle, and the conversation.
+    """An ``ipywidgets`` box with a text field, a base/tuned toggle, and the conversation.
 
-    Nothing blocks: the box answers when a message is sent.
-
-    Args:
-        answer: Called with the message and whether the tuned model is chosen; yields text.
-
-    Returns:
-        An ``ipywidgets`` box to display.
+    Nothing blocks: a message that is sent goes to ``answer``, with whether the tuned model is chosen.
     """
     import ipywidgets as widgets
 
@@ -145,25 +132,22 @@ def chat_box(answer: Answer) -> Any:
     choice = widgets.ToggleButtons(options=["tuned", "base"], layout=widgets.Layout(width="auto"))
     send = widgets.Button(description="Send", button_style="primary")
     page = widgets.HTML()
-    past: list[str] = []
 
     def respond(*_: Any) -> None:
         text = message.value.strip()
         if not text or send.disabled:
             return
         send.disabled, message.value = True, ""
-        said = f"<p><b>you</b>: {html.escape(text)}</p><p><b>{choice.value}</b>: "
-        reply = ""
-        page.value = f"{''.join(past)}{said}…</p>"
+        said = f"{page.value}<p><b>you</b>: {html.escape(text)}</p><p><b>{choice.value}</b>: "
+        page.value, reply = f"{said}…</p>", ""
         try:
             for piece in answer(text, choice.value == "tuned"):
                 reply += piece
-                page.value = "".join(past) + said + _as_html(reply)
+                page.value = said + _as_html(reply)
         except Exception as error:
             reply += f" [{error}]"
         finally:
-            past.append(f"{said}{_as_html(reply)}</p>")
-            page.value = "".join(past)
+            page.value = f"{said}{_as_html(reply)}</p>"
             send.disabled = False
 
     def on_enter(_widget: Any, content: Any, _buffers: Any) -> None:

@@ -17,8 +17,6 @@ import pandas as pd
 if TYPE_CHECKING:
     from llama_sft_helpers.profiles import Profile
 
-_LAUNCH = "accelerate launch --config_file {accelerate} -m trl.scripts.sft --config {sft}"
-
 
 def write_engine_configs(
     folder: str | Path,
@@ -29,19 +27,15 @@ def write_engine_configs(
     eval_rows: Iterable[Mapping[str, str]],
     processes: int | None = None,
 ) -> pd.DataFrame:
-    """Write the run as files that ``accelerate launch`` and trl read.
+    """Write the run into an empty folder, as files that ``accelerate launch`` and trl read.
 
     Two pairs: DDP with int8 weights, where each GPU holds the whole model and takes a share of the rows; and
     FSDP with nf4 weights, where each GPU holds a share of the model. Both keep the profile's effective batch.
+    Of the ``PeftModel`` they take the adapter's settings and the class of its decoder layers; of the rows,
+    text or tokens.
 
-    Args:
-        folder: An empty folder, as ``new_folder`` yields it.
-        profile: The run's profile, whose effective batch the processes share.
-        model: The ``PeftModel``: its adapter's settings, and its decoder layers, which FSDP shares out.
-        train_rows: Rows with ``prompt`` and ``completion``.
-        eval_rows: Held-out rows with the same.
-        processes: GPUs (CPU processes where there is none); the fewest from 2 on that can share the
-            effective batch evenly, if left out. A batch of one row becomes one row for each of two.
+    ``processes`` counts GPUs (CPU processes where there is none): by default the fewest from 2 on that can
+    share the effective batch evenly. A batch of one row becomes one row for each of two.
 
     Returns:
         Index name (``ddp-int8``, ``fsdp-nf4``): ``effective_batch_rows``, ``command`` (run it in the folder).
@@ -50,6 +44,8 @@ def write_engine_configs(
         ValueError: ``processes`` is less than 2 or does not divide the effective batch, or there are no
             training rows.
     """
+    import yaml  # type: ignore[import-untyped]
+
     folder = Path(folder)
     if processes is None:
         processes = _fewest_processes(profile)
@@ -62,25 +58,25 @@ def write_engine_configs(
         raise ValueError("There are no training rows to write; pass the rows that notebook 06 trained on.")
     _write_rows(folder / "data" / "test.jsonl", eval_rows)
     layer = type(model.get_base_model().get_decoder().layers[0]).__name__
-    pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-        "ddp-int8": (_INT8, _ddp(profile, processes)),
-        "fsdp-nf4": (_NF4, _fsdp(profile, processes, layer)),
-    }
-    table: dict[str, dict[str, Any]] = {}
+    ddp = _ddp(profile, processes)
+    pairs = {"ddp-int8": (_INT8, ddp), "fsdp-nf4": (_NF4, ddp | _fsdp(layer))}
+    rows = shared["per_device_train_batch_size"] * shared["gradient_accumulation_steps"] * processes
+    table = {}
     for name, (quantization, accelerate) in pairs.items():
-        files = {"sft": f"sft_{name}.yaml", "accelerate": f"accelerate_{name}.yaml"}
-        _write_yaml(folder / files["sft"], {**shared, **quantization, "output_dir": f"adapter-{name}"})
-        _write_yaml(folder / files["accelerate"], accelerate)
-        rows = shared["per_device_train_batch_size"] * shared["gradient_accumulation_steps"] * processes
-        table[name] = {"effective_batch_rows": rows, "command": _LAUNCH.format(**files)}
-    return pd.DataFrame(table).T.rename_axis("name")
+        sft, launch = f"sft_{name}.yaml", f"accelerate_{name}.yaml"
+        trl = {**shared, **quantization, "output_dir": f"adapter-{name}"}
+        for file, content in ((sft, trl), (launch, accelerate)):
+            (folder / file).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        command = f"accelerate launch --config_file {launch} -m trl.scripts.sft --config {sft}"
+        table[name] = {"effective_batch_rows": rows, "command": command}
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("name")
 
 
 # Every adapter weight takes part in every step: DDP need not search the graph for those that do not.
-_INT8 = {"load_in_8bit": True, "ddp_find_unused_parameters": False}
+_INT8: dict[str, Any] = {"load_in_8bit": True, "ddp_find_unused_parameters": False}
 
 # FSDP shares out tensors of one type, so the 4-bit codes are stored in the type of everything else.
-_NF4 = {
+_NF4: dict[str, Any] = {
     "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4",
     "use_bnb_nested_quant": True,
@@ -167,7 +163,8 @@ def _ddp(profile: Profile, processes: int) -> dict[str, Any]:
     }
 
 
-def _fsdp(profile: Profile, processes: int, layer: str) -> dict[str, Any]:
+def _fsdp(layer: str) -> dict[str, Any]:
+    """What sets FSDP apart from DDP."""
     settings = {
         # Version 1 changes the modules' names, under which PEFT 0.21 then finds no LoRA to save.
         "fsdp_version": 2,
@@ -178,24 +175,15 @@ def _fsdp(profile: Profile, processes: int, layer: str) -> dict[str, Any]:
         "fsdp_offload_params": False,
         "fsdp_state_dict_type": "FULL_STATE_DICT",
     }
-    base = {**_ddp(profile, processes), "mixed_precision": "bf16"}
-    return {**base, "distributed_type": "FSDP", "fsdp_config": settings}
+    return {"distributed_type": "FSDP", "mixed_precision": "bf16", "fsdp_config": settings}
 
 
 _COLUMNS = ("prompt", "completion", "input_ids", "labels")  # a conversation comes as tokens already
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> int:
+    kept = ({key: row[key] for key in _COLUMNS if key in row} for row in rows)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
     path.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
-    with path.open("w", encoding="utf-8") as file:
-        for count, row in enumerate(rows, start=1):  # noqa: B007  (the count is the result)
-            kept = {key: row[key] for key in _COLUMNS if key in row}
-            file.write(json.dumps(kept, ensure_ascii=False) + "\n")
-    return count
-
-
-def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:
-    import yaml  # type: ignore[import-untyped]
-
-    path.write_text(yaml.safe_dump(dict(content), sort_keys=False), encoding="utf-8")
+    path.write_text("".join(lines), encoding="utf-8")
+    return len(lines)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from llama_sft_helpers.evaluation.losses import next_token_log_probs, summarize_perplexity
 from llama_sft_helpers.evaluation.merging import summarize_merge_fidelity
@@ -26,7 +25,7 @@ def measure_forgetting(model: Any, tokenizer: Any, texts: Sequence[str] | None =
     Args:
         model: A ``PeftModel``; its base is the model with the adapter switched off.
         tokenizer: Its tokenizer.
-        texts: Plain texts; the package's own twelve by default.
+        texts: Plain texts of two tokens or more; the package's own twelve by default.
 
     Returns:
         ``summarize_perplexity`` of ``base`` and ``tuned``, and ``kl_nats``: the mean Kullback-Leibler
@@ -38,20 +37,19 @@ def measure_forgetting(model: Any, tokenizer: Any, texts: Sequence[str] | None =
     texts = _TEXTS.read_text(encoding="utf-8").split("\n\n") if texts is None else list(texts)
     if not texts:
         raise ValueError("texts is empty; pass at least one plain text, or None for the package's own.")
-    losses: dict[str, list[float]] = {"base": [], "tuned": []}
-    moved, counts = 0.0, []
+    rows: dict[str, list[tuple[int, float]]] = {"base": [], "tuned": []}
+    moved = []
     for text in texts:
         ids = tokenizer(text).input_ids
         row = [{"input_ids": ids, "labels": ids}]
         with model.disable_adapter():
             base = next_token_log_probs(model, row)
         tuned = next_token_log_probs(model, row)
-        places = (torch.arange(len(ids) - 1), torch.tensor(ids[1:]))
-        losses["base"].append(-float(base[places].sum()))
-        losses["tuned"].append(-float(tuned[places].sum()))
-        counts.append(len(ids) - 1)
-        moved += summarize_merge_fidelity(base, tuned)["kl_nats"] * counts[-1]
-    frames = {name: pd.DataFrame({"tokens": counts, "loss_nats": sums}) for name, sums in losses.items()}
-    table = summarize_perplexity(frames)
-    table["kl_nats"] = [0.0, *[moved / sum(counts)] * 2]
+        scored = len(ids) - 1
+        for name, log_probs in (("base", base), ("tuned", tuned)):
+            rows[name].append((scored, -float(log_probs[range(scored), ids[1:]].sum())))
+        moved.append(scored * summarize_merge_fidelity(base, tuned)["kl_nats"])
+    columns = ["tokens", "loss_nats"]
+    table = summarize_perplexity({name: pd.DataFrame(found, columns=columns) for name, found in rows.items()})
+    table["kl_nats"] = [0.0, *[sum(moved) / table["tokens"].iloc[0]] * 2]
     return table

@@ -7,17 +7,16 @@ measured in ``eval()`` mode: on a CPU, int8 layers compute differently in ``trai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from llama_sft_helpers.core.batches import IGNORED, rows_without_eos
+from llama_sft_helpers.core.batches import IGNORED
 from llama_sft_helpers.core.modes import evaluation_mode
-
-_RESAMPLES = 2000  # draws of the bootstrap
 
 if TYPE_CHECKING:
     EncodedRow = Mapping[str, Sequence[int]]
@@ -32,16 +31,11 @@ def encode_rows(
 ) -> list[dict[str, list[int]]]:
     """Token ids and labels of prompt-completion rows, as ``SFTTrainer`` makes them.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        rows: Rows with ``prompt`` and ``completion``, or with ``input_ids`` and ``labels`` already.
-        max_length: Longer rows are cut, in tokens; a cut row has lost its EOS.
-
-    Returns:
-        One dict a row: ``input_ids``, and ``labels`` where the prompt's positions hold -100.
+    Rows have ``prompt`` and ``completion``, or ``input_ids`` and ``labels`` already. Those longer than
+    ``max_length`` tokens are cut, and lose their EOS. Labels are -100 where the prompt stands.
 
     Raises:
-        ValueError: A row without ``prompt`` or ``completion``.
+        ValueError: A row has other columns.
     """
     encoded = []
     for index, row in enumerate(rows):
@@ -62,45 +56,21 @@ def encode_rows(
     return encoded
 
 
-def check_eos_in_labels(encoded: Sequence[EncodedRow], eos_token_id: int) -> None:
-    """Check that every row is scored on the EOS token that ends it.
-
-    A collator that masks the padding token where padding is EOS masks this one too, and the model never
-    learns to stop.
-
-    Args:
-        encoded: Rows with ``input_ids`` and ``labels``.
-        eos_token_id: The token that ends an answer.
-
-    Raises:
-        EvaluationError: A row ends otherwise.
-    """
-    if lost := rows_without_eos([row["labels"] for row in encoded], eos_token_id):
-        raise EvaluationError(
-            f"Row {lost[0]}: its last label is {encoded[lost[0]]['labels'][-1:]}, expected EOS "
-            f"({eos_token_id}). Leave out rows longer than max_length, and keep EOS out of the label mask."
-        )
-
-
 def summarize_row_losses(model: Any, encoded: Sequence[EncodedRow], batch_size: int = 4) -> pd.DataFrame:
     """Summed loss and the probability of EOS of each row, in one pass in ``eval()`` mode.
 
     Rows are taken in order and padded with EOS, as ``SFTTrainer`` does: LLM.int8() picks its outlier columns
     a batch, so that an 8-bit loss depends a little on which rows share one.
 
-    Args:
-        model: A causal language model.
-        encoded: Rows with ``input_ids`` and ``labels``.
-        batch_size: Rows in a forward pass.
-
     Returns:
         One row each, in order: ``tokens`` (scored), ``loss_nats`` (summed over them), ``eos_probability``
         (at the answer's end; NaN for a cut row).
     """
-    ends = _eos_ids(model)
-    found = []
+    ends, found = _eos_ids(model), []
     for start in range(0, len(encoded), batch_size):
-        for losses, target in _forward(model, encoded[start : start + batch_size]):
+        for logits, labels in zip(*_scored_logits(model, encoded[start : start + batch_size]), strict=True):
+            target, chosen = labels[labels != IGNORED], logits[labels != IGNORED].float()
+            losses = torch.nn.functional.cross_entropy(chosen, target, reduction="none").double()
             last = float(torch.exp(-losses[-1])) if len(losses) and int(target[-1]) in ends else float("nan")
             found.append((len(losses), float(losses.sum()), last))
     return pd.DataFrame(found, columns=["tokens", "loss_nats", "eos_probability"])
@@ -113,30 +83,17 @@ def _eos_ids(model: Any) -> list[int]:
     return found if isinstance(found, list) else [found] if found is not None else []
 
 
-def _forward(model: Any, rows: Sequence[EncodedRow]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Losses of each row's scored tokens [n], and the tokens [n]."""
-    logits, labels = _scored_logits(model, rows)
-    for index in range(len(rows)):
-        target = labels[index][labels[index] != IGNORED]
-        chosen = logits[index][labels[index] != IGNORED].float()
-        yield torch.nn.functional.cross_entropy(chosen, target, reduction="none").double(), target
-
-
 @torch.inference_mode()
 def _scored_logits(model: Any, rows: Sequence[EncodedRow]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [rows, tokens - 1, vocabulary] and the labels they predict [rows, tokens - 1]."""
-    length = max(len(row["input_ids"]) for row in rows)
-    input_ids = torch.full((len(rows), length), (_eos_ids(model) or [0])[0])
-    mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-        labels[index, : len(row["labels"])] = torch.tensor(row["labels"])
-        mask[index, : len(row["input_ids"])] = 1
+    texts, labels = ([torch.tensor(row[key]) for row in rows] for key in ("input_ids", "labels"))
+    input_ids = pad_sequence(texts, batch_first=True, padding_value=(_eos_ids(model) or [0])[0])
+    mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    targets = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
     device = model.device
     with evaluation_mode(model):
         logits = model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-    return logits[:, :-1], labels[:, 1:].to(device)
+    return logits[:, :-1], targets[:, 1:].to(device)
 
 
 def summarize_perplexity(rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -158,45 +115,36 @@ def summarize_perplexity(rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """
     tables = list(rows.values()) if isinstance(rows, Mapping) else []
     if not tables or not all({"tokens", "loss_nats"} <= set(getattr(t, "columns", ())) for t in tables):
-        got = f"{rows!r:.60}, a {type(rows).__name__}"
         raise ValueError(
-            f"rows is {got}; expected for each model a name and the table that summarize_row_losses returns, "
-            'for instance {"base": ..., "tuned": ...}.'
+            f"rows is {rows!r:.60}, a {type(rows).__name__}; expected for each model a name and the table "
+            'that summarize_row_losses returns, for instance {"base": ..., "tuned": ...}.'
         )
-    names = list(rows)
-    tokens = rows[names[0]]["tokens"].to_numpy()
-    if any(not np.array_equal(rows[name]["tokens"], tokens) for name in names) or not tokens.sum():
+    tokens = tables[0]["tokens"].to_numpy()
+    if any(not np.array_equal(table["tokens"], tokens) for table in tables) or not tokens.sum():
         raise ValueError(
-            f"{', '.join(names)} must be measured on the same rows with at least one scored token each; "
+            f"{', '.join(rows)} must be measured on the same rows with at least one scored token each; "
             "pass the same encoded rows to summarize_row_losses."
         )
-    draws = np.random.default_rng(0).integers(len(tokens), size=(_RESAMPLES, len(tokens)))
-    kept = draws[tokens[draws].sum(axis=1) > 0]
-    totals = {name: rows[name]["loss_nats"].to_numpy() for name in names}
-    point = {name: total.sum() / tokens.sum() for name, total in totals.items()}
-    drawn = {name: total[kept].sum(axis=1) / tokens[kept].sum(axis=1) for name, total in totals.items()}
-    if len(names) > 1:
-        difference = f"{names[1]} - {names[0]}"
-        point[difference] = point[names[1]] - point[names[0]]
-        drawn[difference] = drawn[names[1]] - drawn[names[0]]
-    table = pd.DataFrame(
-        {
-            "loss_nats": point,
-            "low": {name: np.quantile(values, 0.025) for name, values in drawn.items()},
-            "high": {name: np.quantile(values, 0.975) for name, values in drawn.items()},
-            "perplexity": {name: np.exp(value) for name, value in point.items()},
-        }
-    )
-    table["rows"], table["tokens"] = len(tokens), int(tokens.sum())
-    return table.rename_axis("model")
+    draws = np.random.default_rng(0).integers(len(tokens), size=(2000, len(tokens)))
+    samples = np.vstack([np.arange(len(tokens)), draws[tokens[draws].sum(axis=1) > 0]])
+    means = {
+        name: table["loss_nats"].to_numpy()[samples].sum(axis=1) / tokens[samples].sum(axis=1)
+        for name, table in rows.items()
+    }
+    if len(means) > 1:
+        first, second, *_ = means
+        means[f"{second} - {first}"] = means[second] - means[first]
+    found = {
+        name: [mean[0], *np.quantile(mean[1:], [0.025, 0.975]), np.exp(mean[0])]
+        for name, mean in means.items()
+    }
+    columns = ["loss_nats", "low", "high", "perplexity"]
+    table = pd.DataFrame.from_dict(found, orient="index", columns=columns)
+    return table.assign(rows=len(tokens), tokens=int(tokens.sum())).rename_axis("model")
 
 
 def next_token_log_probs(model: Any, encoded: Sequence[EncodedRow]) -> torch.Tensor:
     """Log-probabilities of the scored tokens over the vocabulary, kept on the CPU to compare models in turn.
-
-    Args:
-        model: A causal language model; run in ``eval()`` mode.
-        encoded: Rows with ``input_ids`` and ``labels``, four of them in a forward pass.
 
     Returns:
         float32 [scored tokens, vocabulary]; 0.5 MB a token for Llama 3, so pass a few rows.

@@ -49,9 +49,6 @@ def summarize_int8_merge(model: torch.nn.Module) -> pd.DataFrame:
     An int8 weight lies on a grid of 127 steps up to its row's maximum (https://arxiv.org/abs/2208.07339): an
     update smaller than half a step rounds back to where it was.
 
-    Args:
-        model: A ``PeftModel`` on a base with ``Linear8bitLt`` layers; its adapter ``default`` is looked at.
-
     Returns:
         Index projection (``q_proj`` and so on) and ``all``: ``entries``; ``changed`` (int8 entries that
         differ after the merge) and ``changed_share``; ``over_half_step_share`` (updates larger than half a
@@ -60,7 +57,7 @@ def summarize_int8_merge(model: torch.nn.Module) -> pd.DataFrame:
         lost whole).
 
     Raises:
-        ValueError: No 8-bit layer carries an adapter.
+        ValueError: No 8-bit layer carries an adapter ``default``.
     """
     parts = []
     for path, layer in model.named_modules():
@@ -102,7 +99,7 @@ def summarize_merge_fidelity(reference: torch.Tensor, merged: torch.Tensor) -> p
 
     Args:
         reference: ``next_token_log_probs`` of base plus adapter [tokens, vocabulary].
-        merged: The same of the merged model.
+        merged: The same of the merged model, on the same rows.
 
     Returns:
         ``kl_nats`` (mean Kullback-Leibler divergence a token), ``worst_kl_nats``, ``top1_agreement`` (share
@@ -117,18 +114,12 @@ def summarize_merge_fidelity(reference: torch.Tensor, merged: torch.Tensor) -> p
         )
     kl = (reference.double().exp() * (reference.double() - merged.double())).sum(dim=-1)
     agree = (reference.argmax(dim=-1) == merged.argmax(dim=-1)).double().mean()
-    return pd.Series(
-        {
-            "kl_nats": float(kl.mean()),
-            "worst_kl_nats": float(kl.max()),
-            "top1_agreement": float(agree),
-            "tokens": len(reference),
-        }
-    )
+    values = {"kl_nats": kl.mean(), "worst_kl_nats": kl.max(), "top1_agreement": agree}
+    return pd.Series({**{name: float(value) for name, value in values.items()}, "tokens": len(reference)})
 
 
-def rounding_kl_nats(layers: int) -> float:
-    """Divergence a token that merging in bfloat16 can cause by rounding alone, estimated from the type.
+def check_merge_fidelity(reference: torch.Tensor, merged: torch.Tensor, layers: int) -> None:
+    """Check that merging in bfloat16 moved the predictions by no more than its rounding explains.
 
     A decoder layer rounds its seven merged weights once, and its hidden state twice. Each rounding leaves a
     relative error of 0.21 eps, and the errors add up like a random walk: ``0.21 eps sqrt(9 layers)``. Logits
@@ -136,23 +127,15 @@ def rounding_kl_nats(layers: int) -> float:
     logits differ by d is about d squared; half of it for each of the two that round.
 
     Args:
-        layers: Decoder layers.
-    """
-    return (3 * 0.21 * torch.finfo(torch.bfloat16).eps) ** 2 * 9 * layers
-
-
-def check_merge_fidelity(reference: torch.Tensor, merged: torch.Tensor, layers: int) -> None:
-    """Check that merging in bfloat16 moved the predictions by no more than its rounding explains.
-
-    Args:
-        reference: ``next_token_log_probs`` of base plus adapter [tokens, vocabulary].
+        reference: As ``summarize_merge_fidelity`` takes it.
         merged: The same of the merged model.
         layers: The model's decoder layers, ``model.config.num_hidden_layers``.
 
     Raises:
-        EvaluationError: The divergence is over four times ``rounding_kl_nats``, or not finite.
+        EvaluationError: The divergence is over four times that estimate, or not finite.
     """
-    found, limit = summarize_merge_fidelity(reference, merged)["kl_nats"], 4 * rounding_kl_nats(layers)
+    found = summarize_merge_fidelity(reference, merged)["kl_nats"]
+    limit = 4 * (3 * 0.21 * torch.finfo(torch.bfloat16).eps) ** 2 * 9 * layers
     if not found <= limit:
         raise EvaluationError(
             f"The merged model differs: KL {found:.2g} nats a token, expected at most {limit:.2g}, which is "

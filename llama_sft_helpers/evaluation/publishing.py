@@ -6,12 +6,14 @@ import contextlib
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_sft_helpers.core.files import full_disk_explained, write_text
 from llama_sft_helpers.core.llama import is_llama3
+from llama_sft_helpers.evaluation.answers import list_answers
 from llama_sft_helpers.evaluation.serving import MESSAGE
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from llama_sft_helpers.profiles import Profile
 
-_CARD_MARK = "<!-- written by llama_sft_helpers, sha256 of the text below: {} -->"
+_CARD_MARK = "<!-- written by llama_sft_helpers, sha256 of the text below: {} -->\n"
 _TEMPLATE = Path(__file__).parent.parent / "templates" / "model_card.md"
 _SHIPPED_ROWS = Path(__file__).parent.parent / "datasets"
 
@@ -31,13 +33,7 @@ class PublishError(RuntimeError):
 
 def hash_rows(rows: Iterable[Mapping[str, Any]]) -> str:
     """SHA-256 of rows as JSON lines with sorted keys, so that a card names its data exactly."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-    return digest.hexdigest()
-
-
-# --- The model card ---
+    return _sha256("".join(json.dumps(row, sort_keys=True, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_model_card(
@@ -54,47 +50,66 @@ def write_model_card(
 ) -> Path:
     """Write ``README.md``: what the adapter is, how to use it, what it was trained on, what was measured.
 
+    In the adapter's own folder, as a rule; the form that PEFT leaves there is replaced. A card that was
+    edited, or that somebody else wrote, is kept and its path returned, and a warning says that the new one
+    lies beside it, as ``README.new.md``.
+
     Args:
-        folder: Where the card goes, the adapter's own folder as a rule; made if missing. The form that PEFT
-            leaves there is replaced.
+        folder: Made if missing.
         profile: The run's profile.
         peft_config: The adapter's ``LoraConfig``.
         prompt: The prompt of training, as it is for the message ``{{ .Prompt }}``.
         training_summary: ``read_training_summary`` of the run.
         data_sha256: ``hash_rows`` of the training rows.
-        losses: ``evaluation.summarize_perplexity``.
-        generations: ``evaluation.summarize_generations``.
+        losses: ``summarize_perplexity``.
+        generations: ``summarize_generations``.
         device: Name of the GPU, or ``CPU``, that evaluated; the summary's own ``device`` names the trainer.
 
-    Returns:
-        The card's path.
-
     Raises:
-        PublishError: A card is there that this function did not write, or that was edited since.
+        FilesError: The disk is full.
     """
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.from_template(
+        _metadata(profile),
+        template_str=_TEMPLATE.read_text(encoding="utf-8"),
+        model=_shown(profile.model_id),
+        dataset=_shown(profile.dataset_id),
+        data_licence=_data_licence(profile.dataset_id),
+        prompt=prompt,
+        message=MESSAGE,
+        llama3=is_llama3(profile.model_id),
+        facts=_facts(profile, peft_config, training_summary, data_sha256, device),
+        settings=_settings(profile),
+        losses=losses.to_dict("index"),
+        generations=list_answers(generations),
+        cell=_cell,
+        fenced=_fenced,
+        quoted=repr,
+    )
     path = Path(folder) / "README.md"
-    if path.is_file() and not _is_own_card(path.read_text(encoding="utf-8")):
-        raise PublishError(
-            f"{path} was not written by this function, or was edited since; it is left as it is. Move it "
-            "away, or choose another folder."
-        )
-    facts = _facts(profile, training_summary, data_sha256, device) | _lora_facts(peft_config)
-    text = _render(profile, facts, prompt, losses, generations)
+    _write_card(path, str(card).rstrip("\n") + "\n")
+    return path
+
+
+def _write_card(path: Path, text: str) -> None:
+    """Write the card with its mark; a card of somebody else's is kept, and the new one lies beside it."""
     header, end, body = text.partition("\n---\n")
-    mark = _CARD_MARK.format(hashlib.sha256(text.encode()).hexdigest())
+    if path.is_file() and not _is_own_card(path.read_text(encoding="utf-8")):
+        kept, path = path, path.with_name("README.new.md")
+        warnings.warn(
+            f"{kept} was edited, or written by somebody else: it is kept as it is. The card of this run is "
+            f"{path.name} beside it; take over what has changed, or move it to {kept.name}.",
+            stacklevel=3,
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with full_disk_explained(path):
-        write_text(path, f"{header}{end}{mark}\n{body}")
-    return path
+        write_text(path, f"{header}{end}{_CARD_MARK.format(_sha256(text))}{body}")
 
 
 @contextlib.contextmanager
 def keep_model_card(folder: str | Path) -> Iterator[None]:
-    """Leave a card as it is while an adapter is saved beside it: PEFT writes its versions into any it finds.
-
-    Args:
-        folder: The adapter's folder, which need not be there yet.
-    """
+    """Leave a card, if there is one, as it is while an adapter is saved: PEFT writes its versions into it."""
     path = Path(folder) / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else None
     try:
@@ -106,14 +121,14 @@ def keep_model_card(folder: str | Path) -> Iterator[None]:
 
 def _is_own_card(text: str) -> bool:
     """Whether the mark is there and its hash is that of the text around it; or it is PEFT's unfilled form."""
-    if "[More Information Needed]" in text and "# Model Card for Model ID" in text:
+    found = re.search(r"sha256 of the text below: (\w{64}) ", text)
+    if found and _sha256(text.replace(_CARD_MARK.format(found[1]), "")) == found[1]:
         return True
-    pattern = re.escape(_CARD_MARK).replace(re.escape("{}"), "([0-9a-f]{64})") + "\n"
-    found = re.search(pattern, text)
-    if not found:
-        return False
-    rest = text[: found.start()] + text[found.end() :]
-    return hashlib.sha256(rest.encode()).hexdigest() == found.group(1)
+    return "[More Information Needed]" in text and "# Model Card for Model ID" in text
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _licence(model_id: str) -> str:
@@ -145,35 +160,6 @@ def _shown(name: str) -> str:
     return files[0].stem if len(files) == 1 else Path(name).name
 
 
-def _render(
-    profile: Profile,
-    facts: Mapping[str, Any],
-    prompt: str,
-    losses: pd.DataFrame,
-    generations: pd.DataFrame,
-) -> str:
-    from huggingface_hub import ModelCard
-
-    card = ModelCard.from_template(
-        _metadata(profile),
-        template_str=_TEMPLATE.read_text(encoding="utf-8"),
-        model=_shown(profile.model_id),
-        dataset=_shown(profile.dataset_id),
-        data_licence=_data_licence(profile.dataset_id),
-        prompt=prompt,
-        message=MESSAGE,
-        llama3=is_llama3(profile.model_id),
-        facts=facts,
-        settings=_settings(profile),
-        losses=losses.to_dict("index"),
-        generations=_answers(generations),
-        cell=_cell,
-        fenced=_fenced,
-        quoted=repr,
-    )
-    return str(card).rstrip("\n") + "\n"
-
-
 def _metadata(profile: Profile) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
@@ -188,8 +174,11 @@ def _metadata(profile: Profile) -> ModelCardData:
     )
 
 
-def _facts(profile: Profile, summary: Mapping[str, Any], data_sha256: str, device: str) -> dict[str, Any]:
+def _facts(
+    profile: Profile, peft_config: Any, summary: Mapping[str, Any], data_sha256: str, device: str
+) -> dict[str, Any]:
     """The run in a table's lines."""
+    targets = peft_config.target_modules
     return {
         "base model": _shown(profile.model_id),
         "data": _shown(profile.dataset_id),
@@ -204,12 +193,6 @@ def _facts(profile: Profile, summary: Mapping[str, Any], data_sha256: str, devic
             f"{summary['eval_loss_before']:.4f}, {summary['eval_loss_after']:.4f}"
         ),
         "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
-    }
-
-
-def _lora_facts(peft_config: Any) -> dict[str, Any]:
-    targets = peft_config.target_modules
-    return {
         "LoRA": f"r={peft_config.r}, alpha={peft_config.lora_alpha}, dropout={peft_config.lora_dropout}",
         "LoRA's layers": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
     }
@@ -218,25 +201,6 @@ def _lora_facts(peft_config: Any) -> dict[str, Any]:
 def _settings(profile: Profile) -> dict[str, Any]:
     values = profile.to_frame()["value"].items()
     return {str(key): _shown(str(value)) if str(key).endswith("_id") else value for key, value in values}
-
-
-def _answers(generations: pd.DataFrame) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """Each prompt with its answers: the model's name, how the answer ended, its text."""
-    names = [name for name in map(str, generations) if f"{name}_stopped" in generations]
-    return [
-        (
-            row["prompt"],
-            [
-                (
-                    name,
-                    f"{'stopped' if row[f'{name}_stopped'] else 'cut'} after {row[f'{name}_tokens']}",
-                    row[name],
-                )
-                for name in names
-            ],
-        )
-        for row in generations.to_dict("records")
-    ]
 
 
 def _cell(value: Any) -> str:
@@ -250,30 +214,36 @@ def _fenced(text: Any) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-# --- The hub ---
-
-
-def check_repo_id(repo_id: str, base_model_id: str) -> None:
-    """Check a name before a repository is made of it.
+def check_repo_id(repo_id: str, model: Any) -> None:
+    """Check the names that an upload would carry, before a repository is made.
 
     Args:
-        repo_id: ``your-name/model-name``.
-        base_model_id: The base model; Llama 3's license wants derived names to begin with "Llama 3".
+        repo_id: ``your-name/model-name``; Llama 3's license wants derived names to begin with "Llama 3".
+        model: The ``PeftModel`` to upload.
 
     Raises:
-        PublishError: The name is not valid, or not as the license asks.
+        PublishError: The name is not valid, or not as the license asks; or the base model is named by a
+            folder of this machine.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+    owner, _, name = repo_id.rpartition("/")
     try:
         validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise PublishError(f"{repo_id!r} is no repository name; expected your-name/model-name.") from error
-    if "/" not in repo_id:
+    except HFValidationError:
+        owner = ""
+    if not owner:
         raise PublishError(f"{repo_id!r} is no repository name; expected your-name/model-name.")
-    name = repo_id.rpartition("/")[2]
-    if is_llama3(base_model_id) and not re.match(r"llama[-_. ]?3", name, flags=re.IGNORECASE):
+    bases = [str(model.active_peft_config.base_model_name_or_path), model.get_base_model().name_or_path]
+    for base in bases:
+        if not _is_hub_id(base):
+            raise PublishError(
+                f"The base model is named {base!r}, which only this machine has; others could not use the "
+                "adapter, and the hub refuses such a card. Give base_model_name_or_path in the adapter's "
+                "adapter_config.json and model_id in the profile its name on the hub, and run this again."
+            )
+    if any(map(is_llama3, bases)) and not re.match(r"llama[-_. ]?3", name, flags=re.IGNORECASE):
         raise PublishError(
             f"{name!r} must begin with 'Llama-3': the Meta Llama 3 license asks for it in derived names."
         )
@@ -282,9 +252,6 @@ def check_repo_id(repo_id: str, base_model_id: str) -> None:
 @contextlib.contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
     """Turn the hub's refusals into one sentence with a remedy.
-
-    Args:
-        repo_id: The repository that is created or written to.
 
     Raises:
         PublishError: 401, 403, 409, another refusal, no token, or no connection.
@@ -304,9 +271,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     except LocalTokenNotFoundError as error:
         raise PublishError("There is no token. Log in first: notebook 02.") from error
     except (HTTPError, OfflineModeIsEnabled) as error:
-        raise PublishError(
-            f"The hub cannot be reached ({error}). Try again; nothing is lost here."
-        ) from error
+        raise PublishError(f"The hub cannot be reached ({error}). Try again; nothing is lost.") from error
 
 
 def _refusal(repo_id: str, status: int, detail: str) -> str:

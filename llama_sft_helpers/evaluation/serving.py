@@ -18,6 +18,10 @@ from llama_sft_helpers.core.files import write_text
 
 # Ollama puts the user's message in this place (https://docs.ollama.com/modelfile).
 MESSAGE = "{{ .Prompt }}"
+_MODELFILE = re.compile(
+    r'FROM (?P<model>.+)\n(?:ADAPTER (?P<adapter>.+)\n)?TEMPLATE """(?P<template>(?s:.*?))"""\n'
+    r'PARAMETER stop "(?P<stop>.+)"\nPARAMETER num_predict (?P<num_predict>\d+)\n'
+)
 
 
 def write_modelfile(
@@ -31,13 +35,8 @@ def write_modelfile(
 ) -> Path:
     """Write a ``Modelfile``: the model, its prompt, where an answer ends, and greedy decoding as in 07.
 
-    Args:
-        path: The file to write.
-        model_file: The GGUF file's name, beside the ``Modelfile``.
-        prompt: The prompt of training, as it is for the message ``MESSAGE``.
-        stop: The text of the token that ends an answer.
-        max_new_tokens: Longest answer, in tokens.
-        adapter_file: The adapter's GGUF file, if it is not merged into the model.
+    The GGUF files of the model and, if it is not merged into that, of the adapter lie beside it. The prompt
+    is that of training for the message ``MESSAGE``; ``stop`` is the text of the token that ends an answer.
 
     Raises:
         ValueError: The prompt has no place for the message, or holds what ends a template.
@@ -47,56 +46,39 @@ def write_modelfile(
             f'prompt is {prompt!r}; expected {MESSAGE} once and no """. Make it by the function that makes '
             f"your prompts, of the instruction {MESSAGE!r}."
         )
-    lines = [f"FROM ./{model_file}"]
-    lines += [f"ADAPTER ./{adapter_file}"] if adapter_file else []
-    lines += [f'TEMPLATE """{prompt}"""', f'PARAMETER stop "{stop}"']
-    lines += [f"PARAMETER num_predict {max_new_tokens}", "PARAMETER temperature 0"]
-    lines += ["PARAMETER repeat_penalty 1"]
-    write_text(path, "\n".join(lines) + "\n")
+    adapter = f"ADAPTER ./{adapter_file}\n" if adapter_file else ""
+    text = (
+        f'FROM ./{model_file}\n{adapter}TEMPLATE """{prompt}"""\nPARAMETER stop "{stop}"\n'
+        f"PARAMETER num_predict {max_new_tokens}\nPARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"
+    )
+    write_text(path, text)
     return Path(path)
 
 
-def read_modelfile(path: str | Path) -> dict[str, Any]:
-    """What a ``Modelfile`` of ``write_modelfile`` says: FROM, ADAPTER, TEMPLATE, stop, num_predict.
-
-    Raises:
-        ValueError: One of them is missing (ADAPTER may be).
-    """
-    text = Path(path).read_text(encoding="utf-8")
-    patterns = {
-        "from": r"^FROM (.+)$",
-        "template": r'^TEMPLATE """(.*?)"""$',
-        "stop": r'^PARAMETER stop "(.+)"$',
-        "num_predict": r"^PARAMETER num_predict (\d+)$",
-        "adapter": r"^ADAPTER (.+)$",
-    }
-    found = {
-        name: re.search(pattern, text, re.MULTILINE | re.DOTALL if name == "template" else re.MULTILINE)
-        for name, pattern in patterns.items()
-    }
-    if missing := [name for name, match in found.items() if not match and name != "adapter"]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; write it with write_modelfile.")
-    return {name: match[1] for name, match in found.items() if match}
+def _read_modelfile(path: Path) -> dict[str, Any]:
+    found = _MODELFILE.match(path.read_text(encoding="utf-8"))
+    if not found:
+        raise ValueError(f"{path} is not as write_modelfile writes it; write it anew.")
+    return found.groupdict()
 
 
 def ask(modelfile: str | Path, instructions: list[str]) -> list[dict[str, Any]]:
     """llama.cpp's greedy answers, by the model, template, stop and length of a ``Modelfile``.
 
-    Args:
-        modelfile: The file; the model's file lies beside it.
-        instructions: What to ask, one after the other.
-
     Returns:
         For each ``text``, ``tokens`` (ids) and ``stopped`` (whether it ended by itself).
+
+    Raises:
+        ValueError: The file is not one of ``write_modelfile``.
     """
     import xllamacpp
 
-    said, folder = read_modelfile(modelfile), Path(modelfile).parent
+    said, folder = _read_modelfile(Path(modelfile)), Path(modelfile).parent
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.verbosity = str(folder / said["from"]), 2048, 0
+    params.model.path, params.n_ctx, params.verbosity = str(folder / said["model"]), 2048, 0
     if threads := os.environ.get("OMP_NUM_THREADS"):  # llama.cpp's threads do not look at it themselves
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
-    if "adapter" in said:
+    if said["adapter"]:
         lora = xllamacpp.CommonAdapterLoraInfo()
         lora.path, lora.scale = str(folder / said["adapter"]), 1.0
         params.lora_adapters = [lora]

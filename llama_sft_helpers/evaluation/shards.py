@@ -9,7 +9,7 @@ bfloat16 on a CPU and merged by PEFT (https://huggingface.co/docs/peft/developer
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from llama_sft_helpers.evaluation.merging import MergeError
 _INDEX = "model.safetensors.index.json"
 _DTYPE = torch.bfloat16
 _Factors = tuple[torch.Tensor, torch.Tensor]
+_Files = dict[str, tuple[Path, tuple[int, ...]]]
 
 
 def write_merged_shards(
@@ -38,10 +39,9 @@ def write_merged_shards(
 
     Args:
         folder: An empty folder, as ``new_folder`` yields it.
-        base_folder: The base model's folder: ``config.json`` and safetensors files (for a model of the hub,
-            what ``snapshot_download`` returns).
+        base_folder: The base model's folder, as ``save_pretrained`` or ``snapshot_download`` leaves it.
         adapter_folder: The adapter folder that notebook 06 wrote.
-        max_shard_size: Size of a file at most, as ``save_pretrained`` takes it.
+        max_shard_size: As ``save_pretrained`` takes it.
 
     Returns:
         Index file: ``gib``, ``tensors``, ``merged`` (how many of them the adapter changed).
@@ -57,18 +57,17 @@ def write_merged_shards(
     lora, scale = read_lora(adapter_folder)
     files = _tensor_files(base_folder)
     _check_names(lora, files, base_folder)
-    shapes = {name: torch.empty(_shape(files, name), dtype=_DTYPE, device="meta") for name in files}
-    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+    meta = {name: torch.empty(shape, dtype=_DTYPE, device="meta") for name, (_, shape) in files.items()}
+    split = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
     rows = []
     for file, names in split.filename_to_tensors.items():
         shard = {name: _merge(name, _read(files, name), lora, scale) for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
         size = sum(tensor.nbytes for tensor in shard.values()) / 2**30
-        rows.append((file, size, len(names), len(_adapted(names, lora))))
+        rows.append((file, size, len(names), len(lora.keys() & names)))
         del shard
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / _INDEX, index)
+        _write_json(folder / _INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     _write_configs(folder, base_folder)
     return pd.DataFrame(rows, columns=["file", "gib", "tensors", "merged"]).set_index("file")
 
@@ -77,11 +76,6 @@ def check_merged_shards(folder: str | Path, *, base_folder: str | Path, adapter_
     """Check every merged weight against PEFT's own merge of that one layer, and the others against the base.
 
     One layer at a time, so that this needs no more memory than the merge. The comparison is bit for bit.
-
-    Args:
-        folder: What ``write_merged_shards`` wrote.
-        base_folder: The base model's folder.
-        adapter_folder: The adapter folder.
 
     Raises:
         MergeError: A tensor is missing, too many, or differs; the message names the first.
@@ -92,23 +86,24 @@ def check_merged_shards(folder: str | Path, *, base_folder: str | Path, adapter_
         raise MergeError(f"{odd[0]} is in the base or in {folder} only. Write the merged model anew.")
     for name in base:
         expected, found = _read(base, name).to(_DTYPE), _read(merged, name)
-        if path := _adapted([name], lora):
-            expected = _merge_by_peft(expected, lora[path[0]], scale)
+        if factors := lora.get(name):
+            expected = _merge_by_peft(expected, factors, scale)
         if found.dtype != _DTYPE or not torch.equal(found, expected):
             raise MergeError(f"{name} in {folder} is not the merged weight. Write the merged model anew.")
 
 
 def _merge(name: str, weight: torch.Tensor, lora: Mapping[str, _Factors], scale: float) -> torch.Tensor:
     """W + scale B A, summed in float32 and rounded once, where the adapter has this weight; else W."""
-    adapted = _adapted([name], lora)
-    if adapted and not weight.is_floating_point():
+    factors = lora.get(name)
+    if weight.is_floating_point():
+        weight = weight.to(_DTYPE)
+    elif factors:
         raise MergeError(
             f"{name} is stored as {weight.dtype}: the base is quantized, and a merge would lose the adapter. "
             "Give the base model in 16 or 32 bits."
         )
-    weight = weight.to(_DTYPE) if weight.is_floating_point() else weight
-    for path in adapted:
-        a, b = lora[path]
+    if factors:
+        a, b = factors
         weight = (b @ a).mul_(scale).add_(weight).to(_DTYPE)  # in place: one float32 tensor of this size
     return weight.contiguous()
 
@@ -130,25 +125,19 @@ def _merge_by_peft(weight: torch.Tensor, factors: _Factors, scale: float) -> tor
     return layer.base_layer.weight.data
 
 
-def _adapted(names: Iterable[str], lora: Mapping[str, _Factors]) -> list[str]:
-    """The paths of the adapted layers among tensor names."""
-    return [path for name in names if (path := name.removesuffix(".weight")) in lora]
-
-
-def _check_names(lora: Mapping[str, _Factors], files: Mapping[str, Path], base_folder: Path) -> None:
-    for path, (a, b) in lora.items():
-        name = f"{path}.weight"
+def _check_names(lora: Mapping[str, _Factors], files: _Files, base_folder: Path) -> None:
+    for name, (a, b) in lora.items():
         if name not in files:
             raise MergeError(
-                f"The adapter has weights for {path}, {base_folder} has not: another base model."
+                f"The adapter has weights for {name}, {base_folder} has not: another base model."
             )
-        expected, found = (b.shape[0], a.shape[1]), _shape(files, name)
+        expected, found = (b.shape[0], a.shape[1]), files[name][1]
         if found != expected:
             raise MergeError(f"{name} in {base_folder} is {found}, the adapter is made for {expected}.")
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> its file, in the order of the names; the second copy of tied embeddings is left out."""
+def _tensor_files(folder: Path) -> _Files:
+    """Tensor name -> its file and shape; the second copy of tied embeddings is left out."""
     from safetensors import SafetensorError, safe_open
 
     paths = sorted(folder.glob("*.safetensors"))
@@ -160,11 +149,12 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     if (folder / _INDEX).is_file():  # a folder of the hub can hold the weights in a second form
         named = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
         paths = [folder / file for file in sorted(named)]
-    files = {}
+    files: _Files = {}
     for path in paths:
         try:
             with safe_open(str(path), framework="pt") as tensors:
-                files.update(dict.fromkeys(tensors.keys(), path))
+                for name in tensors.keys():  # noqa: SIM118  (no mapping)
+                    files[name] = path, tuple(tensors.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise MergeError(
                 f"{path} is missing or damaged ({error}). Download the base model again."
@@ -174,7 +164,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def _is_second_copy(folder: Path, files: Mapping[str, Path]) -> bool:
+def _is_second_copy(folder: Path, files: _Files) -> bool:
     """Whether the output weights are the embeddings once more; stored twice, they would load untied."""
     names = ("lm_head.weight", "model.embed_tokens.weight")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -183,19 +173,12 @@ def _is_second_copy(folder: Path, files: Mapping[str, Path]) -> bool:
     return torch.equal(_read(files, names[0]), _read(files, names[1]))
 
 
-def _read(files: Mapping[str, Path], name: str) -> torch.Tensor:
+def _read(files: _Files, name: str) -> torch.Tensor:
     """One tensor; its file is closed again, so that what was read of it leaves the memory with the tensor."""
     from safetensors import safe_open
 
-    with safe_open(str(files[name]), framework="pt") as tensors:
+    with safe_open(str(files[name][0]), framework="pt") as tensors:
         return tensors.get_tensor(name)
-
-
-def _shape(files: Mapping[str, Path], name: str) -> tuple[int, ...]:
-    from safetensors import safe_open
-
-    with safe_open(str(files[name]), framework="pt") as tensors:
-        return tuple(tensors.get_slice(name).get_shape())
 
 
 def _write_configs(folder: Path, base_folder: Path) -> None:

@@ -123,12 +123,14 @@ def test_a_prompt_has_the_tokens_that_stand_before_the_answer_in_training(smollm
         tokenizer.chat_template = template
         encoded = encode(row, tokenizer)
         last = len(encoded["labels"]) - encoded["labels"][::-1].index(-100)
-        prompt = data.render_prompt("Add 2 and 2.", tokenizer, "chat")
-        assert tokenizer(prompt).input_ids == encoded["input_ids"][:last]
+        for asked in (row, "Add 2 and 2."):
+            prompt = data.render_prompt(asked, tokenizer, "chat")
+            assert tokenizer(prompt).input_ids == encoded["input_ids"][:last]
     assert data.training_template(smollm2, "chat") == smollm2.chat_template
     assert data.training_template(smollm2, "plain") is None
     assert data.render_prompt("Add 2 and 2.", smollm2, "plain") == "Add 2 and 2."
-    assert data.render_prompt("Add 2 and 2.", smollm2, "alpaca") == data.to_prompt_completion(row)["prompt"]
+    for asked in (row, "Add 2 and 2."):  # 09 asks with rows
+        assert data.render_prompt(asked, smollm2, "alpaca") == data.to_prompt_completion(row)["prompt"]
 
 
 def test_rows_are_judged_by_the_format_they_are_trained_in(smollm2):

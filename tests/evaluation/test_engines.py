@@ -7,34 +7,28 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from tiny_models import SEVEN
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from trl.scripts.sft import make_parser
 
 from llama_sft_helpers.evaluation import write_engine_configs
-from llama_sft_helpers.profiles import load_profile
+from llama_sft_helpers.profiles import read_profile
 
+ROOT = Path(__file__).parents[2]
 ROWS = [{"prompt": f"q{i}\n", "completion": f"a “{i}”"} for i in range(8)]
-LORA = LoraConfig(r=16, lora_alpha=16, lora_dropout=0, task_type="CAUSAL_LM", target_modules=SEVEN)
-
-
 SIZES = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 8}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 
-def peft_model(config=LlamaConfig):
-    return get_peft_model(AutoModelForCausalLM.from_config(config(**SIZES)), LORA)
-
-
-def write(folder, profile="ci-tiny", rows=ROWS, processes=2, *, model=None, **overrides):
-    if isinstance(profile, str):
-        from llama_sft_helpers.profiles import read_profile
-
-        profile = read_profile(profile, **overrides)
+def write(folder, profile, rows=ROWS, processes=2, config=LlamaConfig, **changes):
+    lora = LoraConfig(r=16, lora_alpha=16, lora_dropout=0, task_type="CAUSAL_LM", target_modules=SEVEN)
     return write_engine_configs(
         folder,
-        profile=profile,
-        model=model or peft_model(),
+        profile=read_profile(profile, **changes),
+        model=get_peft_model(AutoModelForCausalLM.from_config(config(**SIZES)), lora),
         train_rows=rows,
         eval_rows=ROWS[:2],
         processes=processes,
@@ -45,31 +39,26 @@ def read(path):
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["ddp-int8", "fsdp-nf4"])
 @pytest.mark.parametrize("profile", ["colab-a100", "ci-tiny"])
-def test_trl_and_accelerate_read_every_key(tmp_path, name, profile):
-    from accelerate.commands.config.config_args import load_config_from_file
-    from trl.scripts.sft import make_parser
-
-    write(tmp_path, profile, **({"dtype": "float32"} if profile == "ci-tiny" else {}))
-    if profile == "colab-a100":  # trl's parser refuses bf16 on a machine that cannot compute it
-        settings = read(tmp_path / f"sft_{name}.yaml")
-        (tmp_path / f"sft_{name}.yaml").write_text(
-            yaml.safe_dump({**settings, "bf16": False, "use_cpu": True})
-        )
-    script, training, model, _ = make_parser().parse_args_and_config(
-        ["--config", str(tmp_path / f"sft_{name}.yaml")], fail_with_unknown_args=True
+@pytest.mark.parametrize(
+    ("name", "in_bits", "distributed"),
+    [("ddp-int8", (True, False), "MULTI_GPU"), ("fsdp-nf4", (False, True), "FSDP")],
+)
+def test_trl_and_accelerate_read_every_key(tmp_path, name, in_bits, distributed, profile):
+    write(tmp_path, profile, dtype="float32")
+    path = tmp_path / f"sft_{name}.yaml"
+    # trl's parser refuses bf16 on a machine that cannot compute it
+    path.write_text(yaml.safe_dump(read(path) | {"bf16": False, "use_cpu": True}))
+    parser = make_parser()
+    script, training, model, _ = parser.parse_args_and_config(
+        ["--config", str(path)], fail_with_unknown_args=True
     )
-    assert script.dataset_name == "data"
+    assert (script.dataset_name, training.seed) == ("data", 42)
     assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (16, 16, 0.0)
     assert sorted(model.lora_target_modules) == sorted(SEVEN)
-    assert (model.load_in_8bit, model.load_in_4bit) == (
-        (True, False) if name == "ddp-int8" else (False, True)
-    )
-    assert training.seed == 42
+    assert (model.load_in_8bit, model.load_in_4bit) == in_bits
     config = load_config_from_file(str(tmp_path / f"accelerate_{name}.yaml"))
-    assert config.num_processes == 2
-    assert config.distributed_type == ("MULTI_GPU" if name == "ddp-int8" else "FSDP")
+    assert (config.num_processes, config.distributed_type) == (2, distributed)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +86,8 @@ def test_every_profile_can_be_shared(tmp_path, profile, rows, processes):
     assert read(tmp_path / "accelerate_ddp-int8.yaml")["num_processes"] == processes
 
 
-def test_the_layers_that_fsdp_shares_out_are_the_models(tmp_path):
-    write(tmp_path, model=peft_model(MistralConfig))
+def test_what_fsdp_needs_is_written(tmp_path):
+    write(tmp_path, "ci-tiny", config=MistralConfig)
     config = read(tmp_path / "accelerate_fsdp-nf4.yaml")["fsdp_config"]
     assert config["fsdp_transformer_layer_cls_to_wrap"] == "MistralDecoderLayer"
     settings = read(tmp_path / "sft_fsdp-nf4.yaml")
@@ -114,75 +103,68 @@ def test_a_float16_profile_is_written_for_bfloat16(tmp_path):
 
 
 def test_rows_come_back_as_they_were(tmp_path):
-    from datasets import load_dataset
-
-    write(tmp_path)
+    write(tmp_path, "ci-tiny")
     split = load_dataset(str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
-    assert split["train"].to_list() == ROWS
-    assert split["test"].to_list() == ROWS[:2]
+    assert (split["train"].to_list(), split["test"].to_list()) == (ROWS, ROWS[:2])
 
 
-def test_what_cannot_be_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="processes is 1"):
-        write(tmp_path, processes=1)
-    with pytest.raises(ValueError, match="no training rows"):
-        write(tmp_path, rows=[])
-    with pytest.raises(ValueError, match=r"batch of 4 rows .* cannot be shared by processes=3"):
-        write(tmp_path, processes=3)
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"processes": 1}, "processes is 1"),
+        ({"processes": 3}, r"batch of 4 rows .* cannot be shared by processes=3"),
+        ({"rows": []}, "no training rows"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(tmp_path, change, told):
+    with pytest.raises(ValueError, match=told):
+        write(tmp_path, "ci-tiny", **change)
 
 
-def test_the_readme_says_what_two_gpus_gave():
-    root = Path(__file__).parents[2]
-    text = (root / "README.md").read_text(encoding="utf-8")
-    for name, bound in {"ddp": 0.1, "fsdp": 0.6}.items():
-        result = json.loads((root / f"benchmarks/results/several_gpus_{name}.json").read_text())
-        one = {row["part"]: row for row in result["runs"] if row["processes"] == 1}
-        for two in result["runs"]:
-            if two["processes"] == 1 or two["part"] == "resume" or two.get("beside_other_jobs"):
-                continue
-            speed = [f"{run['tokens_per_second']:,.0f}" for run in (one[two["part"]], two)]
-            memory = [f"{max(run['peak_gib']):.1f}" for run in (one[two["part"]], two)]
-            assert f"| {' | '.join([*speed, *memory])} |" in text
-        assert all(row["largest_loss_difference"] < bound / 100 for row in result["scaling"])
-        assert f"within {bound} %" in text
+def results(name):
+    return json.loads((ROOT / f"benchmarks/results/several_gpus_{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("name", "bound"), [("ddp", 0.1), ("fsdp", 0.6)])
+def test_the_readme_says_what_two_gpus_gave(name, bound):
+    text, result = (ROOT / "README.md").read_text(encoding="utf-8"), results(name)
+    one = {row["part"]: row for row in result["runs"] if row["processes"] == 1}
+    for two in result["runs"]:
+        if two["processes"] == 1 or two["part"] == "resume" or two.get("beside_other_jobs"):
+            continue
+        speed = [f"{run['tokens_per_second']:,.0f}" for run in (one[two["part"]], two)]
+        memory = [f"{max(run['peak_gib']):.1f}" for run in (one[two["part"]], two)]
+        assert f"| {' | '.join([*speed, *memory])} |" in text
+    assert all(row["largest_loss_difference"] < bound / 100 for row in result["scaling"])
+    assert f"within {bound} %" in text
 
 
 def test_what_is_said_of_fsdp_and_a_killed_rank_is_in_the_results():
-    root = Path(__file__).parents[2]
-    ddp, fsdp = (
-        json.loads((root / f"benchmarks/results/several_gpus_{name}.json").read_text())
-        for name in ("ddp", "fsdp")
-    )
-    rows = [row for row in fsdp["scaling"] if row["part"] == "fsdp-nf4"]
+    rows = [row for row in results("fsdp")["scaling"] if row["part"] == "fsdp-nf4"]
     loads = {
         (r["fsdp_version"], r["peft"]): r["adapter"].startswith("loaded") for r in rows if "adapter" in r
     }
     assert loads == {(1, "0.21.0"): False, (1, "0.20.0"): True, (2, "0.21.0"): True}
     (exported,) = [row for row in rows if row["fsdp_version"] == 2 and not row.get("beside_other_jobs")]
-    notebook = (root / "notebooks/07_evaluation.ipynb").read_text("utf-8")
+    notebook = (ROOT / "notebooks/07_evaluation.ipynb").read_text("utf-8")
     assert f"{100 * exported['times_one_process']:.1f} % of its tokens per second" in notebook
     assert exported["largest_loss_difference"] < 0.005
     assert "within 0.5 % of one process's" in notebook
-    resume = ddp["resume"]
+    resume = results("ddp")["resume"]
     seconds, updates = resume["seconds_until_the_launcher_ended"], resume["updates_after_resuming"]
     said = f"ended after {seconds} s, and the {updates} updates"
-    assert said in (root / "README.md").read_text("utf-8")
+    assert said in (ROOT / "README.md").read_text("utf-8")
     assert resume["largest_loss_difference"] < 0.001
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path):
+def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path, tiny_model_dir):
     """The written commands, with gloo instead of GPUs: the benchmark for several GPUs on the tiny Llama."""
-    script = Path(__file__).parents[2] / "benchmarks" / "several_gpus.py"
-    options = ["--device", "cpu", "--model", load_profile("ci-tiny").model_id, "--steps", "12"]
+    options = ["--device", "cpu", "--model", tiny_model_dir, "--steps", "12"]
     options += ["--part", "ddp-int8", "--part", "resume", "--max-length", "512"]
     options += ["--work", tmp_path / "work", "--out", tmp_path / "out.json"]
-    done = subprocess.run(
-        [sys.executable, script, *options],
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    script = [sys.executable, ROOT / "benchmarks" / "several_gpus.py"]
+    done = subprocess.run([*script, *options], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["effective_batch_rows"] == 2

@@ -7,19 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from llama_sft_helpers.evaluation import (
-    measure_forgetting,
-    read_tasks,
-    score_tasks,
-    summarize_perplexity,
-    summarize_tasks,
-    summarize_verdict,
-)
+from llama_sft_helpers import evaluation
+from llama_sft_helpers.evaluation import read_tasks, score_tasks, summarize_tasks, summarize_verdict
 
-ROOT = Path(__file__).parents[2]
-
-
-# An answer that is right for each shipped task, written by hand, and one that is not.
+PACKAGE = Path(__file__).parents[2] / "llama_sft_helpers"
+TEXTS = (PACKAGE / "evaluation" / "plain_text.txt").read_text(encoding="utf-8").split("\n\n")
+# An answer that is right for each shipped task, written by hand.
 RIGHT = r"""13|The answer is 27.|7 times 6 = 42|8|12 + 12 + 12 = 36 eggs|14
 apple\nplum\nfig|1\n2\n3\n4\n5|apple, melon, pear|A, B, C, D|- Joy.\n\n- Knowledge.|11, 7, 4
 The train leaves at nine.|green-42-kettle|Snow fell on the quiet harbour.|ABC def GHI|3.14159
@@ -40,44 +33,39 @@ class Scripted:
         return torch.cat([input_ids, made], dim=1)
 
 
-def scored(tokenizer, answers, tasks=None):
-    tasks = tasks or read_tasks()
-    tokenizer.pad_token = tokenizer.eos_token
-    return score_tasks(Scripted(tokenizer, answers), tokenizer, tasks, "{}".format)
-
-
 def test_right_answers_are_right_and_empty_or_wordy_ones_wrong(tiny_tokenizer):
+    tiny_tokenizer.pad_token = tiny_tokenizer.eos_token
+
+    def score(answers):
+        return score_tasks(Scripted(tiny_tokenizer, answers), tiny_tokenizer, read_tasks(), "{}".format)
+
     answers = [a.replace("\\n", "\n") for line in RIGHT.splitlines() for a in line.split("|")]
-    right = scored(tiny_tokenizer, answers)
-    assert right["right"].all(), right[~right["right"]]
+    table = score(answers)
+    assert table["right"].all(), table[~table["right"]]
     for wrong in ("", "I like 5 green apples.\n1, 2\n\nyes and no\n{}"):
-        assert not scored(tiny_tokenizer, [wrong] * len(answers))["right"].any()
+        assert not score([wrong] * len(answers))["right"].any()
 
 
 def test_the_shipped_tasks_and_texts_are_in_no_training_row():
-    data = (ROOT / "llama_sft_helpers/datasets/alpaca_mini.jsonl").read_text(encoding="utf-8")
+    data = (PACKAGE / "datasets" / "alpaca_mini.jsonl").read_text(encoding="utf-8")
     assert not [task for task in read_tasks() if json.dumps(task["instruction"])[1:-1] in data]
-    texts = (ROOT / "llama_sft_helpers/evaluation/plain_text.txt").read_text(encoding="utf-8")
-    assert not [text for text in texts.split("\n\n") if text[:40] in data]
-    assert len(read_tasks()) == 24
+    assert not [text for text in TEXTS if text[:40] in data]
 
 
-def test_a_task_that_is_none_is_refused(tmp_path):
-    path = tmp_path / "tasks.jsonl"
-    path.write_text('{"kind": "k", "instruction": "i", "check": "taste", "expected": "e"}')
-    with pytest.raises(ValueError, match=r"Line 1 .*taste.*exact, regex, number, lines"):
-        read_tasks(path)
+@pytest.mark.parametrize("change", [{"check": "taste"}, {"points": "1"}])
+def test_a_task_that_is_none_is_refused(change):
+    with pytest.raises(ValueError, match=r"A task is .*exact, regex, number, lines"):
+        score_tasks(None, None, [read_tasks()[0] | change], "{}".format)
 
 
 def test_batched_answers_are_those_of_one_prompt_alone(trained, tiny_model):
-    tasks = read_tasks()[:3]
-    table = score_tasks(tiny_model, trained.tokenizer, tasks, "{} ->".format, max_new_tokens=8)
-    for task, answer in zip(tasks, table["answer"], strict=True):
-        batch = trained.tokenizer(f"{task['instruction']} ->", return_tensors="pt")
-        ids = tiny_model.generate(**batch, max_new_tokens=8, do_sample=False)[
-            0, batch["input_ids"].shape[1] :
-        ]
-        assert answer == trained.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    tokenizer, tasks = trained.tokenizer, read_tasks()[:3]
+    for task, answer in zip(
+        tasks, score_tasks(tiny_model, tokenizer, tasks, "{} ->".format)["answer"], strict=True
+    ):
+        ids = tokenizer(f"{task['instruction']} ->", return_tensors="pt").input_ids
+        made = tiny_model.generate(ids, max_new_tokens=48, do_sample=False)[0, ids.shape[1] :]
+        assert answer == tokenizer.decode(made, skip_special_tokens=True).strip()
 
 
 def tasks_table(before, after):
@@ -95,10 +83,9 @@ def test_tasks_are_counted_by_kind_with_wilsons_interval():
 
 
 def test_forgetting_is_transformers_own_loss_and_torchs_own_divergence(trained):
-    texts = ["The river is old.", "Bread rises because yeast eats the sugar."]
-    table = measure_forgetting(trained.model, trained.tokenizer, texts)
+    table = evaluation.measure_forgetting(trained.model, trained.tokenizer, TEXTS[:2])
     nats, divergence, tokens = {"base": 0.0, "tuned": 0.0}, 0.0, 0
-    for text in texts:
+    for text in TEXTS[:2]:
         ids = trained.tokenizer(text, return_tensors="pt").input_ids
         with torch.no_grad():
             tuned = trained.model(ids, labels=ids)
@@ -114,35 +101,61 @@ def test_forgetting_is_transformers_own_loss_and_torchs_own_divergence(trained):
     assert table.loc["tuned", "kl_nats"] == pytest.approx(divergence / tokens, rel=1e-4) != 0
     assert table.loc["base", "kl_nats"] == 0
     with pytest.raises(ValueError, match="texts is empty"):
-        measure_forgetting(trained.model, trained.tokenizer, [])
+        evaluation.measure_forgetting(trained.model, trained.tokenizer, [])
 
 
-@pytest.mark.parametrize(
-    ("changes", "lost", "expected", "advised"),
-    [
-        (
-            [-1.0] * 40,
-            0,
-            ["Yes: the loss on 40", "Yes: 0 of 24 were right before, 24 after", "No: "],
-            [False] * 3,
-        ),
-        ([1.0] * 40, 24, ["No: the loss on 40", "No, it is worse: 24 of 24", "Yes: "], [True] * 3),
-        (
-            [-1.0, 1.0] * 10,
-            12,
-            ["It cannot be told: the loss on 20", "It cannot be told: 12 of 24", "It cannot"],
-            [True, False, False],
-        ),
-    ],
-)
-def test_the_verdict_says_what_can_be_told(changes, lost, expected, advised):
+UNTOLD, LOWER = "It cannot be told", "Lower the learning rate"
+CASES = [
+    (
+        [-1.0] * 40,
+        0,
+        ["Yes: the loss on 40", "Yes: 0 of 24 were right before, 24 after", "No: "],
+        ["", "", ""],
+    ),
+    (
+        [1.0] * 40,
+        24,
+        ["No: the loss on 40", "No, it is worse: 24 of 24", "Yes: "],
+        [LOWER, LOWER, "A lower learning rate"],
+    ),
+    (
+        [-1.0, 1.0] * 10,
+        12,
+        [f"{UNTOLD}: the loss on 20", f"{UNTOLD}: 12 of 24", UNTOLD],
+        [f"{LOWER}, take fewer steps, or add rows. The interval reaches 0", "", ""],
+    ),
+    (
+        [-1.0] * 4,
+        12,
+        ["Yes: the loss on 4", UNTOLD, "No: "],
+        ["So few rows make the interval itself uncertain", "", ""],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "lost", "verdicts", "advice"), CASES)
+def test_the_verdict_says_what_can_be_told(changes, lost, verdicts, advice):
     base = pd.DataFrame({"tokens": 10, "loss_nats": [20.0] * len(changes)})
-    losses = summarize_perplexity({"base": base, "tuned": base.assign(loss_nats=base["loss_nats"] + changes)})
+    tuned = base.assign(loss_nats=base["loss_nats"] + changes)
+    losses = evaluation.summarize_perplexity({"base": base, "tuned": tuned})
     before = [True] * lost + [False] * (24 - lost)
     tasks = tasks_table(before, [not right for right in before])
     table = summarize_verdict(losses, tasks=tasks, forgetting=losses.assign(kl_nats=0.125))
-    for verdict, start in zip(table["verdict"], expected, strict=True):
-        assert verdict.startswith(start), verdict
-    assert [bool(advice) for advice in table["advice"]] == advised
+    for column, expected in (("verdict", verdicts), ("advice", advice)):
+        for found, start in zip(table[column], expected, strict=True):
+            assert found.startswith(start), found
+            assert bool(found) == bool(start)
     assert "0.125 nats a token (KL)" in table["verdict"].iloc[2]
     assert len(summarize_verdict(losses)) == 1
+
+
+@pytest.mark.parametrize(("probability", "answer"), [(0.75, "Yes: "), (0.25, "No: ")])
+def test_whether_it_stops_is_told_with_its_counts(probability, answer):
+    losses = pd.DataFrame({"tuned - base": {"loss_nats": -1.0, "low": -1.1, "high": -0.9, "rows": 99}}).T
+    stops = pd.DataFrame({"eos_probability": [0.5, probability], "stopped": [1, 8], "prompts": 10})
+    row = summarize_verdict(losses, stops.set_axis(["base", "tuned"])).loc["Does it know when to stop?"]
+    assert row["verdict"].startswith(answer)
+    assert (
+        f"from 0.500 to {probability:.3f}; 8 of 10 answers stop (95 %: 49% to 94%), 1 did" in row["verdict"]
+    )
+    assert bool(row["advice"]) == (answer == "No: ")

@@ -48,7 +48,7 @@ def jupyter_lab(folder, environment):
             yield address
         finally:
             server.terminate()
-            server.wait(20)
+            server.wait(60)
 
 
 def wait_for(condition, seconds):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 IMAGE = ROOT / "constraints-colab.txt"
+VENV = ROOT / ".venv-colab"
 MUST_STAY = ("torch", "numpy", "pandas")
 IMAGE_PIP = "pip==24.1.2"
 # What a fresh kernel does with a notebook's first cells: install, then import without a restart.
@@ -39,29 +40,27 @@ print("the install cell ran from a git URL; everything imports in the same sessi
 def main() -> int:
     """Build, install, compare, run; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv-colab")
     parser.add_argument("--torch", default="torch==2.11.0", help="the image has 2.11.0+cu128")
-    parser.add_argument("--report", type=Path, help="write what moved as JSON")
-    arguments = parser.parse_args()
-    python = build_image(arguments.venv, arguments.torch)
+    python = build_image(parser.parse_args().torch)
     before = versions(python)
     run(python, "-P", "-c", IN_A_KERNEL, json.dumps(install_line()), *image_only_requirements())
-    moved = compare(before, versions(python))
-    if arguments.report:
-        arguments.report.write_text(json.dumps(moved, indent=2) + "\n", encoding="utf-8")
-    show(before, moved)
+    after = versions(python)
+    moved = [name for name in sorted(before | after) if before.get(name) != after.get(name)]
+    print(f"{len(before)} packages of the image; installing the series moved or added {len(moved)}:")
+    for name in moved:
+        print(f"  {name:<24} {before.get(name, 'not there'):<12} -> {after.get(name, 'removed')}")
     if wrong := [name for name in MUST_STAY if name in moved]:
         print(f"FAILED: installing the series moved {', '.join(wrong)}")
         return 1
-    exercise(python, arguments.venv)
+    exercise(python)
     print("the notebooks and the tests of 01 and 02 ran; torch, numpy and pandas stayed as they are")
     return 0
 
 
-def build_image(venv: Path, torch: str) -> Path:
+def build_image(torch: str) -> Path:
     """A fresh environment with the image's versions; its Python."""
-    run(sys.executable, "-m", "venv", "--clear", venv)
-    python = venv / "bin" / "python"
+    run(sys.executable, "-m", "venv", "--clear", VENV)
+    python = VENV / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", IMAGE_PIP)
     run(python, "-m", "pip", "install", "--quiet", torch, "--requirement", IMAGE)
     return python
@@ -91,37 +90,13 @@ def versions(python: Path) -> dict[str, str]:
     return {item["name"].lower().replace("-", "_"): item["version"] for item in json.loads(answer.stdout)}
 
 
-def compare(before: dict[str, str], after: dict[str, str]) -> dict[str, list[str | None]]:
-    """Package -> [version before, version after] for those that differ; None stands for no package."""
-    names = sorted(before.keys() | after.keys())
-    return {
-        name: [before.get(name), after.get(name)] for name in names if before.get(name) != after.get(name)
-    }
-
-
-def show(before: dict[str, str], moved: dict[str, list[str | None]]) -> None:
-    """Print what moved and what was added."""
-    print(f"{len(before)} packages of the image; installing the series moved or added {len(moved)}:")
-    for name, (old, new) in moved.items():
-        print(f"  {name:<24} {old or 'not there':<12} -> {new or 'removed'}")
-
-
-def exercise(python: Path, venv: Path) -> None:
+def exercise(python: Path) -> None:
     """Check the environment, run the notebooks on the tiny model, and the tests of 01 and 02."""
-    environment = {"SFT_PROFILE": "ci-tiny", "SFT_MODELS_DIR": str(venv / "models"), "MPLBACKEND": "agg"}
-    command = venv / "bin" / "llama-sft"
+    environment = {"SFT_PROFILE": "ci-tiny", "SFT_MODELS_DIR": str(VENV / "models"), "MPLBACKEND": "agg"}
+    command = VENV / "bin" / "llama-sft"
     run(command, "check", **environment)
-    run(command, "run", "--profile", "ci-tiny", "--out", venv / "run", **environment)
-    run(
-        python,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_login.py",
-        "tests/test_environment.py",
-    )
+    run(command, "run", "--profile", "ci-tiny", "--out", VENV / "run", **environment)
+    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/login", "tests/environment")
 
 
 def run(*command: object, **environment: str) -> None:

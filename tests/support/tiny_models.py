@@ -24,42 +24,32 @@ ARCHITECTURES = {
 
 def tiny_config(model_type="llama", **changes):
     """A configuration of two layers."""
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 1024,
-    }
-    return AutoConfig.for_model(model_type, **(sizes | changes))
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 1024}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return AutoConfig.for_model(model_type, **(sizes | heads | changes))
 
 
-def random_model(model_type="llama", *, seed=0, **changes):
+def random_model(model_type="llama", **changes):
     """A model of ``tiny_config`` with random weights, float32."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes))
 
 
-def load_int8(folder, dtype=torch.float32):
+def _load(folder, **quantization):
+    config = BitsAndBytesConfig(**quantization)
+    loading = {"quantization_config": config, "device_map": "cpu", "dtype": torch.float32}
+    return AutoModelForCausalLM.from_pretrained(folder, **loading)
+
+
+def load_int8(folder):
     """A saved model with 8-bit weights, on the CPU."""
-    config = BitsAndBytesConfig(load_in_8bit=True)
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, device_map="cpu", dtype=dtype
-    )
+    return _load(folder, load_in_8bit=True)
 
 
-def load_nf4(folder, dtype=torch.float32, double=True):
+def load_nf4(folder, double=True):
     """A saved model with 4-bit weights, on the CPU; by default their scales are quantized too."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, device_map="cpu", dtype=dtype
-    )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double}
+    return _load(folder, load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **nf4)
 
 
 def build_trainer(model, folder, tokenizer, rows, *, eval_rows=None, callbacks=(), kind=None, **changes):
@@ -67,19 +57,9 @@ def build_trainer(model, folder, tokenizer, rows, *, eval_rows=None, callbacks=(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    settings = {
-        "max_length": 64,
-        "per_device_train_batch_size": 2,
-        "max_steps": 2,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "seed": 42,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
+    settings = {"max_length": 64, "per_device_train_batch_size": 2, "max_steps": 2, "seed": 42}
+    settings |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no"}
+    settings |= {"logging_steps": 1, "report_to": "none", "disable_tqdm": True}
     trainer = (kind or SFTTrainer)(
         model,
         SFTConfig(output_dir=str(folder), **(settings | changes)),
