@@ -133,15 +133,15 @@ def latest_checkpoint(
         CheckpointError: The folder's checkpoints belong to another model or other settings.
     """
     folder = Path(output_dir)
+    if run is not None and _checkpoints(folder):
+        _check_same_run(folder, run)
     for checkpoint in (path for step, path in _checkpoints(folder) if step < before_step):
         try:
             check_checkpoint(checkpoint)
         except CheckpointError as error:
             warnings.warn(f"Skipped: {error}", stacklevel=2)
-            continue
-        if run is not None:
-            _check_same_run(folder, run)
-        return str(checkpoint)
+        else:
+            return str(checkpoint)
     return None
 
 

@@ -55,12 +55,12 @@ from llama_sft_helpers.doctor.table import RENAMED_ARGUMENTS
 from llama_sft_helpers.memory import plan_memory
 from llama_sft_helpers.profiles import read_profile
 from llama_sft_helpers.training import (
+    RunGuardCallback,
     check_checkpoint,
     check_gradients_reach_adapters,
     check_loss_history,
     latest_checkpoint,
 )
-from llama_sft_helpers.training.checkpoints import RUN_FILE
 
 ROOT = Path(__file__).parents[2]
 ROWS = [{"prompt": "Say hi. ", "completion": "hi there"}] * 8
@@ -607,7 +607,8 @@ def checkpointed(tiny_model_dir, trainer, tmp_path):
 
     def build(adapter=None, **arguments):
         model = with_lora(AutoModelForCausalLM.from_pretrained(tiny_model_dir), **(adapter or {}))
-        return trainer(model, **{"save_strategy": "steps", "save_steps": 1, **arguments})
+        guard = RunGuardCallback({"model": "a"})
+        return trainer(model, callbacks=[guard], save_strategy="steps", save_steps=1, **arguments)
 
     build().train()
     build.folder = tmp_path / "out" / "checkpoint-2"
@@ -625,7 +626,6 @@ def test_resuming_with_other_settings(checkpointed):
 
 @provokes("resume-with-other-settings")
 def test_the_training_helpers_refuse_another_run(checkpointed):
-    (checkpointed.folder.parent / RUN_FILE).write_text(json.dumps({"model": "a"}))
     return [raised(latest_checkpoint, checkpointed.folder.parent, {"model": "b"})]
 
 
