@@ -153,5 +153,5 @@ def test_a_model_that_cannot_be_built_is_one_clear_error(command, tmp_path, monk
     extra = ["--out", tmp_path / "out"] if command == ["run"] else []
     done = run(*command, "--profile", "ci-tiny", *extra)
     assert done.returncode == 1
-    assert "Cannot write the model to" in done.stderr
+    assert "Cannot write the model tiny-llama to" in done.stderr
     assert "Traceback" not in done.stderr

@@ -35,21 +35,21 @@ def random_model(model_type="llama", **changes):
     return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes))
 
 
-def _load(folder, **quantization):
+def _load(folder, dtype, **quantization):
     config = BitsAndBytesConfig(**quantization)
-    loading = {"quantization_config": config, "device_map": "cpu", "dtype": torch.float32}
+    loading = {"quantization_config": config, "device_map": "cpu", "dtype": dtype}
     return AutoModelForCausalLM.from_pretrained(folder, **loading)
 
 
-def load_int8(folder):
+def load_int8(folder, dtype=torch.float32):
     """A saved model with 8-bit weights, on the CPU."""
-    return _load(folder, load_in_8bit=True)
+    return _load(folder, dtype, load_in_8bit=True)
 
 
-def load_nf4(folder, double=True):
+def load_nf4(folder, dtype=torch.float32, *, double=True):
     """A saved model with 4-bit weights, on the CPU; by default their scales are quantized too."""
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double}
-    return _load(folder, load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **nf4)
+    return _load(folder, dtype, load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **nf4)
 
 
 def build_trainer(model, folder, tokenizer, rows, *, eval_rows=None, callbacks=(), kind=None, **changes):
