@@ -3,6 +3,7 @@
 Run with ``make test-browser``; it needs Debian's ``chromium``. Screenshots: ``test-artifacts/browser``.
 """
 
+import re
 import shutil
 from pathlib import Path
 
@@ -68,10 +69,13 @@ def test_the_box_answers_after_the_last_cell(page):
 
 def answered(page, question):
     """Wait for the question as it was typed, and for an answer that is more than the dots."""
+    from playwright.sync_api import expect  # not installed for the other tests
+
     said = page.locator("p", has_text=f"you: {question}")
     said.wait_for()
     assert said.inner_text() == f"you: {question}"
     answer = said.locator("xpath=following-sibling::p[1]")
-    page.wait_for_function("node => !node.innerText.endsWith('…')", arg=answer.element_handle())
+    # The box draws all its text anew with every piece of an answer, so no element may be held on to.
+    expect(answer).not_to_have_text(re.compile("…$"), timeout=300_000)
     assert answer.inner_text().startswith("tuned: ")
     assert "[" not in answer.inner_text(), answer.inner_text()
