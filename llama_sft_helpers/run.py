@@ -91,6 +91,7 @@ def run_notebooks(
             os.environ, SFT_PROFILE=picked, SFT_SETTINGS=json.dumps(changes), SFT_OUTPUT_DIR=str(out)
         )
         environment.pop("MPLBACKEND", None)  # figures belong in the notebooks
+        _say(f"profile {profile.name}, model {profile.model_id}, data {profile.dataset_id}, into {out}")
         pages = _execute_all(paths, out, cell_timeout_seconds, environment)
         _write(out / "index.html", _index_page(profile.name, pages))
     for folder in [out / _RESULTS[path.stem] for path in paths if path.stem in _RESULTS]:
@@ -180,11 +181,10 @@ def _execute_all(
 def _execute(
     path: Path, out: Path, timeout: int | None, environment: dict[str, str], progress: Progress
 ) -> None:
-    import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    notebook = nbformat.read(path, as_version=4)
+    notebook = _read_without_outputs(path)
     code_cells = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in notebook.cells)
     task = progress.add_task(path.stem, total=code_cells)
     client = NotebookClient(
@@ -207,6 +207,17 @@ def _execute(
             raise RunError(f"{path.name}: a cell took longer than {timeout} seconds.") from error
         finally:
             _write_notebook(notebook, out / path.name)
+
+
+def _read_without_outputs(path: Path) -> Any:
+    """A notebook whose saved outputs are gone: those of a run that stops early would pass for its own."""
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return notebook
 
 
 def _execute_interruptibly(client: Any, **kernel: Any) -> None:

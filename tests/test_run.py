@@ -48,12 +48,17 @@ def test_the_first_failing_cell_stops_the_run_with_its_own_message(write_noteboo
         n01_bad=["print('fine')", "raise ValueError('the column output is missing')", "print('never')"],
         n02_next=["print('never')"],
     )
+    saved = nbformat.read(originals / "01_bad.ipynb", as_version=4)
+    saved.cells[2].outputs = [nbformat.v4.new_output("stream", text="of an earlier run")]
+    nbformat.write(saved, originals / "01_bad.ipynb")
     out = tmp_path / "out"
     result = run("run", "--profile", "ci-tiny", "--out", out, "--notebooks", originals)
     assert result.returncode == 1
     assert "01_bad.ipynb: a cell failed with ValueError: the column output is missing" in result.stderr
     assert "Traceback" not in result.stderr
-    assert (out / "01_bad.html").is_file()
+    assert "of an earlier run" not in (out / "01_bad.html").read_text(encoding="utf-8")
+    assert "of an earlier run" not in (out / "01_bad.ipynb").read_text(encoding="utf-8")
+    assert result.stdout.startswith("profile ci-tiny, model ")
     assert not (out / "02_next.ipynb").exists()
     assert not (out / "index.html").exists()
 
