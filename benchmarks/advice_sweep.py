@@ -17,7 +17,6 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import importlib.metadata
 import itertools
 import json
 import logging
@@ -32,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+from report import card, source  # noqa: E402
 
-LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TINY = {"model": "local:tiny-llama", "sizes": [8, 16], "rates": [5e-3], "ranks": [4, 8],
         "epochs": 2, "eval_rows": 8}  # fmt: skip
@@ -208,21 +207,14 @@ def run_of(row: dict[str, Any]) -> Run:
     return Run(0 if row["all_rows"] else row["rows"], row["learning_rate"], row["rank"], row["seed"])
 
 
-def card(on_gpu: bool) -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores, {platform.machine()}"
-
-
 def describe(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """The report without runs, or, with ``--add``, what the file holds of the same settings."""
     shared = dataclasses.asdict(settings) | {"model": Path(settings.model).name}
     places = {settings.model: "FOLDER", str(args.out): args.out.name}  # not where they lie on this machine
     words = [places.get(word, word) for word in sys.argv[1:]]
     report = {
-        "card": card(args.on_gpu),
+        **source(card()),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "command": shlex.join(["python", "benchmarks/advice_sweep.py", *words]),
         "minutes": 0.0,
         "runs_at_a_time": args.at_a_time,
