@@ -71,7 +71,7 @@ def swiglu_quantize_rows(
     return product, *quantize_rows(product, column_scale)
 
 
-def int8_matmul(
+def int8_matmul(  # noqa: PLR0917 - in the order of the formula
     a: torch.Tensor,
     b: torch.Tensor,
     row_scale: torch.Tensor,
