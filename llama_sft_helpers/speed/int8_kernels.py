@@ -1,41 +1,118 @@
-"""The operations of an int8 product in plain PyTorch: quantize rows, multiply and transpose codes."""
+"""Products of int8 codes with exact sums, and what makes codes of rows: PyTorch here, Triton on a GPU.
+
+``x @ w.T`` with ``x = codes_x * scale_x[:, None]`` and ``w = codes_w * scale_w[:, None]`` is
+``(codes_x @ codes_w.T) * scale_x[:, None] * scale_w[None, :]``: the sums are of whole numbers, and the scales
+come in once at the end. A row's codes reach from -127 to 127.
+"""
 
 from __future__ import annotations
 
 import torch
 
-_INT8_MAX = 127.0
+INT8_MAX = 127.0
+SMALLEST = 1e-30  # a row without a larger value gets codes of 0; its reciprocal is still a float32
+_EXACT_COLUMNS = 1024  # sums of so many products of codes are whole numbers up to 2**24, which float32 holds
 
 
 def quantize_rows(
     x: torch.Tensor, column_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes, int8 ``(rows, columns)``, and each row's scale: ``codes * scale`` is ``x * column_scale``.
+    """Int8 codes of each row of ``x * column_scale``, with one scale a row: its largest magnitude over 127.
 
-    A row's float32 scale is its largest magnitude divided by 127; a row of zeros has zeros.
+    Args:
+        x: Shape ``(M, K)``, of a floating type.
+        column_scale: Shape ``(K,)``; 0 leaves a column out, of the codes and of the scale. None for ones.
+
+    Returns:
+        Codes of shape ``(M, K)`` and float32 scales of shape ``(M,)``. A row of zeros has scale 0, one with a
+        NaN has scale NaN.
     """
     values = x.float() if column_scale is None else x.float() * column_scale.float()
-    scales = values.abs().amax(1) / _INT8_MAX
-    codes = torch.where(scales[:, None] > 0, values / scales[:, None], 0.0).round()
-    return codes.to(torch.int8), scales
+    absmax = values.abs().amax(1)
+    codes = values * (INT8_MAX / absmax.clamp(min=SMALLEST))[:, None]
+    return codes.round_().to(torch.int8), absmax / INT8_MAX
 
 
-def int8_matmul(  # noqa: PLR0917 - a product and its epilogue
+def rmsnorm_quantize_rows(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, column_scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Llama's RMSNorm of each row and the codes of what it gives: once for q, k, v and once for gate, up.
+
+    Args:
+        x: Shape ``(M, K)``.
+        weight: The norm's weight, shape ``(K,)``.
+        eps: The norm's ``variance_epsilon``.
+        column_scale: As in ``quantize_rows``.
+
+    Returns:
+        The normed rows of shape ``(M, K)`` and ``x``'s type, which the thin products need, and
+        ``quantize_rows`` of them.
+    """
+    values = x.float()
+    values = values * torch.rsqrt(values.square().mean(1, keepdim=True) + eps)
+    normed = (weight * values.to(x.dtype)).to(x.dtype)
+    return normed, *quantize_rows(normed, column_scale)
+
+
+def swiglu_quantize_rows(
+    gate: torch.Tensor, up: torch.Tensor, column_scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``silu(gate) * up`` and the codes of its rows: what ``down_proj`` multiplies.
+
+    Args:
+        gate: Shape ``(M, K)``.
+        up: Shape ``(M, K)``, of the same type.
+        column_scale: As in ``quantize_rows``.
+
+    Returns:
+        The product of shape ``(M, K)`` and ``gate``'s type, and ``quantize_rows`` of it.
+    """
+    product = torch.nn.functional.silu(gate) * up
+    return product, *quantize_rows(product, column_scale)
+
+
+def int8_matmul(  # noqa: PLR0917 - in the order of the formula
     a: torch.Tensor,
     b: torch.Tensor,
     row_scale: torch.Tensor,
-    column_scale: torch.Tensor | None,
-    add: torch.Tensor | None,
-    dtype: torch.dtype,
+    column_scale: torch.Tensor | None = None,
+    add: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    thin: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """``(a @ b.T) * row_scale[:, None] * column_scale + add`` for int8 ``(m, k)`` and ``(n, k)``."""
-    exact = a.double() @ b.double().t()  # sums of products of codes: whole numbers far below 2**53
-    out = exact.float() * row_scale[:, None]
+    """``(a @ b.T) * row_scale[:, None] * column_scale[None, :] + add + left @ right.T``, rounded once.
+
+    Args:
+        a: Int8 codes of shape ``(M, K)``.
+        b: Int8 codes of shape ``(N, K)``: the int8 unit of a GPU wants both along the summed dimension.
+        row_scale: Float32, shape ``(M,)``.
+        column_scale: Float32, shape ``(N,)``, or None for ones.
+        add: Shape ``(M, N)``, or None.
+        dtype: Type of the result.
+        thin: ``(left, right)`` of shapes ``(M, R)`` and ``(N, R)`` in one 16-bit type, or None: LoRA's update
+            and outlier columns, multiplied where the result is written instead of read as ``add``.
+
+    Returns:
+        Shape ``(M, N)``. The sums over int8 are exact, the rest is computed in float32.
+    """
+    out = _exact_sums(a, b).float() * row_scale[:, None]
     if column_scale is not None:
-        out = out * column_scale
-    return (out if add is None else out + add).to(dtype)
+        out *= column_scale
+    if add is not None:
+        out += add
+    if thin is not None:
+        out += thin[0].float() @ thin[1].float().T
+    return out.to(dtype)
+
+
+def _exact_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b.T`` as int32: a CPU's product of int32 is slow, so float32 multiplies what it holds exactly."""
+    sums = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    for left, right in zip(a.split(_EXACT_COLUMNS, 1), b.split(_EXACT_COLUMNS, 1), strict=True):
+        sums += (left.float() @ right.float().T).to(torch.int32)
+    return sums
 
 
 def transpose_codes(codes: torch.Tensor) -> torch.Tensor:
-    """``(n, k)`` as contiguous ``(k, n)``."""
-    return codes.t().contiguous()
+    """Codes of shape ``(N, K)`` as contiguous ``(K, N)``, for the product that gives the input's gradient."""
+    return codes.T.contiguous()
