@@ -31,14 +31,16 @@ def _units_linear(  # type: ignore[no-untyped-def]
     x, codes, absmax, lora_a, lora_b, scaling, columns, kept, outliers, int8_backward
 ):
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    thin = _thin_product(rows, lora_a, lora_b, scaling, columns, outliers)
+    thin = _thin_factors(rows, lora_a, lora_b, scaling, columns, outliers)
     x_codes, scales = int8_kernels.quantize_rows(rows, kept)
-    out = int8_kernels.int8_matmul(x_codes, codes, scales, absmax.float() / _INT8_MAX, thin, x.dtype)
+    out = int8_kernels.int8_matmul(
+        x_codes, codes, scales, absmax.float() / _INT8_MAX, dtype=x.dtype, thin=thin
+    )
     return out.view(*x.shape[:-1], codes.shape[0])
 
 
-def _thin_product(x, lora_a, lora_b, scaling, columns, outliers):  # type: ignore[no-untyped-def]
-    """LoRA's update and the outlier columns in one 16-bit product, whose summed dimension is short."""
+def _thin_factors(x, lora_a, lora_b, scaling, columns, outliers):  # type: ignore[no-untyped-def]
+    """LoRA's update and the outlier columns as one 16-bit product, whose summed dimension is short."""
     left, right = [], []
     if lora_a is not None:
         left.append(x @ lora_a.to(x.dtype).t())
@@ -46,18 +48,18 @@ def _thin_product(x, lora_a, lora_b, scaling, columns, outliers):  # type: ignor
     if columns is not None:
         left.append(x.index_select(1, columns))
         right.append(outliers.to(x.dtype))
-    return torch.cat(left, 1) @ torch.cat(right, 1).t() if left else None
+    return (torch.cat(left, 1), torch.cat(right, 1)) if left else None
 
 
 def _units_grad(grad, codes, absmax, lora_a, lora_b, scaling):  # type: ignore[no-untyped-def]
     rows = grad.reshape(-1, grad.shape[-1]).contiguous()
     thin = None
     if lora_a is not None:
-        thin = (rows @ (lora_b * scaling).to(grad.dtype)) @ lora_a.to(grad.dtype)
+        thin = rows @ (lora_b * scaling).to(grad.dtype), lora_a.t().to(grad.dtype).contiguous()
     # the codes' scales belong to the dimension that is summed here, so they go into the gradient first
     grad_codes, scales = int8_kernels.quantize_rows(rows, absmax.float() / _INT8_MAX)
     columns = int8_kernels.transpose_codes(codes)
-    out = int8_kernels.int8_matmul(grad_codes, columns, scales, None, thin, grad.dtype)
+    out = int8_kernels.int8_matmul(grad_codes, columns, scales, dtype=grad.dtype, thin=thin)
     return out.view(*grad.shape[:-1], codes.shape[1])
 
 
