@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from llama_sft_helpers.profiles import EXPORTS
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -74,6 +76,9 @@ def train(
     data: DataOption = None,
     columns: ColumnsOption = None,
     model: ModelOption = None,
+    export: Annotated[
+        str | None, typer.Option(help=f"What to make: {' | '.join(map(repr, EXPORTS))}.")
+    ] = None,
     changes: SetOption = None,
     profile: ProfileOption = None,
     out: OutOption = Path("outputs"),
@@ -89,7 +94,8 @@ def train(
     length_is_set = any(setting.startswith(("epochs=", "max_steps=")) for setting in settings)
     if data and not length_is_set and not pick_profile(profile).endswith(".toml"):
         settings.append("epochs=3")
-    _run(settings, data, columns, model, cell_timeout, profile_name=profile, only="09", out=out)
+    named = {"dataset_id": data, "columns": columns, "model_id": model, "export": export}
+    _run(settings, named, cell_timeout, profile_name=profile, only="09", out=out)
 
 
 @app.command()
@@ -106,24 +112,18 @@ def run(
     changes: SetOption = None,
 ) -> None:
     """Execute the notebooks in order into a folder (.ipynb and .html); stops at the first failing cell."""
+    named = {"dataset_id": data, "columns": columns, "model_id": model}
     choices = {"profile_name": profile, "only": only, "out": out, "notebooks": notebooks}
-    _run(changes or [], data, columns, model, cell_timeout, **choices)
+    _run(changes or [], named, cell_timeout, **choices)
 
 
-def _run(
-    changes: list[str],
-    data: str | None,
-    columns: str | None,
-    model: str | None,
-    cell_timeout: int,
-    **choices: Any,
-) -> None:
+def _run(changes: list[str], named: Mapping[str, str | None], cell_timeout: int, **choices: Any) -> None:
     from llama_sft_helpers.demo_model import ModelBuildError
     from llama_sft_helpers.run import RunError, run_notebooks
     from llama_sft_helpers.settings import SettingsError, parse_settings
 
     try:
-        settings = parse_settings(changes, dataset_id=data, columns=columns, model_id=model)
+        settings = parse_settings(changes, **named)
         run_notebooks(settings=settings, cell_timeout_seconds=cell_timeout or None, **choices)
     except (RunError, SettingsError, ModelBuildError) as error:
         _fail(error)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_sft_helpers.settings import SettingsError, absolute_path, environment_settings
+from llama_sft_helpers.settings import PATHS, SettingsError, absolute_path, environment_settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,10 +26,12 @@ _PACKAGE = Path(__file__).parent
 OWN_PROFILE = Path("llama-sft.toml")
 _DRIVE = Path("/content/drive")  # where Colab's own examples and its Files panel mount Google Drive
 Setting = tuple[Any, str]  # a value and its reason
+EXPORTS = ("adapter", "adapter and GGUF")  # what notebook 09 makes to take away
 _CHOICES = {
     "dtype": ("bfloat16", "float16", "float32"),
     "attn_implementation": ("sdpa", "varlen"),
     "prompt_format": ("auto", "alpaca", "chat", "plain"),
+    "export": EXPORTS,
 }
 # what notebook 08 adds, switched off
 _PLAIN = {
@@ -56,6 +58,7 @@ class Profile:
     dataset_id: str  # file, folder or hub id for data.load_rows
     columns: str  # the data's columns and what they are, question=instruction,answer=output; "" for none
     prompt_format: str  # alpaca, chat, plain, or auto (data.choose_prompt_format)
+    export: str  # what notebook 09 makes to take away, one of EXPORTS
     train_rows: int  # 0 takes all
     eval_rows: int  # held out
     max_length: int  # longest row, and the block size when packing, in tokens
@@ -252,7 +255,7 @@ def _read_changes(path: Path) -> tuple[str, dict[str, Setting]]:
         if "value" not in table:
             raise ProfileError(f"{path.absolute()}, setting {key!r}: a table must hold value = ...")
         value = table["value"]
-        if key in ("model_id", "dataset_id"):
+        if key in PATHS:
             value = absolute_path(str(value), path.parent)
         changes[key] = value, str(table.get("reason", f"set in {path.name}"))
     return base, changes
@@ -291,7 +294,7 @@ def _fault(key: str, value: Any, type_name: str) -> str:
     if found not in type_name.split(" | ") and not (found == "int" and type_name.startswith("float")):
         return f"is of type {found}, expected {type_name}"
     if key in _CHOICES and value not in _CHOICES[key]:
-        return f"is not one of {', '.join(_CHOICES[key])}"
+        return f"is not one of {', '.join(map(repr, _CHOICES[key]))}"
     least = 0 if key in ("gpu_gib", "train_rows") else 1 if type_name == "int" else None
     if least is not None and value < least:
         return f"is too small, expected at least {least}"

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+PATHS = ("model_id", "dataset_id")  # the settings that may name a file or a folder
+
 
 class SettingsError(ValueError):
     """A setting is not valid."""
@@ -41,7 +43,9 @@ def parse_settings(pairs: Iterable[str], **named: str | None) -> dict[str, Any]:
         SettingsError: A text is no pair.
     """
     settings: dict[str, Any] = {
-        key: absolute_path(value) for key, value in named.items() if value is not None
+        key: absolute_path(value) if key in PATHS else value
+        for key, value in named.items()
+        if value is not None
     }
     for pair in pairs:
         key, sign, text = pair.partition("=")

@@ -25,7 +25,7 @@ def test_shipped_profiles_are_complete_and_every_setting_has_a_reason():
     for name in SHIPPED:
         frame = read_profile(name).to_frame()
         assert frame["reason"].str.len().min() > 5, name
-        assert len(frame) == 24
+        assert len(frame) == 25
 
 
 def test_environment_variable_picks_the_profile(monkeypatch):
@@ -65,9 +65,9 @@ def test_overrides_replace_values_and_say_so():
         ("ci-tiny", {"max_steps": 0}, "too small"),
         ("ci-tiny", {"max_steps": None}, "is of type NoneType, expected int"),
         ("ci-tiny", {"epochs": 0}, "not above 0"),
-        ("ci-tiny", {"prompt_format": "llama"}, "not one of auto, alpaca, chat, plain"),
+        ("ci-tiny", {"prompt_format": "llama"}, "not one of 'auto', 'alpaca', 'chat', 'plain'"),
         ("ci-tiny", {"sweep_seconds": 0}, "'sweep_seconds': 0 is too small, expected at least 1"),
-        ("ci-tiny", {"dtype": "float8"}, "not one of bfloat16, float16, float32"),
+        ("ci-tiny", {"dtype": "float8"}, "not one of 'bfloat16', 'float16', 'float32'"),
         ("ci-tiny", {"activation_memory_budget": 1.5}, r"outside \(0, 1\]"),
     ],
 )
@@ -186,8 +186,11 @@ def test_settings_come_from_a_file_beside_then_the_environment_then_the_call(tmp
 def test_settings_of_a_command_line_are_values_and_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.csv").touch()
+    (tmp_path / "adapter").mkdir()
     pairs = ["learning_rate=1e-4", "packing=false", "dtype=float16", "columns=q=instruction,a=output"]
-    assert parse_settings([*pairs, "max_steps=5"], dataset_id="my.csv", model_id="me/my.csv", x=None) == {
+    named = {"dataset_id": "my.csv", "model_id": "me/my.csv", "export": "adapter", "x": None}
+    assert parse_settings([*pairs, "max_steps=5"], **named) == {
+        "export": "adapter",  # a choice, and no folder
         "dataset_id": str(tmp_path / "my.csv"),
         "model_id": "me/my.csv",
         "learning_rate": 1e-4,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from typer.testing import CliRunner
 
 from llama_sft_helpers.cli import app
 from llama_sft_helpers.data import to_prompt_completion
+from llama_sft_helpers.profiles import _CHOICES
 
-ORIGINAL = Path(__file__).parent.parent / "notebooks" / "09_your_run.ipynb"
+FORM = Path(__file__).parent.parent / "notebooks" / "09_your_run.ipynb"
 # Runs when the kernel's Python starts: a hub that holds one data set.
 HUB = """
 import datasets
@@ -62,12 +64,20 @@ def test_a_file_becomes_an_adapter_that_keeps_its_template(form, tmp_path, tiny_
     assert tokenizer.apply_chat_template(asked, tokenize=False) == tokenizer.bos_token + prompt
 
 
+@pytest.mark.parametrize("setting", ["prompt_format", "export"])
+def test_the_form_offers_what_a_profile_takes(setting):
+    cell = next(cell.source for cell in nbformat.read(FORM, as_version=4).cells if "# @param" in cell.source)
+    (offered,) = re.findall(rf"^{setting} = .* # @param (\[.*\])$", cell, flags=re.MULTILINE)
+    assert tuple(json.loads(offered)) == _CHOICES[setting]
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         (["--data", "none.csv"], "There is no file or folder"),
         (["--columns", "question=instruction"], "has no column 'question'"),
         (["--set", "epochs=-1"], "not above 0"),
+        (["--export", "gguf"], "'export': 'gguf' is not one of 'adapter', 'adapter and GGUF'"),
     ],
 )
 def test_what_cannot_be_trained_is_one_clear_error(options, told, tmp_path):
@@ -99,22 +109,17 @@ def test_an_overfitted_run_keeps_everything_and_its_best_adapter(switches, tmp_p
     assert (folder / "adapter.zip").is_file()
 
 
-def test_a_second_run_writes_the_export_anew_and_keeps_an_edited_card(tmp_path, monkeypatch):
+def test_a_second_run_writes_the_export_anew_and_keeps_an_edited_card(tmp_path):
     """The tiny model's tokenizer is unknown to llama.cpp: the profile stops before the GGUF file."""
-    chosen = ORIGINAL.read_text(encoding="utf-8").replace(
-        'export = \\"adapter\\"', 'export = \\"adapter and GGUF\\"'
-    )
-    (tmp_path / "notebooks").mkdir()
-    (tmp_path / "notebooks" / ORIGINAL.name).write_text(chosen, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
+    options = ["--export", "adapter and GGUF", *SHORT]
     source = write_rows(tmp_path / "data" / "rows.jsonl", 12)
-    train(source, tmp_path / "out", *SHORT)
+    train(source, tmp_path / "out", *options)
     folder = tmp_path / "out" / "your_run"
     card = folder / "adapter" / "README.md"
     edited = card.read_text(encoding="utf-8") + "The rows are under CC0.\n"
     card.write_text(edited, encoding="utf-8")
     (folder / "Modelfile").unlink()
-    _, shown = train(source, tmp_path / "out", *SHORT)
+    _, shown = train(source, tmp_path / "out", *options)
     assert "README.md was edited" in shown
     assert "convert_hf_to_gguf" in shown
     assert (folder / "merged" / "model.safetensors").is_file()
