@@ -1,4 +1,4 @@
-"""Notebook 08: int8 training at 16-bit speed, three switches for a model and what a ladder of runs measured.
+"""Notebook 08: int8 training at 16-bit speed, the switches for a model and what a ladder of runs measured.
 
 The switches are the only functions of the package that change a model. Each keeps the weights, the
 ``state_dict`` and what the model computes, up to rounding, and each can be undone.
@@ -8,6 +8,7 @@ from llama_sft_helpers.core.contents import load_on_demand
 
 CONTENTS = {
     "use_fast_int8": "int8_product",  # switch: int8 weights in a 16-bit product
+    "use_int8_units": "int8_units",  # switch: int8 inputs too, on the GPU's int8 units
     "register_varlen_attention": "varlen",  # switch: attention that skips what packing masks
     "document_bounds": "core.batches",  # where the packed rows begin and end
     "compile_decoder_layers": "compiled_layers",  # switch: each decoder layer compiled

@@ -215,10 +215,16 @@ def int8_linear(
     ``x`` of shape ``(..., in_features)`` gives ``(..., out_features)``; under autocast it is cast first. The
     weight's parts are those of ``dequantize``. Gradients flow to ``x``, ``lora_a`` and ``lora_b``.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    out: torch.Tensor = torch.ops.llama_sft.int8_linear(x, codes, absmax, lora_a, lora_b, scaling)
+    out: torch.Tensor = torch.ops.llama_sft.int8_linear(
+        in_autocast(x), codes, absmax, lora_a, lora_b, scaling
+    )
     return out
+
+
+def in_autocast(x: torch.Tensor) -> torch.Tensor:
+    """In the type that autocast asks for, if it is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _run_fast(
@@ -226,7 +232,8 @@ def _run_fast(
 ) -> Any:
     if linear.state.CB is None:  # after a merge PEFT puts new codes on the weight
         linear.init_8bit_state()
-    out = int8_linear(x, linear.state.CB, linear.state.SCB, lora_a, lora_b, scaling)
+    product = getattr(linear, "int8_units", int8_linear)  # use_int8_units puts its own there
+    out = product(x, linear.state.CB, linear.state.SCB, lora_a, lora_b, scaling)
     return out if linear.bias is None else out + linear.bias.to(out.dtype)
 
 
@@ -268,12 +275,12 @@ def use_fast_int8(model: torch.nn.Module, enabled: bool = True) -> int:
     Raises:
         ValueError: The model has no ``Linear8bitLt``, or one that is not frozen int8.
     """
-    linears = _frozen_linears(model)
+    linears = frozen_linears(model).values()
     for linear in linears:
         if linear.state.CB is None:
             linear.init_8bit_state()
     switched = sum(_switch(linear, _run_fast, enabled) for linear in linears)
-    for layer in _lora_layers(model):
+    for layer in lora_layers(model):
         _switch(layer, _run_fast_lora, enabled)
     if switched < len(linears):
         warnings.warn(
@@ -284,7 +291,8 @@ def use_fast_int8(model: torch.nn.Module, enabled: bool = True) -> int:
     return switched
 
 
-def _frozen_linears(model: torch.nn.Module) -> list[Any]:
+def frozen_linears(model: torch.nn.Module) -> dict[str, Any]:
+    """Name -> ``Linear8bitLt``, frozen and at least one, or else the ``ValueError`` of ``use_fast_int8``."""
     import bitsandbytes as bnb
 
     linears = {name: m for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear8bitLt)}
@@ -300,10 +308,11 @@ def _frozen_linears(model: torch.nn.Module) -> list[Any]:
                 f"requires_grad={linear.weight.requires_grad}; expected frozen int8 codes "
                 "(has_fp16_weights=False, and moved to its device)."
             )
-    return list(linears.values())
+    return linears
 
 
-def _lora_layers(model: torch.nn.Module) -> list[Any]:
+def lora_layers(model: torch.nn.Module) -> list[Any]:
+    """PEFT's LoRA layers over a ``Linear8bitLt``."""
     import bitsandbytes as bnb
     from peft.tuners.lora.bnb import Linear8bitLt
 
