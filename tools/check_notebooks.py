@@ -86,7 +86,7 @@ def openings_are_alike(repo: Repository) -> Iterator[str]:
             r"\A\[!\[Open In Colab\]",
             rf"# {path.stem[:2]} · ",
             r"GPU: .* · Time: .* · Memory: .* · Helpers: ",
-            "Outputs: recorded by `make record` with the profile `cpu-demo`",
+            r"Outputs: recorded on two CPU cores with a small demo model \(the profile `cpu-demo`",
             *(rf"\({re.escape(other.name)}\)" for other in neighbours),
         ]
         for pattern in wanted:
