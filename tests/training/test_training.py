@@ -13,6 +13,7 @@ import tiny_training
 import torch
 
 from llama_sft_helpers import run, training
+from llama_sft_helpers.core.progress import PROGRESS_FILE
 from llama_sft_helpers.training import (
     CheckpointError,
     CheckpointWriteError,
@@ -84,10 +85,15 @@ def test_throughput_counts_real_tokens_and_the_time_left(finished):
     assert ThroughputCallback().to_frame().columns.tolist() == table.columns.tolist()
 
 
-def test_throughput_counts_all_the_time_since_the_last_log(finished, tmp_path):
+def test_throughput_counts_all_the_time_since_the_last_log(finished, tmp_path, monkeypatch):
     second = ThroughputCallback()
-    tiny_training.build_trainer(tmp_path, [second], eval_strategy="no", logging_steps=2).train()
+    monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / "step"))
+    trainer = tiny_training.build_trainer(tmp_path, [second], eval_strategy="no", logging_steps=2)
+    trainer.train()
     table = second.to_frame()
+    loss = trainer.state.log_history[1]["loss"]
+    told = f"training step 4 of 4, loss {loss:.4f}, 0:00 left"
+    assert (tmp_path / "step").read_text(encoding="utf-8") == told
     assert table.index.tolist() == [2, 4]
     assert table["tokens"].sum() == finished[1]["tokens"].sum()
     assert table["tokens_per_second"].tolist() == pytest.approx((table["tokens"] / table["seconds"]).tolist())
