@@ -190,6 +190,7 @@ class Tiles(NamedTuple):
     special: bool = False
 
 
+ROW_PER_WARP = 1024  # values of a row
 _started = {}
 
 
@@ -208,7 +209,7 @@ def _start(kernel, grid, args, kind, **options):
 
 def _row_options(columns):
     block = triton.next_power_of_2(columns)
-    return block, min(16, max(1, block // 1024))
+    return block, min(16, max(1, block // ROW_PER_WARP))
 
 
 def _make_codes(kernel, before, column_scale, results, eps=()):
@@ -220,7 +221,7 @@ def _make_codes(kernel, before, column_scale, results, eps=()):
     block, warps = _row_options(columns)
     args = (*before, scale, *results, codes, scales, columns, *eps, column_scale is not None, block)
     if rows:
-        _start(kernel, (rows, 1, 1), args, (columns, column_scale is None), num_warps=warps)
+        _start(kernel, (rows, 1, 1), args, (columns, column_scale is None, warps), num_warps=warps)
     return *results, codes, scales
 
 
