@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+_LAYOUTS = {size: gl.NVMMASharedLayout(128, 8 * size) for size in (1, 2)}  # of blocks of int8 and of 16 bits
 HALF = gl.constexpr(64)  # rows of a tile for each group: what one warp group's instruction takes
 WIDE = gl.constexpr(
     64
@@ -180,8 +181,7 @@ def specialized_product_kernel(
 
 def _describe(tensor, rows, columns):
     """What the copy engine needs to know of a matrix and its blocks."""
-    layout = gl.NVMMASharedLayout(128, 8 * tensor.itemsize)
-    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), [rows, columns], layout)
+    return TensorDescriptor(tensor, tensor.shape, tensor.stride(), [rows, columns], _LAYOUTS[tensor.itemsize])
 
 
 def arguments(a, b, out, row_scale, column_scale, thin, tiles):

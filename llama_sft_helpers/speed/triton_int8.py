@@ -117,7 +117,7 @@ def _finish(
         columns = tl.load(
             right + column[None, :] * R + r[:, None], mask=in_column[None, :] & (r < R)[:, None], other=0.0
         )
-        result = tl.dot(rows, columns, result)
+        result = tl.dot(rows, columns, result, input_precision="ieee")  # matters to float32 only
     if HAS_ADD:
         place = row.to(tl.int64)[:, None] * N + column[None, :]
         result += tl.load(add + place, mask=in_row[:, None] & in_column[None, :], other=0.0).to(tl.float32)
