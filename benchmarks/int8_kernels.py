@@ -47,6 +47,10 @@ TILES: dict[str, dict[str, Any]] = {
     "copies 128x256x128, 3 stages, 8 warps, specialized": {
         "columns": 256, "warps": 8, "copies": True, "programs": 1, "special": True,
     },
+    "gluon 128x256x128, 4 stages": {"gluon": True, "columns": 256, "stages": 4},
+    "gluon 128x256x128, 4 stages, group 16": {"gluon": True, "columns": 256, "stages": 4, "group": 16},
+    "gluon 128x256x128, 3 stages": {"gluon": True, "columns": 256, "stages": 3},
+    "gluon 128x128x128, 6 stages": {"gluon": True, "stages": 6},
 }  # fmt: skip
 VARIANTS = ["cuBLAS bf16", "torch._int_mm", "the package", *TILES, "codes of rows", "transposing"]
 # of a decoder layer: results x summed, and how many products have that shape, forward and for the gradient
@@ -101,7 +105,14 @@ def product_of(variant: str, device: str) -> Callable[..., Any]:
     )
 
 
-def check(product: Callable[..., Any], device: str) -> list[dict[str, Any]]:
+def added_by(variant: str) -> list[str]:
+    """What a variant can add to its product."""
+    if variant in {"cuBLAS bf16", "torch._int_mm"}:
+        return []
+    return ["thin"] if TILES.get(variant, {}).get("gluon") else ["add", "thin"]
+
+
+def check(variant: str, product: Callable[..., Any], device: str) -> list[dict[str, Any]]:
     """Results at edge sizes against float64, which holds every sum of products of codes exactly."""
     import torch
 
@@ -115,9 +126,11 @@ def check(product: Callable[..., Any], device: str) -> list[dict[str, Any]]:
         del poison  # the result likely lies where it was, so that an element left out shows
         sums = product(a=a, b=b, row_scale=torch.full_like(row, 2**-8))
         wrong = (sums != (exact * 2**-8).float().to(sums.dtype)).sum().item()
-        got = product(**given).double()
-        truth = exact * row.double()[:, None] * column.double() + given["add"].double()
+        parts = ["a", "b", "row_scale", "column_scale", *added_by(variant)]
+        got = product(**{key: given[key] for key in parts}).double()
+        truth = exact * row.double()[:, None] * column.double()
         truth += given["thin"][0].double() @ given["thin"][1].double().T
+        truth += given["add"].double() if "add" in parts else 0
         error = ((got - truth).norm() / truth.norm()).item()
         largest = ((got - truth).abs() / (truth.abs() + 1e-3 * truth.abs().max())).max().item()
         shape = f"{rows} x {columns} x {summed}"
@@ -171,8 +184,8 @@ def time_products(variant: str, product: Callable[..., Any], device: str, result
             parts = {"": plain}
             if variant == "cuBLAS bf16":
                 sets = [given | {name: given[name].to(given["add"].dtype) for name in "ab"} for given in sets]
-            elif variant != "torch._int_mm" and rows in {6480, 24}:
-                parts |= {" add": plain | {"add"}, " thin": plain | {"thin"}}
+            if rows in {6480, 24}:
+                parts |= {f" {name}": plain | {name} for name in added_by(variant)}
             for name, part in parts.items():
                 calls = [functools.partial(product, **{key: given[key] for key in part}) for given in sets]
                 key = f"{rows} x {columns} x {summed}{name}"
@@ -310,8 +323,8 @@ def work(variant: str, out: Path, device: str) -> None:
     product = None if variant in {"codes of rows", "transposing"} else product_of(variant, device)
     if product is None:
         result["checks"] = check_rows(device) if variant == "codes of rows" else check_transposing(device)
-    elif variant not in {"cuBLAS bf16", "torch._int_mm"}:
-        result["checks"] = check(product, device)
+    elif added_by(variant):
+        result["checks"] = check(variant, product, device)
     write(out, result)
     if device == "cuda":
         torch.cuda.empty_cache()

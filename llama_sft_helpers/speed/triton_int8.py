@@ -188,6 +188,7 @@ class Tiles(NamedTuple):
     programs: int = 0  # on each multiprocessor, going from tile to tile; 0 for one program a tile
     flat: bool = False
     special: bool = False
+    gluon: bool = False
 
 
 ROW_PER_WARP = 1024  # values of a row
@@ -272,6 +273,17 @@ def int8_matmul(a, b, row_scale, column_scale=None, add=None, dtype=torch.bfloat
     if not rows:
         return out
     tiles = tiles or default_tiles(a.device)
+    if tiles.gluon:
+        if add is not None:
+            raise ValueError("this kernel adds nothing but a thin product")
+        from llama_sft_helpers.speed import gluon_int8
+
+        args = gluon_int8.arguments(a, b, out, row_scale, column_scale, thin, tiles)
+        count = triton.cdiv(rows, 128) * triton.cdiv(columns, tiles.columns)
+        grid = (min(count, _multiprocessors(a.device)), 1, 1)
+        kind = columns, summed, args[-2:], tiles, thin and thin[0].shape[1]
+        _start(gluon_int8.specialized_product_kernel, grid, args, kind, num_warps=4, maxnreg=168)
+        return out
     left, right = thin or (row_scale, row_scale)  # tensors that are not read
     rank = left.shape[1] if thin else 0
     block = max(16, triton.next_power_of_2(rank)) if rank else 0
