@@ -350,30 +350,40 @@ def measure(model: Any, batch: dict[str, torch.Tensor], context: Any) -> dict[st
 def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Cosines and ratios of norms, by kind of module and by layer, and how far hidden states moved."""
     rows = []
+    layers: dict[int, list[str]] = {}
     for name in theirs.keys() - {"hidden"}:
-        cosine = torch.cosine_similarity(ours[name], theirs[name], dim=0).item()
-        ratio = (ours[name].norm() / theirs[name].norm()).item()
+        cosine, ratio = alike([ours[name]], [theirs[name]])
         _, _, path = name.partition(".layers.")
         layer, _, module, factor, *_ = path.split(".")
         rows.append((cosine, ratio, int(layer), module, factor.removeprefix("lora_")))
+        layers.setdefault(int(layer), []).append(name)
     worst = min(rows)
     error = (ours["hidden"] - theirs["hidden"]).norm(dim=-1) / theirs["hidden"].norm(dim=-1)
 
-    def least(keys: list[Any], place: int) -> dict[str, Any]:
-        return {str(key): round(min(row[0] for row in rows if row[place] == key), 5) for key in keys}
+    def least(keys: list[str], place: int) -> dict[str, float]:
+        return {key: round(min(row[0] for row in rows if row[place] == key), 5) for key in keys}
 
-    whole = [torch.cat([found[name] for name in theirs if name != "hidden"]) for found in (ours, theirs)]
+    def of(names: list[str]) -> tuple[float, float]:
+        return alike([ours[name] for name in names], [theirs[name] for name in names])
+
+    cosine, ratio = of(list(itertools.chain.from_iterable(layers.values())))
     return {
-        "cosine": torch.cosine_similarity(*whole, dim=0).item(),
-        "norm_ratio": (whole[0].norm() / whole[1].norm()).item(),
-        "least_cosine": {"cosine": worst[0], "layer": worst[2], "module": worst[3], "factor": worst[4]},
+        "cosine": cosine,
+        "norm_ratio": ratio,
         "median_cosine": statistics.median(row[0] for row in rows),
+        "least_cosine": {"cosine": worst[0], "layer": worst[2], "module": worst[3], "factor": worst[4]},
         "norm_ratios": [min(row[1] for row in rows), max(row[1] for row in rows)],
         "least_cosine_by_module": least(TARGETS, 3),
         "least_cosine_by_factor": least(["A", "B"], 4),
-        "least_cosine_by_layer": list(least(sorted({row[2] for row in rows}), 2).values()),
+        "cosine_by_layer": [round(of(names)[0], 5) for _, names in sorted(layers.items())],
         "hidden_error_by_layer": [round(value, 5) for value in error.median(1).values.tolist()],
     }
+
+
+def alike(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> tuple[float, float]:
+    """Cosine and ratio of norms of two gradients, each given in parts."""
+    x, y = torch.cat(ours), torch.cat(theirs)
+    return (torch.dot(x, y) / (x.norm() * y.norm())).item(), (x.norm() / y.norm()).item()
 
 
 # --- all jobs ---
@@ -387,20 +397,19 @@ def plan(args: argparse.Namespace) -> list[tuple[str, int]]:
 
 def summarize(report: dict[str, Any]) -> dict[str, Any]:
     """Each variant's difference from the reference, in percent of its loss: mean and error over the seeds."""
-    by_seed = {(run["variant"], run["seed"], step): (run["held_out_loss"][i], run["held_out_loss_16_bit"][i])
-               for run in report["runs"] for i, step in enumerate(run["steps"])}  # fmt: skip
+    runs = {(run["variant"], run["seed"]): run for run in report["runs"]}
     summary: dict[str, Any] = {}
-    for variant, step in itertools.product(VARIANTS, report["settings"]["steps"]):
-        seeds = [s for v, s, at in by_seed if (v, at) == (variant, step) and (REFERENCE, s, step) in by_seed]
-        for place, name in enumerate(("own_product", "16_bit_product")):
-            apart = [
-                100 * (by_seed[variant, s, step][place] / by_seed[REFERENCE, s, step][place] - 1)
-                for s in seeds
-            ]
-            if apart and variant != REFERENCE:
-                error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else None
-                found = {"percent": statistics.mean(apart), "standard_error": error, "seeds": len(apart)}
-                summary.setdefault(variant, {}).setdefault(f"after {step}", {})[name] = found
+    places = list(enumerate(report["settings"]["steps"]))
+    for variant, (at, step), kind in itertools.product(VARIANTS, places, ("", "_16_bit")):
+        seeds = [s for v, s in runs if v == variant != REFERENCE and (REFERENCE, s) in runs]
+        pairs = [[runs[v, s]["held_out_loss" + kind] for v in (variant, REFERENCE)] for s in seeds]
+        apart = [
+            100 * (ours[at] / theirs[at] - 1) for ours, theirs in pairs if at < min(map(len, (ours, theirs)))
+        ]
+        if apart:
+            error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else None
+            found = {"percent": statistics.mean(apart), "standard_error": error, "seeds": len(apart)}
+            summary.setdefault(variant, {})[f"step {step}{kind}"] = found
     return summary
 
 
@@ -415,13 +424,9 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         earlier: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8"))
         return earlier
     about = source(card())
-    about["command"] = (
-        about["command"].replace(str(args.model_given), "FOLDER") if args.model_given else about["command"]
-    )
-    settings = {
-        key: getattr(args, key) for key in ("steps", "learning_rate", "rows_per_update", "max_length")
-    }
-    settings |= {"eval_rows": args.eval_rows, "dtype": str(args.dtype).removeprefix("torch.")}
+    about["command"] = about["command"].replace(args.given or "FOLDER", "FOLDER")
+    kept = ("steps", "learning_rate", "rows_per_update", "max_length", "eval_rows", "gradient_rows")
+    settings = {key: getattr(args, key) for key in kept} | {"dtype": str(args.dtype).removeprefix("torch.")}
     return {**about, "model": Path(args.model).name, "minutes": 0.0, "at_a_time": args.at_a_time,
             "settings": settings, "variants": VARIANTS, "gradients": None, "runs": []}  # fmt: skip
 
@@ -448,9 +453,8 @@ def run_all(args: argparse.Namespace, report: dict[str, Any]) -> int:
             if waiting[future] == "gradients":
                 report["gradients"] = found
             elif found:
-                report["runs"] = [
-                    r for r in report["runs"] if (r["variant"], r["seed"]) != waiting[future]
-                ] + [found]
+                others = [run for run in report["runs"] if (run["variant"], run["seed"]) != waiting[future]]
+                report["runs"] = [*others, found]
             missing -= waiting[future] == "gradients" or bool(found and found["steps"] == args.steps)
             report["minutes"] = round(earlier + (time.time() - started) / 60, 1)
             save(args, report)
