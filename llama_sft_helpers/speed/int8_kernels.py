@@ -7,11 +7,26 @@ come in once at the end. A row's codes reach from -127 to 127.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 INT8_MAX = 127.0
 SMALLEST = 1e-30  # a row without a larger value gets codes of 0; its reciprocal is still a float32
 _EXACT_COLUMNS = 1024  # sums of so many products of codes are whole numbers up to 2**24, which float32 holds
+
+
+@functools.cache
+def _kernels(device: torch.device) -> Any:
+    """The module of Triton's kernels, or None where PyTorch computes: Triton has no int8 unit before sm80."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from llama_sft_helpers.speed import triton_int8
+    except ImportError:  # wheels of torch for Windows come without Triton
+        return None
+    return triton_int8
 
 
 def quantize_rows(
@@ -27,6 +42,8 @@ def quantize_rows(
         Codes of shape ``(M, K)`` and float32 scales of shape ``(M,)``. A row of zeros has scale 0, one with a
         NaN has scale NaN.
     """
+    if kernels := _kernels(x.device):
+        return kernels.quantize_rows(x, column_scale)
     values = x.float() if column_scale is None else x.float() * column_scale.float()
     absmax = values.abs().amax(1)
     codes = values * (INT8_MAX / absmax.clamp(min=SMALLEST))[:, None]
@@ -48,6 +65,8 @@ def rmsnorm_quantize_rows(
         The normed rows of shape ``(M, K)`` and ``x``'s type, which the thin products need, and
         ``quantize_rows`` of them.
     """
+    if kernels := _kernels(x.device):
+        return kernels.rmsnorm_quantize_rows(x, weight, eps, column_scale)
     values = x.float()
     values = values * torch.rsqrt(values.square().mean(1, keepdim=True) + eps)
     normed = (weight * values.to(x.dtype)).to(x.dtype)
@@ -67,6 +86,8 @@ def swiglu_quantize_rows(
     Returns:
         The product of shape ``(M, K)`` and ``gate``'s type, and ``quantize_rows`` of it.
     """
+    if kernels := _kernels(gate.device):
+        return kernels.swiglu_quantize_rows(gate, up, column_scale)
     product = torch.nn.functional.silu(gate) * up
     return product, *quantize_rows(product, column_scale)
 
@@ -95,6 +116,8 @@ def int8_matmul(  # noqa: PLR0917 - in the order of the formula
     Returns:
         Shape ``(M, N)``. The sums over int8 are exact, the rest is computed in float32.
     """
+    if kernels := _kernels(a.device):
+        return kernels.int8_matmul(a, b, row_scale, column_scale, add, dtype, thin)
     out = _exact_sums(a, b).float() * row_scale[:, None]
     if column_scale is not None:
         out *= column_scale
@@ -116,4 +139,6 @@ def _exact_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def transpose_codes(codes: torch.Tensor) -> torch.Tensor:
     """Codes of shape ``(N, K)`` as contiguous ``(K, N)``, for the product that gives the input's gradient."""
+    if kernels := _kernels(codes.device):
+        return kernels.transpose_codes(codes)
     return codes.T.contiguous()

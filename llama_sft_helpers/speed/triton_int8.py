@@ -1,0 +1,306 @@
+"""The Triton kernels of ``int8_kernels``; imported only where there is Triton and a GPU for it."""
+
+# ruff: noqa: D103, N803, PLR0917 - a kernel's compile-time constants are in capitals, its arguments positional
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger of two numbers, or a NaN if one is: the trainer must see it."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _store_codes(values, column_scale, codes, scales, row, K, column, inside, HAS_SCALE: tl.constexpr):
+    """Write one row's codes and scale; adding 1.5 * 2**23 rounds to a whole number, half to even."""
+    if HAS_SCALE:
+        values *= tl.load(column_scale + column, mask=inside, other=0.0).to(tl.float32)
+    absmax = tl.reduce(tl.abs(values), 0, _larger)
+    tl.store(scales + row, absmax / 127.0)
+    values = values * (127.0 / tl.maximum(absmax, 1e-30))
+    whole = (values + 12582912.0) - 12582912.0
+    tl.store(codes + row.to(tl.int64) * K + column, whole.to(tl.int8), mask=inside)
+
+
+@triton.jit
+def quantize_kernel(x, column_scale, codes, scales, K, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = column < K
+    values = tl.load(x + row.to(tl.int64) * K + column, mask=inside, other=0.0).to(tl.float32)
+    _store_codes(values, column_scale, codes, scales, row, K, column, inside, HAS_SCALE)
+
+
+@triton.jit
+def rmsnorm_quantize_kernel(
+    x, weight, column_scale, normed, codes, scales, K, eps, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr
+):
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    inside, place = column < K, row.to(tl.int64) * K + column
+    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    values *= tl.rsqrt(tl.sum(values * values, 0) / K + eps)
+    half = normed.dtype.element_ty
+    scale = tl.load(weight + column, mask=inside, other=0.0)
+    # rounded twice, as Llama's norm does
+    result = (values.to(half).to(tl.float32) * scale.to(tl.float32)).to(half)
+    tl.store(normed + place, result, mask=inside)
+    _store_codes(result.to(tl.float32), column_scale, codes, scales, row, K, column, inside, HAS_SCALE)
+
+
+@triton.jit
+def swiglu_quantize_kernel(
+    gate, up, column_scale, product, codes, scales, K, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr
+):
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    inside, place = column < K, row.to(tl.int64) * K + column
+    half = product.dtype.element_ty
+    value = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
+    silu = (value * tl.sigmoid(value)).to(half).to(tl.float32)  # rounded twice, as torch's two operators do
+    result = (silu * tl.load(up + place, mask=inside, other=0.0).to(tl.float32)).to(half)
+    tl.store(product + place, result, mask=inside)
+    _store_codes(result.to(tl.float32), column_scale, codes, scales, row, K, column, inside, HAS_SCALE)
+
+
+@triton.jit
+def transpose_kernel(codes, turned, N, K, BLOCK: tl.constexpr):
+    """Transpose codes in words of four: single bytes would go through shared memory one by one.
+
+    ``codes`` is ``(4 N, K)`` and ``turned`` ``(4 K, N)`` in words. Four rows of words hold blocks of 4 x 4
+    codes; each block is turned in registers, then the words are.
+    """
+    i, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (i < N)[:, None] & (j < K)[None, :]
+    place = codes + 4 * i.to(tl.int64)[:, None] * K + j[None, :]
+    first, second = tl.load(place, mask=inside, other=0), tl.load(place + K, mask=inside, other=0)
+    third, fourth = tl.load(place + 2 * K, mask=inside, other=0), tl.load(place + 3 * K, mask=inside, other=0)
+    for byte in tl.static_range(4):
+        low = ((first >> 8 * byte) & 255) | (((second >> 8 * byte) & 255) << 8)
+        high = (((third >> 8 * byte) & 255) << 16) | (((fourth >> 8 * byte) & 255) << 24)
+        target = turned + (4 * j.to(tl.int64) + byte)[:, None] * N + i[None, :]
+        tl.store(target, tl.trans(low | high), mask=tl.trans(inside))
+
+
+@triton.jit
+def _tile_of(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column of a tile: GROUP rows of tiles at a time, so that tiles running together share codes."""
+    across = tl.cdiv(N, BN)
+    first = tile // (GROUP * across) * GROUP
+    height = tl.minimum(tl.cdiv(M, BM) - first, GROUP)
+    inner = tile % (GROUP * across)
+    return (first + inner % height) * BM, inner // height * BN
+
+
+@triton.jit
+def _finish(
+    sums, row_scale, column_scale, add, left, right, row, column, M, N, R,
+    HAS_SCALE: tl.constexpr, HAS_ADD: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """From exact sums to float32 results: scales, what is added, and the thin product."""
+    in_row, in_column = row < M, column < N
+    result = sums.to(tl.float32) * tl.load(row_scale + row, mask=in_row, other=0.0)[:, None]
+    if HAS_SCALE:
+        result *= tl.load(column_scale + column, mask=in_column, other=0.0)[None, :]
+    if RANK > 0:
+        r = tl.arange(0, RANK)
+        rows = tl.load(
+            left + row[:, None] * R + r[None, :], mask=in_row[:, None] & (r < R)[None, :], other=0.0
+        )
+        columns = tl.load(
+            right + column[None, :] * R + r[:, None], mask=in_column[None, :] & (r < R)[:, None], other=0.0
+        )
+        result = tl.dot(rows, columns, result, input_precision="ieee")  # matters to float32 only
+    if HAS_ADD:
+        place = row.to(tl.int64)[:, None] * N + column[None, :]
+        result += tl.load(add + place, mask=in_row[:, None] & in_column[None, :], other=0.0).to(tl.float32)
+    return result
+
+
+@triton.jit(do_not_specialize=["M"])
+def product_kernel(
+    a, b, out, row_scale, column_scale, add, left, right, M, N, K, R,
+    HAS_SCALE: tl.constexpr, HAS_ADD: tl.constexpr, RANK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """One tile of the product for each program, read with plain pointers: any card, any size."""
+    first_row, first_column = _tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
+    row, column, k = first_row + tl.arange(0, BM), first_column + tl.arange(0, BN), tl.arange(0, BK)
+    # a tile over the edge reads the last row again; what comes of it is not stored
+    a_place = a + tl.minimum(row, M - 1).to(tl.int64)[:, None] * K + k[None, :]
+    b_place = b + tl.minimum(column, N - 1).to(tl.int64)[None, :] * K + k[:, None]
+    sums = tl.zeros((BM, BN), tl.int32)
+    for start in range(0, K, BK):
+        if EVEN:
+            rows, columns = tl.load(a_place), tl.load(b_place)
+        else:
+            rows = tl.load(a_place, mask=(k < K - start)[None, :], other=0)
+            columns = tl.load(b_place, mask=(k < K - start)[:, None], other=0)
+        sums = tl.dot(rows, columns, sums, out_dtype=tl.int32)
+        a_place += BK
+        b_place += BK
+    result = _finish(
+        sums, row_scale, column_scale, add, left, right, row, column, M, N, R, HAS_SCALE, HAS_ADD, RANK
+    )
+    place = row.to(tl.int64)[:, None] * N + column[None, :]
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=(row < M)[:, None] & (column < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def descriptor_product_kernel(
+    a, b, out, row_scale, column_scale, add, left, right, M, N, K, R,
+    HAS_SCALE: tl.constexpr, HAS_ADD: tl.constexpr, RANK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    FLAT: tl.constexpr, SPECIAL: tl.constexpr,
+):  # fmt: skip
+    """Tiles read and written by Hopper's copy engine: ``a``, ``b``, ``out`` are descriptors of blocks."""
+    tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT, warp_specialize=SPECIAL):
+        first_row, first_column = _tile_of(tile, M, N, BM, BN, GROUP)
+        sums = tl.zeros((BM, BN), tl.int32)
+        for k in range(0, K, BK):
+            rows, columns = a.load([first_row, k]), b.load([first_column, k])
+            sums = tl.dot(rows, columns.T, sums, out_dtype=tl.int32)
+        row, column = first_row + tl.arange(0, BM), first_column + tl.arange(0, BN)
+        result = _finish(
+            sums, row_scale, column_scale, add, left, right, row, column, M, N, R, HAS_SCALE, HAS_ADD, RANK
+        )
+        out.store([first_row, first_column], result.to(out.dtype))
+
+
+class Tiles(NamedTuple):
+    """How a product is cut: the tile of the result, codes summed at a time, and how a GPU runs it."""
+
+    rows: int = 128
+    columns: int = 128
+    depth: int = 128
+    stages: int = 3
+    warps: int = 4
+    group: int = 8
+    copies: bool = False  # read and written by Hopper's copy engine
+    programs: int = 0  # on each multiprocessor, going from tile to tile; 0 for one program a tile
+    flat: bool = False
+    special: bool = False
+    gluon: bool = False
+
+
+ROW_PER_WARP = 1024  # values of a row
+_started = {}
+
+
+def _start(kernel, grid, args, kind, **options):
+    """Start a kernel; after a kind's first call without Triton's own checks, which cost as much again."""
+    tensors = [getattr(arg, "base", arg) for arg in args if not isinstance(arg, int | float)]
+    key = (kernel.fn.__name__, kind, tensors[0].device, *(tensor.dtype for tensor in tensors))
+    aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
+    if aligned and key in _started:
+        _started[key][grid](*args)
+        return
+    started = kernel[grid](*args, **options)
+    if aligned and started is not None:  # Triton's interpreter gives nothing back
+        _started[key] = started
+
+
+def _row_options(columns):
+    block = triton.next_power_of_2(columns)
+    return block, min(16, max(1, block // ROW_PER_WARP))
+
+
+def _make_codes(kernel, before, column_scale, results, eps=()):
+    """Run a kernel whose programs make a row's codes; it may write another result of that row first."""
+    rows, columns = before[0].shape
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=before[0].device)
+    scales = torch.empty(rows, dtype=torch.float32, device=codes.device)
+    scale = scales if column_scale is None else column_scale  # a tensor that is not read
+    block, warps = _row_options(columns)
+    args = (*before, scale, *results, codes, scales, columns, *eps, column_scale is not None, block)
+    if rows:
+        _start(kernel, (rows, 1, 1), args, (columns, column_scale is None, warps), num_warps=warps)
+    return *results, codes, scales
+
+
+def quantize_rows(x, column_scale=None):
+    """See ``int8_kernels``, as for all functions below."""
+    return _make_codes(quantize_kernel, (x,), column_scale, ())
+
+
+def rmsnorm_quantize_rows(x, weight, eps, column_scale=None):
+    """One pass over ``x``."""
+    return _make_codes(rmsnorm_quantize_kernel, (x, weight), column_scale, (torch.empty_like(x),), (eps,))
+
+
+def swiglu_quantize_rows(gate, up, column_scale=None):
+    """One pass over both."""
+    return _make_codes(swiglu_quantize_kernel, (gate, up), column_scale, (torch.empty_like(gate),))
+
+
+def transpose_codes(codes):
+    """Words of four codes where the sizes allow it."""
+    rows, columns = codes.shape
+    if rows % 4 or columns % 4 or codes.data_ptr() % 4:
+        return codes.T.contiguous()
+    turned = torch.empty(columns, rows, dtype=torch.int8, device=codes.device)
+    args = (codes.view(torch.int32), turned.view(torch.int32), rows // 4, columns // 4, 32)
+    grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128), 1)
+    _start(transpose_kernel, grid, args, (rows, columns), num_warps=4)
+    return turned
+
+
+@functools.cache
+def _multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@functools.cache
+def default_tiles(device):
+    """The tiles for a card: before Hopper, and with less shared memory, half as many codes at a time."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return Tiles(depth=64)
+    return Tiles()
+
+
+def int8_matmul(a, b, row_scale, column_scale=None, add=None, dtype=torch.bfloat16, thin=None, tiles=None):
+    """``tiles`` asks for a certain kernel; by default the fastest one measured."""
+    (rows, summed), columns = a.shape, b.shape[0]
+    out = torch.empty(rows, columns, dtype=dtype, device=a.device)
+    if not rows:
+        return out
+    tiles = tiles or default_tiles(a.device)
+    if tiles.gluon:
+        if add is not None:
+            raise ValueError("this kernel adds nothing but a thin product")
+        from llama_sft_helpers.speed import gluon_int8
+
+        args = gluon_int8.arguments(a, b, out, row_scale, column_scale, thin, tiles)
+        count = triton.cdiv(rows, 128) * triton.cdiv(columns, tiles.columns)
+        grid = (min(count, _multiprocessors(a.device)), 1, 1)
+        kind = columns, summed, args[-2:], tiles, thin and thin[0].shape[1]
+        _start(gluon_int8.specialized_product_kernel, grid, args, kind, num_warps=4, maxnreg=168)
+        return out
+    left, right = thin or (row_scale, row_scale)  # tensors that are not read
+    rank = left.shape[1] if thin else 0
+    block = max(16, triton.next_power_of_2(rank)) if rank else 0
+    count = triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns)
+    grid = (min(count, tiles.programs * _multiprocessors(a.device)) if tiles.programs else count, 1, 1)
+    has = column_scale is not None, add is not None, block
+    beside = row_scale, row_scale if column_scale is None else column_scale, row_scale if add is None else add
+    numbers = left, right, rows, columns, summed, rank, *has
+    sizes = tiles.rows, tiles.columns, tiles.depth, tiles.group
+    kind = columns, summed, rank, has, tiles
+    options = {"num_stages": tiles.stages, "num_warps": tiles.warps}
+    if tiles.copies:
+        blocks = [tiles.rows, tiles.depth], [tiles.columns, tiles.depth], [tiles.rows, tiles.columns]
+        described = map(TensorDescriptor.from_tensor, (a, b, out), blocks)
+        args = (*described, *beside, *numbers, *sizes, tiles.flat, tiles.special)
+        _start(descriptor_product_kernel, grid, args, kind, **options)
+    else:
+        args = (a, b, out, *beside, *numbers, *sizes, summed % tiles.depth == 0)
+        _start(product_kernel, grid, args, kind, **options)
+    return out
