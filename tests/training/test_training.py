@@ -199,6 +199,14 @@ def test_the_newest_whole_checkpoint_is_found(finished, run_folder, tmp_path):
     assert latest_checkpoint(tmp_path) is latest_checkpoint(tmp_path / "not there") is None
 
 
+def test_a_checkpoint_is_sealed_without_pefts_empty_model_card(run_folder):
+    for folder in run_folder.glob("checkpoint-*"):
+        files = {path.name for path in folder.iterdir()}
+        assert files == {*json.loads((folder / "checksums.json").read_text()), "checksums.json"}
+        assert "adapter_model.safetensors" in files
+        assert "README.md" not in files
+
+
 def test_a_finished_run_started_again_repeats_its_last_steps_and_adds_none(finished, run_folder):
     again = tiny_training.build_trainer(run_folder)
     newest = latest_checkpoint(run_folder, describe_run(again), before_step=4)
