@@ -100,7 +100,7 @@ def _activation_rows(step: _Step) -> list[_Row]:
     return [
         ("activations", kept, f"{step.tokens:,} tokens x {layers} layers: {how}"),
         ("loss", loss, "the last layer's results and, piece by piece, the logits with their gradient"),
-        ("one layer at work", rest, "the layer whose gradients are computed, as far as it needs more than the loss"),
+        ("one layer at work", rest, "the layer whose backward pass runs, where it needs more than the loss"),
     ]
 
 
