@@ -67,12 +67,12 @@ def plot_weight_grid(weight: torch.Tensor, row: int) -> Axes:
     )  # fmt: skip
     zoom = ax.inset_axes((0.66, 0.5, 0.33, 0.36))
     near = values[abs(values) < 3.5 * step]
-    most = int(zoom.hist(near / step, bins=42, range=(-3.5, 3.5), color=SKY)[0].max())
+    zoom.hist(near / step, bins=42, range=(-3.5, 3.5), color=SKY)
     for level in range(-3, 4):
         zoom.axvline(level, color=RED, lw=1)
     zoom.set_title("before rounding;\nlines: levels")
-    zoom.set(xlabel="weight / step", yticks=[0, most])
-    zoom.set_ylabel("weights", labelpad=-6)
+    zoom.set(xlabel="weight / step", ylabel="weights")
+    zoom.locator_params(axis="y", nbins=2, integer=True)
     return ax
 
 
