@@ -95,13 +95,15 @@ def run_profile(job: Job) -> list[dict[str, Any]]:
     own = folder / "profile.toml"
     settings = [f"{name} = {json.dumps(value)}" for name, value in changes.items()]
     own.write_text("\n".join([f'profile = "{job.profile}"', "[settings]", *settings]), encoding="utf-8")
-    cap_gib = read_profile(job.profile).gpu_gib
     environment = {**os.environ, "SFT_PROFILE": str(own), "SFT_OUTPUT_DIR": str(folder)}
+    profile = read_profile(str(own))
+    cap_gib = profile.gpu_gib
     rows = []
     for path in find_notebooks(ROOT / "notebooks", job.only):
         row = {"notebook": path.stem, "profile": job.profile, "model": job.model, "cap_gib": cap_gib}
         row |= run_notebook(path, folder, cap_gib, environment, job)
-        row |= {"card": card(), "runs_at_a_time": job.at_a_time, "short": job.short}
+        row |= {"card": card(), "runs_at_a_time": job.at_a_time, "updates": profile.max_steps}
+        row |= {"day": datetime.date.today().isoformat()}
         print(json.dumps(row)[:400], flush=True)
         record(job.out, row)
         rows.append(row)

@@ -8,10 +8,11 @@ import json
 import os
 import re
 import signal
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from rich.console import Console
 
 from llama_sft_helpers.core.files import FilesError, write_text
+from llama_sft_helpers.core.progress import PROGRESS_FILE, ProgressLines, clock
 from llama_sft_helpers.settings import environment_settings
 from llama_sft_helpers.training.summary import read_training_summary
 
@@ -170,11 +172,12 @@ def _execute_all(
 
     columns = ("{task.description:<18}", BarColumn(), MofNCompleteColumn(), "cells", TimeElapsedColumn())
     pages = []
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as progress:
         for path in paths:
             start = time.monotonic()
             _execute(path, out, timeout, environment, progress)
             pages.append((path.stem, time.monotonic() - start))
+            _tell(f"{path.stem}: done in {clock(pages[-1][1])}")
     return pages
 
 
@@ -187,16 +190,23 @@ def _execute(
     notebook = _read_without_outputs(path)
     code_cells = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in notebook.cells)
     task = progress.add_task(path.stem, total=code_cells)
-    client = NotebookClient(
-        notebook,
-        timeout=timeout,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(out)}},
-        on_cell_complete=lambda **_: progress.advance(task),
-    )
-    with tempfile.TemporaryFile() as kernel_log:
+    with tempfile.TemporaryFile() as kernel_log, tempfile.NamedTemporaryFile() as step:
+        lines = ProgressLines(path.stem, code_cells, Path(step.name))
+
+        def cell_done(**_: Any) -> None:
+            progress.advance(task)
+            lines.cell_done()
+
+        client = NotebookClient(
+            notebook,
+            timeout=timeout,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(out)}},
+            on_cell_executed=cell_done,
+        )
+        kernel = {"env": {**environment, PROGRESS_FILE: step.name}, "stderr": kernel_log}
         try:
-            _execute_interruptibly(client, env=environment, stderr=kernel_log)
+            _execute_interruptibly(client, lambda: _tell(lines.news()), **kernel)
         except DeadKernelError as error:
             death = "the kernel died; most often the machine ran out of memory."
             raise RunError(f"{path.name}: {death}{_last_words(kernel_log)}") from error
@@ -220,14 +230,14 @@ def _read_without_outputs(path: Path) -> Any:
     return notebook
 
 
-def _execute_interruptibly(client: Any, **kernel: Any) -> None:
+def _execute_interruptibly(client: Any, meanwhile: Callable[[], None], **kernel: Any) -> None:
     """Execute in a second thread: in the main one, nbclient takes a Ctrl-C for the kernel's death."""
     started: Future[Any] = Future()
     with ThreadPoolExecutor(1) as pool:
         execution = pool.submit(asyncio.run, _execute_and_stop(client, started, **kernel))
         try:
             while not wait([execution], timeout=0.2).done:  # with a timeout, so that signals are seen
-                pass
+                meanwhile()
         except BaseException:  # Ctrl-C or SIGTERM
             client.shutdown_kernel = "immediate"
             task = started.result()
@@ -314,6 +324,13 @@ def _report(folder: Path) -> None:
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     _say(f"held-out loss: {before:.4f} before, {after:.4f} after training")
     _say(f"adapter:       {folder / 'adapter'}")
+
+
+def _tell(line: str) -> None:
+    """Print a line about the run's progress, where no terminal shows the bar."""
+    if line and not sys.stdout.isatty():
+        with suppress(OSError):  # a full disk must not end the run
+            _say(line)
 
 
 def _say(line: str) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 import pandas as pd
 
 _UNITS = {"gib": "GiB", "mib": "MiB"}
+_WORDS = {"eos": "EOS", "b": "B"}
 
 
 def in_words(table: pd.DataFrame, decimals: int = 2, **formats: str) -> pd.DataFrame:
-    """A copy to look at: ``held_out_loss`` becomes "held out loss", ``total_gib`` "total (GiB)", 0.5 "0.50".
+    """A copy to look at: ``held_out_loss`` becomes "held-out loss", ``total_gib`` "total (GiB)", 0.5 "0.50".
 
-    Names that end in ``share`` are shown in percent, whole numbers with commas, True and False as yes and no,
-    a shape as ``16 × 576``. Where the rows only have numbers, the first column names them instead.
+    Names with the word ``share`` are in percent, whole numbers with commas, True and False as yes and no, a
+    shape as ``16 × 576``. Where the rows only have numbers, the first column names them instead.
 
     Args:
         table: Any table; it stays as it is.
@@ -30,13 +31,13 @@ def in_words(table: pd.DataFrame, decimals: int = 2, **formats: str) -> pd.DataF
 
 
 def _usual(name: Any, decimals: int) -> str:
-    return "{:.1%}" if str(name).endswith("share") else f"{{:.{decimals}f}}"
+    return "{:.1%}" if "share" in str(name).split("_") else f"{{:.{decimals}f}}"
 
 
 def _name(name: Any) -> Any:
     if not isinstance(name, str):
         return name
-    *words, last = name.split("_")
+    *words, last = (_WORDS.get(word, word) for word in name.replace("held_out", "held-out").split("_"))
     unit = _UNITS.get(last, last)
     return " ".join([*words, f"({unit})" if words and unit != last else unit])
 

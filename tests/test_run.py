@@ -12,6 +12,7 @@ from nbconvert import HTMLExporter
 from typer.testing import CliRunner
 
 from llama_sft_helpers.cli import app
+from llama_sft_helpers.core import progress
 from llama_sft_helpers.run import RunError, describe_figures, find_notebooks, run_notebooks
 
 COMMAND = [sys.executable, "-m", "llama_sft_helpers.cli"]
@@ -61,6 +62,25 @@ def test_the_first_failing_cell_stops_the_run_with_its_own_message(write_noteboo
     assert result.stdout.startswith("profile ci-tiny, model ")
     assert not (out / "02_next.ipynb").exists()
     assert not (out / "index.html").exists()
+
+
+REPORTS = "import time; from llama_sft_helpers.core.progress import report_step; report_step(1, 2, 0.5, 83.4)"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_log_shows_cells_and_training_steps_in_plain_lines(
+    terminal, write_notebooks, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    originals = write_notebooks(n01_a=["1", f"{REPORTS}; time.sleep(1)", "time.sleep(0.5)"])
+    run_notebooks("ci-tiny", only=None, out=tmp_path / "out", notebooks=originals)
+    printed = capsys.readouterr().out
+    told = "".join(line + "\n" for line in printed.splitlines() if line.startswith("01_a: "))
+    step = "01_a: 1 of 3 cells, training step 1 of 2, loss 0.5000, 1:23 left\n"
+    finished = re.escape(f"{step}01_a: 2 of 3 cells\n") + r"(.*\n)?01_a: done in \d:\d\d\n$"
+    assert not told if terminal else re.search(finished, told), told
+    assert "\r" not in printed
 
 
 def test_a_dead_kernel_and_a_slow_cell_are_named(write_notebooks, tmp_path):

@@ -12,7 +12,7 @@ def test_names_become_words_and_numbers_readable():
     table = pd.DataFrame([cells | {"A": (16, 576), "first_rows": [1, 2], "why": None}], dtype=object)
     shown = in_words(table.set_index("why"), held_out_loss="{:.3f}")
     assert shown.iloc[0].to_dict() == {
-        "held out loss": "0.500",
+        "held-out loss": "0.500",
         "total (GiB)": "8.46",
         "rows share": "12.5%",
         "rows": "12,345",

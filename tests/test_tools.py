@@ -261,7 +261,7 @@ def test_the_weekly_job_opens_one_issue_when_the_newest_libraries_are_red(tmp_pa
 
 def test_make_newest_turns_our_own_deprecations_into_errors(tmp_path):
     """The filter as make hands it to the shell, on a submodule of ours that warns, and on another module."""
-    plan = run("make", "-n", "newest", cwd=ROOT).splitlines()
+    plan = run("make", "-n", "newest", "ARGS=", cwd=ROOT).splitlines()
     command = next(line for line in plan if " -m pytest " in line)
     option = command[command.index('-o "') :]
     package = tmp_path / "llama_sft_helpers"

@@ -76,11 +76,14 @@ def checksum_base(model: torch.nn.Module) -> dict[str, int]:
     The number of bytes and two sums modulo 2^64 over words of eight bytes, one weighted by position, side by
     side in one integer: a single changed word always changes it.
     """
-    sums = {name: checksum(p.data) for name, p in model.named_parameters() if not p.requires_grad}
-    for name, module in model.named_modules():
-        if storage_format(module) == "int8":
-            sums[f"{name}.SCB"] = checksum(row_absmax(module))
-    return sums
+    return {name: checksum(tensor) for name, tensor in frozen_tensors(model).items()}
+
+
+def frozen_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What does not train, int8 scales included; a table that two layers share (tied weights) comes once."""
+    tensors = {name: p.data for name, p in model.named_parameters() if not p.requires_grad}
+    int8 = {name: module for name, module in model.named_modules() if storage_format(module) == "int8"}
+    return tensors | {f"{name}.SCB": row_absmax(module) for name, module in int8.items()}
 
 
 def check_base_unchanged(model: torch.nn.Module, before: Mapping[str, int]) -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from llama_sft_helpers.core.batches import checked_inputs
-from llama_sft_helpers.core.bnb import checksum, dequantize, is_quantized
+from llama_sft_helpers.core.bnb import checksum, dequantize, frozen_tensors, is_quantized
 from llama_sft_helpers.core.llama import Shape
 from llama_sft_helpers.core.modes import evaluation_mode
 from llama_sft_helpers.core.plots import COLOURS, MARKERS, new_axes
@@ -61,11 +61,13 @@ def summarize_adapters(model: Any) -> pd.DataFrame:
 
     Returns:
         Index ``projection``; shape of ``A`` and ``B``, ``r``, ``alpha``, ``scaling`` (alpha / r), ``dtype``,
-        ``layers``, ``parameters`` (all layers) and ``largest_b`` (largest absolute entry; 0 before training).
+        ``layers``, ``parameters`` (all layers) and ``largest_entry_of_b`` (absolute; 0 before training).
     """
     table = pd.DataFrame([_adapter_row(*found) for found in _lora_layers(model)])
     groups = table.groupby(["projection", "A", "B", "r", "alpha", "scaling", "dtype"], sort=False)
-    summary = groups.agg(layers=("size", "count"), parameters=("size", "sum"), largest_b=("largest_b", "max"))
+    summary = groups.agg(
+        layers=("size", "count"), parameters=("size", "sum"), largest_entry_of_b=("largest_entry_of_b", "max")
+    )
     return summary.reset_index().set_index("projection")
 
 
@@ -73,8 +75,9 @@ def summarize_gradients(model: Any) -> pd.DataFrame:
     """Which A and B the last backward pass reached; call it after ``backward`` and before ``zero_grad``.
 
     Returns:
-        Two rows (index ``matrix``: A, B): ``matrices``, ``with_gradient``, ``nonzero`` (number whose gradient
-        has an entry other than 0) and ``largest_gradient`` (absolute; NaN if one holds a NaN).
+        Two rows (index ``matrix``: A, B): ``matrices``, ``gradient_tensors`` (number that have a gradient, be
+        it 0), ``nonzero_gradients`` (number whose gradient has an entry other than 0) and
+        ``largest_gradient`` (absolute; NaN if one holds a NaN).
     """
     layers, rows = list(_lora_layers(model)), []
     for matrix in ("A", "B"):
@@ -82,7 +85,7 @@ def summarize_gradients(model: Any) -> pd.DataFrame:
         largest = torch.tensor([grad.abs().max().item() for grad in grads if grad is not None])
         top = largest.max().item() if len(largest) else 0.0
         rows.append((matrix, len(grads), len(largest), int((largest > 0).sum()), top))
-    columns = ["matrix", "matrices", "with_gradient", "nonzero", "largest_gradient"]
+    columns = ["matrix", "matrices", "gradient_tensors", "nonzero_gradients", "largest_gradient"]
     return pd.DataFrame(rows, columns=columns).set_index("matrix")
 
 
@@ -90,11 +93,9 @@ def summarize_frozen(model: Any) -> pd.DataFrame:
     """A checksum of every tensor that is not trained, int8 scales included: equal tables, equal base model.
 
     Each checksum is computed where its tensor lies, so nothing is copied from a GPU. The index ``tensor`` is
-    its name; the columns are ``dtype``, ``bytes`` and ``checksum``.
+    its name; the columns are ``dtype``, ``bytes`` and ``checksum``. Tied weights are one tensor.
     """
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
-    if not frozen:
+    if not (frozen := frozen_tensors(model)):
         raise ValueError("Every parameter of this model is trained; pass what get_peft_model returned.")
     _refuse_meta(model)
     rows = [(name, str(t.dtype).removeprefix("torch."), t.nbytes, checksum(t)) for name, t in frozen.items()]
@@ -153,7 +154,7 @@ def check_adapter_is_noop(model: Any, batch: Mapping[str, Any]) -> None:
         return
     moved = [_short(name) for name, layer, adapter in layers if layer.lora_B[adapter].weight.any()]
     raise AdapterNotNoopError(
-        f"{int((adapted != base).sum())} of {base.numel()} logits differ from the base model's, by up to "
+        f"{int((adapted != base).sum()):,} of {base.numel():,} logits differ from the base model's, by up to "
         f"{(adapted.float() - base.float()).abs().max().item():.3g}; expected 0. B is not 0 in "
         f"{len(moved)} of {len(layers)} modules ({', '.join(moved[:3]) or 'none'}). An untrained adapter "
         "made with init_lora_weights=True is a no-op: check before the first optimizer step."
@@ -191,7 +192,7 @@ def plot_update_spectrum(model: Any) -> Axes:
         axes.plot(shown, padded.quantile(0.5, dim=0), label=projection, **style)
     axes.axvline(r + 0.5, color="0.4", linestyle="--", linewidth=1, label=f"r = {r}: 0 beyond")
     axes.set_title(f"Beyond r = {r} the update's singular values are 0 (median over the layers)")
-    axes.set(xlabel="index of the singular value", ylabel="singular value (units of W)")
+    axes.set(xlabel="singular values, the largest first", ylabel="singular value of the update")
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
@@ -233,7 +234,7 @@ def _adapter_row(name: str, layer: Any, adapter: str) -> dict[str, Any]:
         "scaling": layer.scaling[adapter],
         "dtype": str(a.dtype).removeprefix("torch."),
         "size": a.numel() + b.numel(),
-        "largest_b": float("nan") if b.is_meta else b.detach().abs().max().item(),
+        "largest_entry_of_b": float("nan") if b.is_meta else b.detach().abs().max().item(),
     }
 
 

@@ -117,7 +117,7 @@ def _finish(
         columns = tl.load(
             right + column[None, :] * R + r[:, None], mask=in_column[None, :] & (r < R)[:, None], other=0.0
         )
-        result = tl.dot(rows, columns, result)
+        result = tl.dot(rows, columns, result, input_precision="ieee")  # matters to float32 only
     if HAS_ADD:
         place = row.to(tl.int64)[:, None] * N + column[None, :]
         result += tl.load(add + place, mask=in_row[:, None] & in_column[None, :], other=0.0).to(tl.float32)
@@ -188,8 +188,10 @@ class Tiles(NamedTuple):
     programs: int = 0  # on each multiprocessor, going from tile to tile; 0 for one program a tile
     flat: bool = False
     special: bool = False
+    gluon: bool = False
 
 
+ROW_PER_WARP = 1024  # values of a row
 _started = {}
 
 
@@ -208,7 +210,7 @@ def _start(kernel, grid, args, kind, **options):
 
 def _row_options(columns):
     block = triton.next_power_of_2(columns)
-    return block, min(16, max(1, block // 1024))
+    return block, min(16, max(1, block // ROW_PER_WARP))
 
 
 def _make_codes(kernel, before, column_scale, results, eps=()):
@@ -220,7 +222,7 @@ def _make_codes(kernel, before, column_scale, results, eps=()):
     block, warps = _row_options(columns)
     args = (*before, scale, *results, codes, scales, columns, *eps, column_scale is not None, block)
     if rows:
-        _start(kernel, (rows, 1, 1), args, (columns, column_scale is None), num_warps=warps)
+        _start(kernel, (rows, 1, 1), args, (columns, column_scale is None, warps), num_warps=warps)
     return *results, codes, scales
 
 
@@ -271,6 +273,17 @@ def int8_matmul(a, b, row_scale, column_scale=None, add=None, dtype=torch.bfloat
     if not rows:
         return out
     tiles = tiles or default_tiles(a.device)
+    if tiles.gluon:
+        if add is not None:
+            raise ValueError("this kernel adds nothing but a thin product")
+        from llama_sft_helpers.speed import gluon_int8
+
+        args = gluon_int8.arguments(a, b, out, row_scale, column_scale, thin, tiles)
+        count = triton.cdiv(rows, 128) * triton.cdiv(columns, tiles.columns)
+        grid = (min(count, _multiprocessors(a.device)), 1, 1)
+        kind = columns, summed, args[-2:], tiles, thin and thin[0].shape[1]
+        _start(gluon_int8.specialized_product_kernel, grid, args, kind, num_warps=4, maxnreg=168)
+        return out
     left, right = thin or (row_scale, row_scale)  # tensors that are not read
     rank = left.shape[1] if thin else 0
     block = max(16, triton.next_power_of_2(rank)) if rank else 0

@@ -22,6 +22,7 @@ CONTENTS = {
     "CheckpointWriteError": "checkpoints",  # a checkpoint could not be written
     "summarize_training_result": "findings",  # whether training lowered the held-out loss
     "summarize_advice": "advice",  # rate, rank and epochs by size of data, as a sweep found them
+    "summarize_rates": "advice",  # what each rate of the sweep gave at one rank
     "write_training_summary": "summary",  # what this run says of itself, for 07
     "read_training_summary": "summary",  # the same, read and checked
     "hash_files": "core.files",  # SHA-256 of a folder's weights

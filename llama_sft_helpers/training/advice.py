@@ -28,6 +28,41 @@ def summarize_advice(results: Mapping[str, Any]) -> pd.DataFrame:
     Raises:
         ValueError: The results hold no run.
     """
+    runs = _read_runs(results)
+    first = runs[runs["seed"] == runs["seed"].min()]
+    best = first.loc[first.groupby("rows")["lowest"].idxmin()]
+    others = [_as_good(first, row) | _spread(runs, row) for _, row in best.iterrows()]
+    table = best.reset_index(drop=True).join(pd.DataFrame(others)).set_index("rows")
+    columns = ["learning_rate", "rank", "epochs", "before", "lowest", "at_the_end"]
+    return table[[*columns, "rates_as_good", "ranks_as_good", "seeds_differ_by"]]
+
+
+def summarize_rates(results: Mapping[str, Any], rank: int) -> pd.DataFrame:
+    """What each learning rate gave at one rank: how low the loss came, and what later epochs did to it.
+
+    Args:
+        results: As for ``summarize_advice``, which has the same columns; runs of the first seed are taken.
+        rank: One of the ranks that were tried.
+
+    Returns:
+        Index ``rows``, the number trained on; ``learning_rate``, ``epochs`` until the loss was lowest, and
+        the losses ``before``, ``lowest``, ``above_the_best`` (of all rates and ranks), ``at_the_end``.
+
+    Raises:
+        ValueError: The results hold no run, or none of that rank.
+    """
+    runs = _read_runs(results)
+    first = runs[runs["seed"] == runs["seed"].min()]
+    if rank not in set(first["rank"]):
+        tried = ", ".join(map(str, sorted(set(first["rank"]))))
+        raise ValueError(f"rank={rank} was not tried; expected one of {tried}.")
+    first = first.assign(above_the_best=first["lowest"] - first.groupby("rows")["lowest"].transform("min"))
+    table = first[first["rank"] == rank].sort_values(["rows", "learning_rate"]).set_index("rows")
+    return table[["learning_rate", "epochs", "before", "lowest", "above_the_best", "at_the_end"]]
+
+
+def _read_runs(results: Mapping[str, Any]) -> pd.DataFrame:
+    """The runs, with what their held-out losses by epoch say."""
     if not results.get("runs"):
         raise ValueError("the results hold no run; run benchmarks/advice_sweep.py first.")
     runs = pd.DataFrame(results["runs"])
@@ -35,12 +70,7 @@ def summarize_advice(results: Mapping[str, Any]) -> pd.DataFrame:
     runs["epochs"] = [losses.index(min(losses)) + 1 for losses in runs["held_out_loss"]]
     runs["at_the_end"] = runs["held_out_loss"].str[-1]
     runs["before"] = runs["loss_before"]
-    first = runs[runs["seed"] == runs["seed"].min()]
-    best = first.loc[first.groupby("rows")["lowest"].idxmin()]
-    others = [_as_good(first, row) | _spread(runs, row) for _, row in best.iterrows()]
-    table = best.reset_index(drop=True).join(pd.DataFrame(others)).set_index("rows")
-    columns = ["learning_rate", "rank", "epochs", "before", "lowest", "at_the_end"]
-    return table[[*columns, "rates_as_good", "ranks_as_good", "seeds_differ_by"]]
+    return runs
 
 
 def _as_good(first: pd.DataFrame, best: pd.Series[Any]) -> dict[str, str]:

@@ -95,8 +95,9 @@ class RunGuardCallback(TrainerCallback):
             raise CheckpointWriteError(_no_room(args.output_dir, f"{needed / 2**20:,.0f} MiB are needed"))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Seal the checkpoint, whose files hold no checksum of their own."""
+        """Seal the checkpoint, whose files hold no checksum of their own, without PEFT's empty model card."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT has no option to leave it out
         sums = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
         write_text(folder / CHECKSUMS_FILE, json.dumps(sums, indent=1))
 

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from llama_sft_helpers.core.findings import LEVEL
 from llama_sft_helpers.core.plots import BLUE, RED, new_axes
+from llama_sft_helpers.core.progress import clock, report_step
 from llama_sft_helpers.training.findings import rose
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class ThroughputCallback(TrainerCallback):
             "seconds_left": pace * (state.max_steps - state.global_step),
         }
         self.rows.append(row)
+        report_step(state.global_step, state.max_steps, logs["loss"], row["seconds_left"])
         if state.log_history:
             state.log_history[-1].update(row)
 
@@ -149,9 +151,8 @@ class LiveLossCallback(TrainerCallback):
             title += f", held-out loss {first:.2f} → {last:.2f}"
         if self._throughput.rows:
             row = self._throughput.rows[-1]
-            minutes, seconds = divmod(round(row["seconds_left"]), 60)
             title += f"\n{row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_gib']:.1f} GiB"
-            title += f", {minutes}:{seconds:02d} left" if state.global_step < state.max_steps else ""
+            title += f", {clock(row['seconds_left'])} left" if state.global_step < state.max_steps else ""
         return title
 
 

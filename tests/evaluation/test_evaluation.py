@@ -1,13 +1,17 @@
 """Losses, intervals, answers, stops and merge fidelity, each against an independent truth."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
+from tiny_models import build_trainer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +25,7 @@ from llama_sft_helpers.evaluation import (
     summarize_perplexity,
     summarize_row_losses,
 )
+from llama_sft_helpers.profiles import read_profile
 
 
 @pytest.fixture
@@ -58,6 +63,30 @@ def test_averaged_over_batches_the_loss_is_the_trainers(trained, encoded):
         sums = rows.groupby(lambda row: row // 4).sum()
         expected = pytest.approx(trained.summary[f"eval_loss_{name}"], 1e-5)
         assert (sums["loss_nats"] / sums["tokens"]).mean() == expected
+
+
+def test_the_trainer_counts_a_batch_by_its_rows_where_the_table_counts_tokens(
+    tmp_path, tiny_model, tiny_tokenizer
+):
+    rows = [{"prompt": f"Row {n}:\n", "completion": "apples " * (1 + 3 * n)} for n in range(5)]
+    settings = {"eval_rows": Dataset.from_list(rows), "per_device_eval_batch_size": 2}
+    trainers = build_trainer(tiny_model, tmp_path, tiny_tokenizer, rows, **settings).evaluate()["eval_loss"]
+    table = summarize_row_losses(tiny_model, encode_rows(tiny_tokenizer, rows, 64), 2)
+    space = {
+        "by_model": {"base": table, "tuned": table},
+        "base_rows": table,
+        "batch_size": 2,
+        "training": {},
+        "pd": pd,
+    }
+    space |= {"profile": read_profile("ci-tiny", packing=False), "in_words": lambda frame, **_: frame}
+    path = Path(__file__).parents[2] / "notebooks" / "07_evaluation.ipynb"
+    sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+    exec(next(source for source in sources if "as_trainer = " in source), space)
+    assert space["as_trainer"] == pytest.approx({"base": trainers, "tuned": trainers})
+    by_token = summarize_perplexity({"base": table}).loc["base", "loss_nats"]
+    assert by_token == pytest.approx(table["loss_nats"].sum() / table["tokens"].sum())
+    assert by_token < 0.97 * trainers
 
 
 def test_the_probability_of_eos_is_the_softmax_at_the_answers_end(trained, encoded):

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from tiny_models import SEVEN, load_nf4, tiny_config
 from transformers import AutoModelForCausalLM
 
-from llama_sft_helpers import lora
+from llama_sft_helpers import lora, training
 
 mpl.use("Agg")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -67,7 +67,7 @@ def test_plan_agrees_with_peft_on_the_meta_device(r, targets):
     assert plan["parameters"].sum() == model.get_nb_trainable_parameters()[0]
     found = lora.summarize_adapters(model)
     assert found[["layers", "A", "B", "parameters"]].equals(plan[["layers", "A", "B", "parameters"]])
-    assert found["largest_b"].isna().all()
+    assert found["largest_entry_of_b"].isna().all()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,14 @@ def test_plan_refuses(r, targets, told):
 
 def test_adapters_are_summarized_with_scaling_and_type(tiny_model_int8):
     table = lora.summarize_adapters(adapt(tiny_model_int8, r=8, lora_alpha=32, target_modules=SEVEN[-1:]))
-    expected = {"layers": 2, "A": (8, 128), "B": (64, 8), "scaling": 4.0, "dtype": "float32", "largest_b": 0}
+    expected = {
+        "layers": 2,
+        "A": (8, 128),
+        "B": (64, 8),
+        "scaling": 4.0,
+        "dtype": "float32",
+        "largest_entry_of_b": 0,
+    }
     assert table.loc["down_proj", list(expected)].to_dict() == expected
 
 
@@ -156,16 +163,16 @@ def test_the_noop_check_refuses_other_batches_and_adapters(tiny_model):
 
 
 def test_first_step_reaches_b_only_and_second_both(adapted):
-    assert lora.summarize_gradients(adapted)["with_gradient"].tolist() == [0, 0]
+    assert lora.summarize_gradients(adapted)["gradient_tensors"].tolist() == [0, 0]
     steps(adapted, 1)
     first = lora.summarize_gradients(adapted)
     assert first["matrices"].tolist() == [14, 14]
-    assert first["nonzero"].to_dict() == {"A": 0, "B": 14}
+    assert first["nonzero_gradients"].to_dict() == {"A": 0, "B": 14}
     grads = [p.grad.abs().max().item() for name, p in adapted.named_parameters() if "lora_B" in name]
     assert first.loc["B", "largest_gradient"] == max(grads)
     steps(adapted, 1)
-    assert lora.summarize_gradients(adapted)["nonzero"].tolist() == [14, 14]
-    assert (lora.summarize_adapters(adapted)["largest_b"] > 0).all()
+    assert lora.summarize_gradients(adapted)["nonzero_gradients"].tolist() == [14, 14]
+    assert (lora.summarize_adapters(adapted)["largest_entry_of_b"] > 0).all()
 
 
 def test_an_unreached_adapter_and_a_nan_show_in_the_gradients(adapted):
@@ -174,8 +181,8 @@ def test_an_unreached_adapter_and_a_nan_show_in_the_gradients(adapted):
     layer.lora_A["default"].weight.grad = None
     layer.lora_B["default"].weight.grad.zero_()
     table = lora.summarize_gradients(adapted)
-    assert table.loc["A", ["matrices", "with_gradient", "nonzero"]].tolist() == [14, 13, 13]
-    assert table.loc["B", ["matrices", "with_gradient", "nonzero"]].tolist() == [14, 14, 13]
+    assert table.loc["A", ["matrices", "gradient_tensors", "nonzero_gradients"]].tolist() == [14, 13, 13]
+    assert table.loc["B", ["matrices", "gradient_tensors", "nonzero_gradients"]].tolist() == [14, 14, 13]
     layer.lora_B["default"].weight.grad[0, 0] = float("nan")
     assert lora.summarize_gradients(adapted)["largest_gradient"].isna().tolist() == [False, True]
 
@@ -195,6 +202,13 @@ def test_frozen_table_is_unmoved_by_training_and_by_nothing_else(adapted):
         "base_layer.weight",
         "base_layer.SCB",
     ]
+
+
+def test_a_table_that_two_layers_share_is_one_frozen_tensor():
+    model = adapt(AutoModelForCausalLM.from_config(tiny_config(tie_word_embeddings=True)))
+    frozen = lora.summarize_frozen(model)
+    assert sum("embed_tokens" in name or "lm_head" in name for name in frozen.index) == 1
+    assert frozen["checksum"].to_dict() == training.checksum_base(model)
 
 
 def test_nothing_frozen_is_told(tiny_model):
@@ -278,7 +292,7 @@ def test_spectrum_is_drawn_from_the_singular_values(trained):
     assert np.allclose(drawn["up_proj"][:16], np.mean(values, axis=0), rtol=1e-5)  # the median of two
     assert (drawn["up_proj"][16:] == 0).all()
     assert axes.get_xlabel()
-    assert "W" in axes.get_ylabel()
+    assert "update" in axes.get_ylabel()
 
 
 def make_sweep(losses):
@@ -345,6 +359,9 @@ def test_sweep_is_drawn_with_ranks_and_base_line():
     assert set(lines["base model, no adapter"].get_ydata()) == {3.5}
     assert [text.get_text() for text in axes.texts] == ["4", "64"] * 3
     assert "nats" in axes.get_ylabel()
+    assert axes.get_title() == "Lowest held-out loss at every r: all seven"
+    mixed = lora.plot_sweep(make_sweep({**SEEN, "attention": {4: 2.9, 64: 3.2}}), base_loss=3.5)
+    assert mixed.get_title() == "Lowest held-out loss at every r: no set"
     with pytest.raises(ValueError, match="lacks parameters"):
         lora.plot_sweep(make_sweep(SEEN).drop(columns="parameters"), 3.5)
 

@@ -66,6 +66,16 @@ def test_outlier_columns_apart_make_the_product_closer_to_the_unrounded_one():
     assert errors[0] > 5 * errors[1]
 
 
+def test_sums_stay_exact_under_autocast():
+    codes, absmax, _ = quantized(columns=2000)
+    x = torch.randn(5, 2000)
+    a, b = torch.randn(4, 2000), torch.randn(96, 4)
+    units = Int8Units(2000, torch.tensor(COLUMNS), True)
+    expected = units(x.bfloat16(), codes, absmax, a, b, 0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(units(x, codes, absmax, a, b, 0.1), expected)
+
+
 def test_not_a_number_stays_one():
     codes, absmax, _ = quantized()
     x = torch.randn(3, 64)

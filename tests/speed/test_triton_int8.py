@@ -141,3 +141,37 @@ def test_triton_has_no_int8_unit_for_a_t4():
     pointers = {name: kind.replace("bf16", "fp16") for name, kind in PRODUCT.items()}
     with pytest.raises(RuntimeError):
         compile_for(75, triton_int8.product_kernel, pointers, constants, num_warps=4, num_stages=2)
+
+
+@compiled
+@pytest.mark.parametrize("thin", [False, True])
+@pytest.mark.parametrize(("columns", "stages"), [(256, 4), (128, 6)])
+def test_specialized_product_fits_hopper(columns, stages, thin):
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from llama_sft_helpers.speed import gluon_int8
+
+    kernel = gluon_int8.specialized_product_kernel
+    out = torch.empty(200, 512, dtype=torch.bfloat16)
+    tiles = Tiles(columns=columns, stages=stages, gluon=True)
+    factors = (torch.empty(200, 32, dtype=out.dtype), torch.empty(512, 32, dtype=out.dtype)) if thin else None
+    args = gluon_int8.arguments(
+        codes_of(200, 256), codes_of(512, 256), out, torch.ones(200), torch.ones(512), factors, tiles
+    )
+    signature, constants, short = {}, {}, {torch.int8: "i8", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    for name, arg in zip(kernel.arg_names, args, strict=True):
+        if hasattr(arg, "block_shape"):
+            signature[name] = f"tensordesc<{short[arg.base.dtype]}{arg.block_shape},{arg.layout!r}>"
+        elif isinstance(arg, torch.Tensor):
+            signature[name] = f"*{short[arg.dtype]}"
+        else:
+            signature[name] = "i32" if name in {"M", "N", "K", "R"} else "constexpr"
+            constants |= {name: arg} if signature[name] == "constexpr" else {}
+    made = triton.compile(
+        GluonASTSource(kernel, signature, constants),
+        target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": 168},
+    )  # fmt: skip
+    assert made.metadata.shared <= 227 * 1024
+    assert any("wgmma" in line and ".s32.s8.s8" in line for line in made.asm["ptx"].splitlines())
+    assert "setmaxnreg" in made.asm["ptx"]

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from llama_sft_helpers.core.findings import LEVEL
+from llama_sft_helpers.profiles import read_profile
 from llama_sft_helpers.speed import read_results
-from llama_sft_helpers.training import summarize_advice
+from llama_sft_helpers.training import summarize_advice, summarize_rates
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +41,41 @@ def test_the_best_of_each_size_by_hand():
 def test_results_without_a_run_are_refused():
     with pytest.raises(ValueError, match=r"no run; run benchmarks/advice_sweep\.py"):
         summarize_advice({"runs": []})
+
+
+def test_the_rates_of_a_rank_by_hand():
+    runs = [
+        run(40, 2e-4, 16, 1.7, 1.6, 1.65),
+        run(40, 1e-3, 16, 1.6, 1.5, 1.7),
+        run(40, 1e-3, 16, 1.2, 1.1, 1.1, seed=1),
+        run(40, 1e-3, 4, 1.6, 1.45, 1.7),
+        run(20, 1e-3, 16, 1.9, 1.8, 2.1),
+    ]
+    table = summarize_rates({"runs": runs}, rank=16)
+    assert table.index.tolist() == [20, 40, 40]
+    assert table["learning_rate"].tolist() == [1e-3, 2e-4, 1e-3]
+    assert table["epochs"].tolist() == [2, 2, 2]
+    assert table["above_the_best"].tolist() == pytest.approx([0, 0.15, 0.05])
+    assert table["at_the_end"].tolist() == [2.1, 1.65, 1.7]
+    with pytest.raises(ValueError, match="rank=8 was not tried; expected one of 4, 16"):
+        summarize_rates({"runs": runs}, rank=8)
+
+
+def test_what_09_says_of_the_rates_is_what_the_sweep_found():
+    cells = json.loads((ROOT / "notebooks" / "09_your_run.ipynb").read_text(encoding="utf-8"))["cells"]
+    (text,) = ("".join(cell["source"]) for cell in cells if cell["id"] == "09-016c")
+    results = read_results("advice_sweep")
+    table = summarize_rates(results, rank=16).set_index("learning_rate", append=True)
+    worse = (table["at_the_end"] > table["before"]).groupby("learning_rate")
+    assert worse.all()[0.005]
+    assert not worse.any()[:0.0002].any()
+    assert table["above_the_best"].xs(0.0002, level="learning_rate").gt(0).all()
+    rates = [read_profile(name).learning_rate for name in ("colab-a100", "colab-l4", "colab-t4", "cpu-demo")]
+    assert rates == [0.0002, 0.0002, 0.0002, 0.0005]
+    assert "Llama 3 8B is trained at 0.0002, the small model of `cpu-demo` at 0.0005" in text
+    assert not set(summarize_advice(results)["learning_rate"]) & set(rates)
+    assert 0.0005 not in table.index.get_level_values("learning_rate")
+    assert (results["settings"]["model"], results["settings"]["epochs"]) == ("smollm2-135m-instruct", 6)
 
 
 def test_the_kept_results_are_whole_and_09_explains_what_it_shows_of_them():

@@ -13,6 +13,7 @@ import tiny_training
 import torch
 
 from llama_sft_helpers import run, training
+from llama_sft_helpers.core.progress import PROGRESS_FILE
 from llama_sft_helpers.training import (
     CheckpointError,
     CheckpointWriteError,
@@ -84,10 +85,15 @@ def test_throughput_counts_real_tokens_and_the_time_left(finished):
     assert ThroughputCallback().to_frame().columns.tolist() == table.columns.tolist()
 
 
-def test_throughput_counts_all_the_time_since_the_last_log(finished, tmp_path):
+def test_throughput_counts_all_the_time_since_the_last_log(finished, tmp_path, monkeypatch):
     second = ThroughputCallback()
-    tiny_training.build_trainer(tmp_path, [second], eval_strategy="no", logging_steps=2).train()
+    monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / "step"))
+    trainer = tiny_training.build_trainer(tmp_path, [second], eval_strategy="no", logging_steps=2)
+    trainer.train()
     table = second.to_frame()
+    loss = trainer.state.log_history[1]["loss"]
+    told = f"training step 4 of 4, loss {loss:.4f}, 0:00 left"
+    assert (tmp_path / "step").read_text(encoding="utf-8") == told
     assert table.index.tolist() == [2, 4]
     assert table["tokens"].sum() == finished[1]["tokens"].sum()
     assert table["tokens_per_second"].tolist() == pytest.approx((table["tokens"] / table["seconds"]).tolist())
@@ -191,6 +197,14 @@ def test_the_newest_whole_checkpoint_is_found(finished, run_folder, tmp_path):
     (tmp_path / "checkpoint-x").mkdir()
     (tmp_path / "checkpoint-9").write_text("a file")
     assert latest_checkpoint(tmp_path) is latest_checkpoint(tmp_path / "not there") is None
+
+
+def test_a_checkpoint_is_sealed_without_pefts_empty_model_card(run_folder):
+    for folder in run_folder.glob("checkpoint-*"):
+        files = {path.name for path in folder.iterdir()}
+        assert files == {*json.loads((folder / "checksums.json").read_text()), "checksums.json"}
+        assert "adapter_model.safetensors" in files
+        assert "README.md" not in files
 
 
 def test_a_finished_run_started_again_repeats_its_last_steps_and_adds_none(finished, run_folder):
