@@ -68,10 +68,10 @@ def _of_tasks(line: Any) -> tuple[str, str]:
     changed, fewer = gained + lost, min(gained, lost)
     luck = min(1.0, 2 * sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed)
     answer = "It cannot be told" if luck > 0.05 else "Yes" if gained > lost else "No, it is worse"
+    chance = f": chance alone would divide them at least as unevenly in {luck:.0%} of cases (sign test)"
     verdict = (
         f"{answer}: {line['before']:.0f} of {line['tasks']:.0f} were right before, {line['after']:.0f} after "
-        f"({_shares(line['after'], line['tasks'])}). {gained} gained and {lost} lost: chance alone would "
-        f"divide {changed} changed tasks at least as unevenly in {luck:.0%} of cases (sign test)."
+        f"({_shares(line['after'], line['tasks'])}); {gained} gained and {lost} lost{chance if changed else ''}."
     )
     return verdict, "Lower the learning rate, or take fewer steps." if answer.startswith("No") else ""
 
