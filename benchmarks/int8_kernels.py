@@ -38,14 +38,11 @@ TILES: dict[str, dict[str, Any]] = {
     "copies 128x256x128, 3 stages, 8 warps, persistent": {
         "columns": 256, "warps": 8, "copies": True, "programs": 1,
     },
-    "copies 128x256x128, 3 stages, 8 warps, persistent, flat": {
-        "columns": 256, "warps": 8, "copies": True, "programs": 1, "flat": True,
-    },
     "copies 256x128x128, 3 stages, 8 warps, persistent": {
         "rows": 256, "warps": 8, "copies": True, "programs": 1,
     },
-    "copies 128x256x128, 3 stages, 8 warps, specialized": {
-        "columns": 256, "warps": 8, "copies": True, "programs": 1, "special": True,
+    "copies 128x128x128, 4 stages, 8 warps, persistent, flat": {
+        "warps": 8, "copies": True, "programs": 1, "flat": True, "stages": 4,
     },
     "gluon 128x256x128, 4 stages": {"gluon": True, "columns": 256, "stages": 4},
     "gluon 128x256x128, 4 stages, group 16": {"gluon": True, "columns": 256, "stages": 4, "group": 16},
