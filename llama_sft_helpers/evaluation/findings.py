@@ -69,9 +69,10 @@ def _of_tasks(line: Any) -> tuple[str, str]:
     luck = min(1.0, 2 * sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed)
     answer = "It cannot be told" if luck > 0.05 else "Yes" if gained > lost else "No, it is worse"
     chance = f": chance alone would divide them at least as unevenly in {luck:.0%} of cases (sign test)"
+    chance = chance if changed else ""
     verdict = (
         f"{answer}: {line['before']:.0f} of {line['tasks']:.0f} were right before, {line['after']:.0f} after "
-        f"({_shares(line['after'], line['tasks'])}); {gained} gained and {lost} lost{chance if changed else ''}."
+        f"({_shares(line['after'], line['tasks'])}); {gained} gained and {lost} lost{chance}."
     )
     return verdict, "Lower the learning rate, or take fewer steps." if answer.startswith("No") else ""
 
