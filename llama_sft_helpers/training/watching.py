@@ -218,11 +218,11 @@ def plot_overfitting(log_history: Sequence[Mapping[str, Any]], before: float | N
         ax.plot(*zip(*train, strict=True), "s-", color=BLUE, label="training (mean)")
     ax.plot(*zip(*held_out.values(), strict=True), "o-", color=RED, label="held out")
     step = min(held_out, key=lambda step: held_out[step][1])
-    ax.axvline(held_out[step][0], color="black", linewidth=1)
+    ax.axvline(held_out[step][0], ymax=0.83, color="black", linewidth=1)  # up to the legend
     lowest, (_, end) = held_out[step][1], held_out[max(held_out)]
     ending = "then rose: overfitting" if rose(lowest, end) else f"level since, within {LEVEL:.0%}"
     ending = ending if step < max(held_out) else "the last one measured"
     course = f"Held-out loss: {held_out[min(held_out)][1]:.2f} at step {min(held_out)}, lowest {lowest:.2f}"
-    ax.set_title(f"{course}\nat step {step} (line), {ending}")
+    ax.set_title(f"{course}\nat step {step}, epoch {held_out[step][0]:.2g} (line), {ending}")
     _finish(ax, "epoch")
     return ax
