@@ -38,14 +38,11 @@ TILES: dict[str, dict[str, Any]] = {
     "copies 128x256x128, 3 stages, 8 warps, persistent": {
         "columns": 256, "warps": 8, "copies": True, "programs": 1,
     },
-    "copies 128x256x128, 3 stages, 8 warps, persistent, flat": {
-        "columns": 256, "warps": 8, "copies": True, "programs": 1, "flat": True,
-    },
     "copies 256x128x128, 3 stages, 8 warps, persistent": {
         "rows": 256, "warps": 8, "copies": True, "programs": 1,
     },
-    "copies 128x256x128, 3 stages, 8 warps, specialized": {
-        "columns": 256, "warps": 8, "copies": True, "programs": 1, "special": True,
+    "copies 128x128x128, 4 stages, 8 warps, persistent, flat": {
+        "warps": 8, "copies": True, "programs": 1, "flat": True, "stages": 4,
     },
     "gluon 128x256x128, 4 stages": {"gluon": True, "columns": 256, "stages": 4},
     "gluon 128x256x128, 4 stages, group 16": {"gluon": True, "columns": 256, "stages": 4, "group": 16},
@@ -60,6 +57,7 @@ SHAPES = [*FORWARD, (4096, 1024)]
 LAYERS = 32
 RANK = 32  # LoRA's 16 and as many outlier columns
 EDGES = (1, 4096, 4096), (127, 1024, 4096), (129, 4096, 1024), (200, 1000, 1040), (6480, 4096, 14336)
+PLAIN = ["a", "b", "row_scale", "column_scale"]
 TINY_EDGES = (1, 64, 96), (70, 40, 64)
 
 
@@ -126,7 +124,7 @@ def check(variant: str, product: Callable[..., Any], device: str) -> list[dict[s
         del poison  # the result likely lies where it was, so that an element left out shows
         sums = product(a=a, b=b, row_scale=torch.full_like(row, 2**-8))
         wrong = (sums != (exact * 2**-8).float().to(sums.dtype)).sum().item()
-        parts = ["a", "b", "row_scale", "column_scale", *added_by(variant)]
+        parts = [*PLAIN, *added_by(variant)]
         got = product(**{key: given[key] for key in parts}).double()
         truth = exact * row.double()[:, None] * column.double()
         truth += given["thin"][0].double() @ given["thin"][1].double().T
@@ -139,6 +137,13 @@ def check(variant: str, product: Callable[..., Any], device: str) -> list[dict[s
             {"shape": shape, "wrong_sums": wrong, "error": error, "largest": largest, "good": good}
         )
     return results
+
+
+def compile_all(variant: str, product: Callable[..., Any], device: str) -> None:
+    """Compile what will be timed, now, while other variants compile."""
+    given = inputs(*(TINY_EDGES if device == "cpu" else EDGES)[0], device)
+    for added in ([], *([name] for name in added_by(variant))):
+        product(**{key: given[key] for key in [*PLAIN, *added]})
 
 
 def milliseconds(calls: list[Callable[[], Any]], device: str) -> float:
@@ -176,16 +181,15 @@ def time_products(variant: str, product: Callable[..., Any], device: str, result
     """Every shape at every number of rows; at one number also with what is added. ``result`` grows."""
     tiny = device == "cpu"
     cut = 64 if tiny else 1
-    plain = {"a", "b", "row_scale", "column_scale"}
     result["ms"] = {}
     for rows in (16, 24) if tiny else ROWS:
         for columns, summed in SHAPES:
             sets = [inputs(rows, columns // cut, summed // cut, device) for _ in range(1 if tiny else 3)]
-            parts = {"": plain}
+            parts = {"": PLAIN}
             if variant == "cuBLAS bf16":
                 sets = [given | {name: given[name].to(given["add"].dtype) for name in "ab"} for given in sets]
             if rows in {6480, 24}:
-                parts |= {f" {name}": plain | {name} for name in added_by(variant)}
+                parts |= {f" {name}": [*PLAIN, name] for name in added_by(variant)}
             for name, part in parts.items():
                 calls = [functools.partial(product, **{key: given[key] for key in part}) for given in sets]
                 key = f"{rows} x {columns} x {summed}{name}"
@@ -193,7 +197,7 @@ def time_products(variant: str, product: Callable[..., Any], device: str, result
     given = inputs(32, 1024, 64, device)
     if variant == "cuBLAS bf16":
         given |= {name: given[name].to(given["add"].dtype) for name in "ab"}
-    call = functools.partial(product, **{key: given[key] for key in plain})
+    call = functools.partial(product, **{key: given[key] for key in PLAIN})
     result["host_microseconds"] = round(host_microseconds(call, device), 1)
 
 
@@ -237,12 +241,12 @@ def time_rows(device: str, result: dict[str, Any]) -> None:
     """Codes of rows alone and fused into what comes before, for different numbers of values to a warp."""
     tiny = device == "cpu"
     result["ms"], result["bytes"] = {}, {}
-    for per_warp in (0,) if tiny else (512, 1024, 2048):
+    for per_warp in (0,) if tiny else (1024, 512, 2048):
         if per_warp:
             from llama_sft_helpers.speed import triton_int8
 
             triton_int8.ROW_PER_WARP = per_warp
-        for rows in (16,) if tiny else ROWS:
+        for rows in (16,) if tiny else ROWS if per_warp == 1024 else (6480,):
             for columns in (64,) if tiny else (1024, 4096, 14336):
                 for kind, (calls, size) in row_calls(rows, columns, device).items():
                     key = f"{kind} {rows} x {columns}, {per_warp} a warp"
@@ -325,6 +329,7 @@ def work(variant: str, out: Path, device: str) -> None:
         result["checks"] = check_rows(device) if variant == "codes of rows" else check_transposing(device)
     elif added_by(variant):
         result["checks"] = check(variant, product, device)
+        compile_all(variant, product, device)
     write(out, result)
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -366,7 +371,8 @@ def add_step(result: dict[str, Any]) -> None:
 
 def show(result: dict[str, Any]) -> None:
     bad = [check["shape"] for check in result.get("checks", []) if not check["good"]]
-    parts = [f"{result['variant']:>56}", f"WRONG at {'; '.join(bad)}" if bad else "right"]
+    state = f"WRONG at {'; '.join(bad)}" if bad else "right" if "checks" in result else "not checked"
+    parts = [f"{result['variant']:>56}", state]
     rates = result.get("tera_operations_per_second", {})
     parts += [
         f"{rows}: {ms} ms" + (f" {rates[rows]} TOP/s" if rows in rates else "")

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -51,6 +52,8 @@ class Rung:
     checkpointing: bool = True
     fast_int8: bool = False
     fuse_lora: bool = True
+    int8_units: bool = False
+    outlier_columns: int = 0
     compile_layers: bool = False
     quick_steps: bool = False
     budget: float = 1.0
@@ -63,6 +66,7 @@ _FAST = {**_PACKED, "attn_implementation": "varlen", "fast_int8": True}
 _COMPILED = {**_FAST, "compile_layers": True, "quick_steps": True}
 _KEPT_AT = {**_COMPILED, "checkpointing": False}
 _KEPT = {**_KEPT_AT, "budget": 0.9}
+_UNITS = {**_KEPT, "int8_units": True, "outlier_columns": 16}
 RUNGS = [
     Rung("plain", "trl's defaults: 8 padded rows, checkpointing, LLM.int8"),
     Rung("no checkpointing", "keep the activations", checkpointing=False, same_data_as="plain"),
@@ -73,12 +77,24 @@ RUNGS = [
     Rung("fast int8", "int8 codes dequantized inside a 16-bit product", **_FAST),
     Rung("compiled", "each decoder layer compiled, fewer walks over the modules", **_COMPILED),
     Rung("fast", "activations kept, cheap ones recomputed, instead of checkpointing", **_KEPT),
+    Rung("int8 units", "frozen products of int8 by int8, 16 outlier columns in 16 bits", **_UNITS),
     # not in the ladder unless asked for by name
     Rung("fast, budget 0.6", "as fast, fewer activations kept", budget=0.6, extra=True, **_KEPT_AT),
     Rung("fast, 4 blocks", "as fast, 8704 tokens a step", extra=True, **{**_KEPT, "rows": 4}),
     Rung("fast, small blocks", "as fast, blocks of 1024", extra=True, **{**_KEPT, "max_length": 1024}),
     Rung("fast, all kept", "as fast, nothing recomputed", budget=1.0, extra=True, **_KEPT_AT),
+    Rung("int8 units, 4 blocks", "as int8 units, 8704 tokens a step", extra=True, **{**_UNITS, "rows": 4}),
+    Rung("int8 units, none apart", "as int8 units, without outlier columns", extra=True,
+         **{**_UNITS, "outlier_columns": 0}),
+    # without a compiler: what is best under the cap, for the fast rungs to be held against
+    Rung("uncompiled, 1 block", "as fast int8, activations kept", extra=True,
+         **{**_FAST, "rows": 1, "checkpointing": False}),
+    Rung("uncompiled, 2 blocks", "as fast int8, activations kept", extra=True,
+         **{**_FAST, "rows": 2, "checkpointing": False}),
+    Rung("uncompiled, 6 blocks", "as fast int8, twice the tokens", extra=True, **{**_FAST, "rows": 6}),
 ]  # fmt: skip
+# Data sheets, dense products of bf16 (T4: fp16), by a word of the card's name; the H100 with HBM3
+PEAKS = {"HBM3": 989.4e12, "H200": 989.4e12, "A100": 312e12, "L4": 121e12, "T4": 65e12}
 
 
 def build_config(tiny: bool) -> Any:
@@ -240,6 +256,10 @@ def run_rung(rung: Rung, args: argparse.Namespace) -> dict[str, Any]:  # noqa: P
             parameter.data = parameter.data.float()
     if rung.fast_int8:
         speed.use_fast_int8(model)
+    if rung.int8_units:
+        ids = [token for row in dataset["input_ids"][:64] for token in row][:2048]
+        calibration = {"input_ids": torch.tensor([ids], device=device)} if rung.outlier_columns else None
+        speed.use_int8_units(model, calibration, rung.outlier_columns)
     if not rung.fuse_lora:
         from peft.tuners.lora.bnb import Linear8bitLt
 
@@ -415,9 +435,13 @@ def main() -> None:
         torch.cuda.empty_cache()
     results = run_all(args, rungs)
     compare_losses(results)
-    for rung in results:
-        if "tokens_per_second" in rung:
-            rung["share_of_ceiling"] = round(rung["tokens_per_second"] * FLOP_PER_TOKEN / rate, 4)
+    finished = [rung for rung in results if "tokens_per_second" in rung]
+    peak = next((PEAKS[word] for word in re.split("[ -]", card()) if word in PEAKS), None)
+    for rung in finished:
+        rung["share_of_ceiling"] = round(rung["tokens_per_second"] * FLOP_PER_TOKEN / rate, 4)
+        rung["mfu"] = round(rung["tokens_per_second"] * FLOP_PER_TOKEN / peak, 4) if peak else None
+    uncompiled = [rung for rung in finished if not rung["compile_layers"]]
+    best = max(uncompiled, key=lambda rung: rung["tokens_per_second"], default={"rung": None})
     about = source(card() if device == "cuda" else "CPU", ("triton", *LIBRARIES))
     about["command"] = about["command"].replace(args.out, f"benchmarks/results/{Path(args.out).name}")
     report = {
@@ -427,6 +451,8 @@ def main() -> None:
         "matmul_flop_per_second": rate,
         "flop_per_token": FLOP_PER_TOKEN,
         "ceiling_tokens_per_second": round(rate / FLOP_PER_TOKEN),
+        "peak_flop_per_second": peak,
+        "best_uncompiled": best["rung"],
         "rungs": results,
     }
     write(args.out, report)
@@ -438,7 +464,8 @@ def main() -> None:
             continue
         print(
             f"{rung['rung']:>16}  {rung['tokens_per_second']:>9.1f} tok/s, "
-            f"{rung['share_of_ceiling']:.1%} of the bf16 ceiling, {rung['peak_reserved_gib']} GiB reserved, "
+            f"{rung['share_of_ceiling']:.1%} of the bf16 ceiling, MFU {rung['mfu']}, "
+            f"{rung['peak_reserved_gib']} GiB reserved, "
             f"{rung['compile_seconds']} s compile, {rung['graphs']} graphs, "
             f"loss {rung['losses'][0]:.3f} -> {rung['losses'][-1]:.3f}, "
             f"off by {rung.get('largest_loss_difference')}"

@@ -144,7 +144,7 @@ FINDINGS = [
     (ROSE, 2, {}, "not as hoped", f"Overfitted: {LOWEST} and 1.9000 by step 12; max_steps=8"),
     (ROSE, 2, {}, "not as hoped", "Rows held out: 2."),
     (ROSE, 200, KEPT, "not as hoped", "Its checkpoint is kept: run/checkpoint-8."),
-    (ROSE, 200, {"best_is_saved": True}, "as hoped", "The adapter of that step is saved."),
+    (ROSE, 200, {"best_is_saved": True}, "as hoped", "The adapter of step 8 is saved."),
     ((1.4, 1.2, 1.21), 200, KEPT, "as hoped", f"Level in the end, within 1%: {LOWEST}"),
     ((1.4, 1.2), 200, {}, "as hoped", "nothing to do"),
     ((float("nan"),), 200, {}, "not as hoped", ""),

@@ -16,7 +16,7 @@ CONTENTS = {
     "AccessError": "access",  # why a model does not open, and what to do
     "summarize_reasons": "access",  # with the page to open and what to do there
     "login_widget": "widget",  # a password field that never blocks
-    "use_token": "widget",  # the one call of notebooks 03 to 08
+    "use_token": "widget",  # the one call of notebooks 03 to 09
 }
 __all__ = list(CONTENTS)
 __getattr__, __dir__ = load_on_demand(__name__, CONTENTS)

@@ -43,7 +43,7 @@ def summarize_reasons(repo_id: str) -> pd.DataFrame:
     """Every reason that ``check_access`` tells apart: columns reason, case, page, action."""
     import pandas as pd
 
-    rows = [(reason, *_filled(reason, repo_id, "the hub's words")) for reason in _REMEDIES]
+    rows = [(reason, *_filled(reason, repo_id, "here: the hub's message")) for reason in _REMEDIES]
     return pd.DataFrame(rows, columns=["reason", "case", "page", "action"])
 
 

@@ -99,8 +99,8 @@ def _activation_rows(step: _Step) -> list[_Row]:
     rest = max(0.0, _working(step) - loss)
     return [
         ("activations", kept, f"{step.tokens:,} tokens x {layers} layers: {how}"),
-        ("loss", loss, "the last hidden states and one tile of logits with its gradient"),
-        ("one layer at work", rest, "what its backward pass needs beyond the loss's share"),
+        ("loss", loss, "the last layer's results and, piece by piece, the logits with their gradient"),
+        ("one layer at work", rest, "the layer whose backward pass runs, where it needs more than the loss"),
     ]
 
 

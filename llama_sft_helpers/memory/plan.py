@@ -60,8 +60,8 @@ def plan_memory(config: Any, profile: Profile, *, quantization: str = "int8") ->
         raise ValueError(f"quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}.")
     rows = plan_rows(shape, profile, quantization)
     allocated, on_gpu = sum(size for _, size, _ in rows), profile.gpu_gib > 0
-    rows.append(("allocator slack", allocated * _SLACK * on_gpu, "blocks PyTorch holds between two uses"))
-    rows.append(("CUDA context", _CONTEXT_GIB * GIB * on_gpu, "driver, kernels and cuBLAS handles"))
+    rows.append(("allocator slack", allocated * _SLACK * on_gpu, "memory that PyTorch keeps for later use"))
+    rows.append(("CUDA context", _CONTEXT_GIB * GIB * on_gpu, "what CUDA itself takes"))
     table = [(component, size / GIB, how) for component, size, how in rows]
     return pd.DataFrame(table, columns=["component", "gib", "how"])
 

@@ -105,6 +105,11 @@ def _multiply(out, left, right, row_scale, column_scale, buffers, result_buffer,
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         first_row, first_column = _tile_of(tile, M, N, BN, GROUP)
         first_row += HALF if LOWER else 0
+        row = first_row + gl.arange(0, HALF, gl.SliceLayout(1, layout))
+        column = first_column + gl.arange(0, BN, gl.SliceLayout(0, layout))
+        scale = gl.load(row_scale + row, mask=row < M, other=0.0)  # now, so that no one waits for it below
+        if SCALED:
+            scale_across = gl.load(column_scale + column, mask=column < N, other=0.0)
         sums = gl.zeros([HALF, BN], gl.int32, layout)
         for k in range(0, K, BK):
             stage = step % STAGES
@@ -119,11 +124,9 @@ def _multiply(out, left, right, row_scale, column_scale, buffers, result_buffer,
         sums = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
 
-        row = first_row + gl.arange(0, HALF, gl.SliceLayout(1, layout))
-        column = first_column + gl.arange(0, BN, gl.SliceLayout(0, layout))
-        result = sums.to(gl.float32) * gl.load(row_scale + row, mask=row < M, other=0.0)[:, None]
+        result = sums.to(gl.float32) * scale[:, None]
         if SCALED:
-            result = result * gl.load(column_scale + column, mask=column < N, other=0.0)[None, :]
+            result = result * scale_across[None, :]
         if THIN:
             result = gl.convert_layout(result, layout_thin)
             for _ in range(0, R, WIDE):

@@ -124,15 +124,16 @@ def int8_matmul(  # noqa: PLR0917 - in the order of the formula
     if add is not None:
         out += add
     if thin is not None:
-        out += thin[0].float() @ thin[1].float().T
+        out.addmm_(thin[0].float(), thin[1].float().T)  # in place: autocast would round it to 16 bits
     return out.to(dtype)
 
 
 def _exact_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b.T`` as int32: a CPU's product of int32 is slow, so float32 multiplies what it holds exactly."""
     sums = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    part = torch.empty_like(sums, dtype=torch.float32)  # written into, as autocast leaves such products alone
     for left, right in zip(a.split(_EXACT_COLUMNS, 1), b.split(_EXACT_COLUMNS, 1), strict=True):
-        sums += (left.float() @ right.float().T).to(torch.int32)
+        sums += torch.mm(left.float(), right.float().T, out=part).to(torch.int32)
     return sums
 
 

@@ -19,47 +19,35 @@ from llama_sft_helpers.speed.int8_product import frozen_linears, in_autocast, lo
 
 _INT8_MAX = 127.0
 
-# Operators below autograd, registered as those of int8_product are.
-_WEIGHT = "Tensor codes, Tensor absmax, Tensor? lora_a, Tensor? lora_b, float scaling"
-_OUTLIERS = "Tensor? columns, Tensor? kept, Tensor? outliers"
+# Operators below autograd, registered as those of int8_product are. What is small and pointwise stays
+# outside: a compiler joins it into few kernels.
 _LIBRARY = torch.library.Library("llama_sft", "FRAGMENT")
-_LIBRARY.define(f"int8_units_linear(Tensor x, {_WEIGHT}, {_OUTLIERS}, bool int8_backward) -> Tensor")
-_LIBRARY.define(f"int8_units_grad(Tensor grad, {_WEIGHT}) -> Tensor")
+_LIBRARY.define(
+    "int8_units_linear(Tensor x, Tensor codes, Tensor scales, Tensor? lora_a, Tensor? lora_b, float scaling, "
+    "Tensor? thin_in, Tensor? thin_out, Tensor? kept, bool int8_backward) -> Tensor"
+)
+_LIBRARY.define(
+    "int8_units_grad(Tensor grad, Tensor codes, Tensor scales, Tensor? thin_in, Tensor? thin_out) -> Tensor"
+)
 
 
 def _units_linear(  # type: ignore[no-untyped-def]
-    x, codes, absmax, lora_a, lora_b, scaling, columns, kept, outliers, int8_backward
+    x, codes, scales, lora_a, lora_b, scaling, thin_in, thin_out, kept, int8_backward
 ):
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    thin = _thin_factors(rows, lora_a, lora_b, scaling, columns, outliers)
-    x_codes, scales = int8_kernels.quantize_rows(rows, kept)
-    out = int8_kernels.int8_matmul(
-        x_codes, codes, scales, absmax.float() / _INT8_MAX, dtype=x.dtype, thin=thin
-    )
+    thin = None if thin_in is None else (rows @ thin_in.t(), thin_out)
+    x_codes, x_scales = int8_kernels.quantize_rows(rows, kept)
+    out = int8_kernels.int8_matmul(x_codes, codes, x_scales, scales, dtype=x.dtype, thin=thin)
     return out.view(*x.shape[:-1], codes.shape[0])
 
 
-def _thin_factors(x, lora_a, lora_b, scaling, columns, outliers):  # type: ignore[no-untyped-def]
-    """LoRA's update and the outlier columns as one 16-bit product, whose summed dimension is short."""
-    left, right = [], []
-    if lora_a is not None:
-        left.append(x @ lora_a.to(x.dtype).t())
-        right.append((lora_b * scaling).to(x.dtype))
-    if columns is not None:
-        left.append(x.index_select(1, columns))
-        right.append(outliers.to(x.dtype))
-    return (torch.cat(left, 1), torch.cat(right, 1)) if left else None
-
-
-def _units_grad(grad, codes, absmax, lora_a, lora_b, scaling):  # type: ignore[no-untyped-def]
+def _units_grad(grad, codes, scales, thin_in, thin_out):  # type: ignore[no-untyped-def]
     rows = grad.reshape(-1, grad.shape[-1]).contiguous()
-    thin = None
-    if lora_a is not None:
-        thin = rows @ (lora_b * scaling).to(grad.dtype), lora_a.t().to(grad.dtype).contiguous()
+    thin = None if thin_in is None else (rows @ thin_in, thin_out)
     # the codes' scales belong to the dimension that is summed here, so they go into the gradient first
-    grad_codes, scales = int8_kernels.quantize_rows(rows, absmax.float() / _INT8_MAX)
+    grad_codes, grad_scales = int8_kernels.quantize_rows(rows, scales)
     columns = int8_kernels.transpose_codes(codes)
-    out = int8_kernels.int8_matmul(grad_codes, columns, scales, dtype=grad.dtype, thin=thin)
+    out = int8_kernels.int8_matmul(grad_codes, columns, grad_scales, dtype=grad.dtype, thin=thin)
     return out.view(*grad.shape[:-1], codes.shape[1])
 
 
@@ -83,20 +71,29 @@ def _units_flop(x_shape, codes_shape, *args, **kwargs) -> int:  # type: ignore[n
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, codes, absmax, lora_a, lora_b, scaling, *_, ctx.int8_backward = inputs
-    ctx.scaling = scaling
-    ctx.save_for_backward(x if lora_a is not None else None, codes, absmax, lora_a, lora_b)
+    x, codes, scales, lora_a, lora_b, ctx.scaling, *_, ctx.int8_backward = inputs
+    ctx.save_for_backward(x if lora_a is not None else None, codes, scales, lora_a, lora_b)
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    x, codes, absmax, lora_a, lora_b = ctx.saved_tensors
-    ops, grad_x, grad_a, grad_b = torch.ops.llama_sft, None, None, None
+    x, codes, scales, lora_a, lora_b = ctx.saved_tensors
+    grad_x = grad_a = grad_b = None
     if ctx.needs_input_grad[0]:
-        product = ops.int8_units_grad if ctx.int8_backward else ops.int8_linear_grad
-        grad_x = product(grad, codes, absmax, lora_a, lora_b, ctx.scaling)
+        grad_x = _grad_of_input(grad, codes, scales, lora_a, lora_b, ctx)
     if lora_a is not None and any(ctx.needs_input_grad[3:5]):
-        grad_a, grad_b = ops.lora_grads(grad, x, lora_a, lora_b, ctx.scaling)
+        grad_a, grad_b = torch.ops.llama_sft.lora_grads(grad, x, lora_a, lora_b, ctx.scaling)
     return (grad_x, None, None, grad_a, grad_b, *5 * [None])
+
+
+def _grad_of_input(grad, codes, scales, lora_a, lora_b, ctx):  # type: ignore[no-untyped-def]
+    if not ctx.int8_backward:
+        absmax = scales * _INT8_MAX
+        return torch.ops.llama_sft.int8_linear_grad(grad, codes, absmax, lora_a, lora_b, ctx.scaling)
+    thin_in = thin_out = None
+    if lora_a is not None:
+        thin_in = (lora_b * ctx.scaling).to(grad.dtype)
+        thin_out = lora_a.to(grad.dtype).t().contiguous()
+    return torch.ops.llama_sft.int8_units_grad(grad, codes, scales, thin_in, thin_out)
 
 
 torch.library.register_autograd("llama_sft::int8_units_linear", _backward, setup_context=_setup_context)
@@ -132,15 +129,27 @@ class Int8Units(torch.nn.Module):
         scaling: float = 1.0,
     ) -> torch.Tensor:
         """What ``int8_linear`` computes, its input rounded to int8 row by row; the same arguments."""
-        x, outliers = in_autocast(x), None
-        if self.columns is not None:  # from the codes of now, which a merge changes
-            outliers = codes.index_select(1, self.columns) * (absmax.float() / _INT8_MAX)[:, None]
-            outliers = outliers.to(x.dtype)
-        weight = codes, absmax, lora_a, lora_b, scaling
+        x, scales = in_autocast(x), absmax.float() / _INT8_MAX
+        thin = self._thin_factors(codes, scales, lora_a, lora_b, scaling, x.dtype)
         out: torch.Tensor = torch.ops.llama_sft.int8_units_linear(
-            x, *weight, self.columns, self.kept, outliers, self.int8_backward
+            x, codes, scales, lora_a, lora_b, scaling, *thin, self.kept, self.int8_backward
         )
         return out
+
+    def _thin_factors(self, codes, scales, lora_a, lora_b, scaling, dtype):  # type: ignore[no-untyped-def]
+        """LoRA's update and the outlier columns as one product in 16 bits, with few columns in between."""
+        left, right = [], []
+        if lora_a is not None:
+            left.append(lora_a.detach())
+            right.append(lora_b.detach() * scaling)
+        if (
+            self.columns is not None
+        ):  # 1 where the column is; the weight from the codes of now: merges change them
+            left.append(torch.arange(codes.shape[1], device=codes.device) == self.columns[:, None])
+            right.append(codes.index_select(1, self.columns) * scales[:, None])
+        if not left:
+            return None, None
+        return torch.cat([part.to(dtype) for part in left]), torch.cat([part.to(dtype) for part in right], 1)
 
 
 def use_int8_units(

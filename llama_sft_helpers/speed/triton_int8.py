@@ -158,11 +158,11 @@ def descriptor_product_kernel(
     a, b, out, row_scale, column_scale, add, left, right, M, N, K, R,
     HAS_SCALE: tl.constexpr, HAS_ADD: tl.constexpr, RANK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    FLAT: tl.constexpr, SPECIAL: tl.constexpr,
+    FLAT: tl.constexpr,
 ):  # fmt: skip
     """Tiles read and written by Hopper's copy engine: ``a``, ``b``, ``out`` are descriptors of blocks."""
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT, warp_specialize=SPECIAL):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
         first_row, first_column = _tile_of(tile, M, N, BM, BN, GROUP)
         sums = tl.zeros((BM, BN), tl.int32)
         for k in range(0, K, BK):
@@ -187,7 +187,6 @@ class Tiles(NamedTuple):
     copies: bool = False  # read and written by Hopper's copy engine
     programs: int = 0  # on each multiprocessor, going from tile to tile; 0 for one program a tile
     flat: bool = False
-    special: bool = False
     gluon: bool = False
 
 
@@ -298,7 +297,7 @@ def int8_matmul(a, b, row_scale, column_scale=None, add=None, dtype=torch.bfloat
     if tiles.copies:
         blocks = [tiles.rows, tiles.depth], [tiles.columns, tiles.depth], [tiles.rows, tiles.columns]
         described = map(TensorDescriptor.from_tensor, (a, b, out), blocks)
-        args = (*described, *beside, *numbers, *sizes, tiles.flat, tiles.special)
+        args = (*described, *beside, *numbers, *sizes, tiles.flat)
         _start(descriptor_product_kernel, grid, args, kind, **options)
     else:
         args = (a, b, out, *beside, *numbers, *sizes, summed % tiles.depth == 0)

@@ -217,7 +217,7 @@ def plot_overfitting(log_history: Sequence[Mapping[str, Any]], before: float | N
         ax.plot(*zip(*train, strict=True), "s-", color=BLUE, label="training (mean)")
     ax.plot([*held_out], [*held_out.values()], "o-", color=RED, label="held out")
     step = min(held_out, key=lambda step: held_out[step])
-    ax.axvline(step, color="black", linewidth=1)
+    ax.axvline(step, ymax=0.83, color="black", linewidth=1)  # up to the legend
     lowest, end = held_out[step], held_out[max(held_out)]
     ending = "then rose: overfitting" if rose(lowest, end) else f"level since, within {LEVEL:.0%}"
     ending = ending if step < max(held_out) else "the last one measured"

@@ -11,6 +11,7 @@ from tiny_models import SEVEN, random_model
 
 from llama_sft_helpers import speed
 from llama_sft_helpers.speed import int8_product, varlen
+from llama_sft_helpers.speed.int8_units import Int8Units
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,6 +66,31 @@ def test_product_and_gradients_match_float64_with_outliers():
     out.backward(grad)
     assert relative(out, plain.detach().double() @ exact.t()) < 3e-3
     assert relative(plain.grad, grad.double() @ exact) < 3e-3
+
+
+@pytest.mark.parametrize("columns", [None, [7, 900, 4000]])
+def test_int8_units_compute_on_a_gpu_what_they_do_on_a_cpu(columns):
+    torch.manual_seed(0)
+    codes, absmax, _ = quantized(1024, 4096)
+    x = torch.randn(3, 500, 4096, device="cuda")
+    x[..., [7, 900, 4000]] *= 40
+    x[0, 3] = 0
+    inputs = [x.bfloat16(), codes, absmax, torch.randn(16, 4096).cuda(), torch.randn(1024, 16).cuda()]
+    grad = torch.randn(3, 500, 1024, device="cuda").bfloat16()
+    results = []
+    for device in ("cuda", "cpu"):
+        x, codes, absmax, a, b = (t.detach().to(device) for t in inputs)
+        units = Int8Units(4096, columns and torch.tensor(columns, device=device), int8_backward=True)
+        for leaf in (x, a, b):
+            leaf.requires_grad_()
+        y = units(x, codes, absmax, a, b, 0.01)
+        y.backward(grad.to(device))
+        results.append([t.cpu() for t in (y, x.grad, a.grad, b.grad)])
+    assert max(relative(*pair) for pair in zip(*results, strict=True)) < 6e-3
+    broken = torch.zeros(2, 4096, device="cuda", dtype=torch.bfloat16)
+    broken[1, 5] = float("nan")
+    broken = Int8Units(4096, None, int8_backward=True)(broken, codes.cuda(), absmax.cuda())
+    assert broken[:, 0].isnan().tolist() == [False, True]
 
 
 def test_no_worse_than_llm_int8_with_outliers():
@@ -185,14 +211,16 @@ def run(model, batch):
     return out.loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("budget", [1.0, 0.5])
-def test_everything_on_equals_everything_off(budget):
+@pytest.mark.parametrize(("budget", "units"), [(1.0, False), (0.5, False), (0.9, True)])
+def test_everything_on_equals_everything_off(budget, units):
     model = tiny_llama()
     batches = [packed_batch(n, i) for i, n in enumerate(([100, 60, 40], [90, 30, 70, 9], [150, 33]))]
     expected = [run(model, batch) for batch in batches]
     if speed.register_varlen_attention() == "varlen":
         model.set_attn_implementation("varlen")
     speed.use_fast_int8(model)
+    if units:
+        speed.use_int8_units(model, {"input_ids": batches[0]["input_ids"]}, leave_out=["down_proj"])
     torch._dynamo.reset()
     compiled = speed.compile_decoder_layers(model, budget)
     for batch, (loss, grads) in zip(batches, expected, strict=True):

@@ -188,7 +188,7 @@ class TestAccess:
     def test_every_reason_names_page_and_action(self):
         for row in summarize_reasons(MODEL).itertuples():
             assert row.page.startswith("https://")
-            error = str(AccessError(row.reason, MODEL, "the hub's words"))
+            error = str(AccessError(row.reason, MODEL, "here: the hub's message"))
             assert error == f"{row.reason}: {row.case}.\nPage: {row.page}\nNext: {row.action}."
             assert "{" not in error
 

@@ -66,6 +66,16 @@ def test_outlier_columns_apart_make_the_product_closer_to_the_unrounded_one():
     assert errors[0] > 5 * errors[1]
 
 
+def test_sums_stay_exact_under_autocast():
+    codes, absmax, _ = quantized(columns=2000)
+    x = torch.randn(5, 2000)
+    a, b = torch.randn(4, 2000), torch.randn(96, 4)
+    units = Int8Units(2000, torch.tensor(COLUMNS), True)
+    expected = units(x.bfloat16(), codes, absmax, a, b, 0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(units(x, codes, absmax, a, b, 0.1), expected)
+
+
 def test_not_a_number_stays_one():
     codes, absmax, _ = quantized()
     x = torch.randn(3, 64)
@@ -78,9 +88,11 @@ def test_operators_keep_torchs_rules_and_count_operations():
 
     codes, absmax, _ = quantized(16, 8)
     a, b = torch.randn(4, 8, requires_grad=True), torch.randn(16, 4, requires_grad=True)
-    x, columns, kept = torch.randn(3, 8, requires_grad=True), torch.tensor([2]), torch.ones(8)
-    arguments = (x, codes, absmax, a, b, 0.5, columns, kept, torch.randn(16, 1), True)
-    torch.library.opcheck(torch.ops.llama_sft.int8_units_linear.default, arguments)
+    x = torch.randn(3, 8, requires_grad=True)
+    for int8_backward in (True, False):
+        thin = torch.randn(5, 8), torch.randn(16, 5)
+        arguments = (x, codes, absmax / 127, a, b, 0.5, *thin, torch.ones(8), int8_backward)
+        torch.library.opcheck(torch.ops.llama_sft.int8_units_linear.default, arguments)
     with FlopCounterMode(display=False) as counter:
         Int8Units(8, None, True)(x, codes, absmax).sum().backward()
     assert counter.get_total_flops() == 2 * (2 * 3 * 8 * 16)

@@ -127,7 +127,7 @@ def test_product_compiles_to_the_int8_unit(card, depth, unit):
 
 @compiled
 def test_product_by_the_copy_engine_compiles():
-    constants = BESIDE | {"BM": 128, "BN": 256, "BK": 128, "FLAT": False, "SPECIAL": False}
+    constants = BESIDE | {"BM": 128, "BN": 256, "BK": 128, "FLAT": False}
     constants["blocks"] = {"a": "[128, 128]", "b": "[256, 128]", "out": "[128, 256]"}
     code = compile_for(90, triton_int8.descriptor_product_kernel, PRODUCT, constants, num_warps=8)
     assert "cp.async.bulk.tensor.2d.shared" in code
