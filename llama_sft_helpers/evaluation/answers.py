@@ -111,14 +111,14 @@ def plot_stops(rows: Mapping[str, pd.DataFrame], stops: pd.DataFrame) -> Axes:
         values = rows[name]["eos_probability"].dropna().to_numpy()
         spread = np.random.default_rng(0).uniform(-0.2, 0.2, len(values))
         ax.scatter(values, y + spread, s=22, color=_COLOURS[y % len(_COLOURS)], alpha=0.6, linewidths=0)
-        medians.append(f"{name} {np.median(values):.2f}")
+        medians.append(f"{name} {np.median(values):.3f}")
         ax.plot([np.median(values)] * 2, [y - 0.32, y + 0.32], color="black", linewidth=2)
         stopped = stops.loc[name]
         labels.append(f"{name}:\n{int(stopped['stopped'])} of {int(stopped['prompts'])}\nanswers stop")
     ax.set_yticks(range(len(rows)), labels)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlim(-0.02, 1.02)
-    ax.set_xlabel("probability of EOS, one dot a held-out row")
+    ax.set_xlabel("probability of EOS, one dot per held-out row")
     ax.set_title(f"Where an answer should end, EOS gets\n{', '.join(medians)} (median, black line)")
     ax.grid(axis="x", alpha=0.3)
     return ax

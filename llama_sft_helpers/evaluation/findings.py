@@ -68,10 +68,11 @@ def _of_tasks(line: Any) -> tuple[str, str]:
     changed, fewer = gained + lost, min(gained, lost)
     luck = min(1.0, 2 * sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed)
     answer = "It cannot be told" if luck > 0.05 else "Yes" if gained > lost else "No, it is worse"
+    chance = f": chance alone would divide them at least as unevenly in {luck:.0%} of cases (sign test)"
+    chance = chance if changed else ""
     verdict = (
         f"{answer}: {line['before']:.0f} of {line['tasks']:.0f} were right before, {line['after']:.0f} after "
-        f"({_shares(line['after'], line['tasks'])}); {gained} gained and {lost} lost, or the other way "
-        f"round, is luck in {luck:.0%} of cases."
+        f"({_shares(line['after'], line['tasks'])}); {gained} gained and {lost} lost{chance}."
     )
     return verdict, "Lower the learning rate, or take fewer steps." if answer.startswith("No") else ""
 
@@ -80,16 +81,16 @@ def _of_forgetting(line: Any) -> tuple[str, str]:
     forgot, kept = line["low"] > 0, line["high"] <= 0
     verdict = (
         f"{'Yes' if forgot else 'No' if kept else 'It cannot be told'}: the loss on plain text changed by "
-        f"{_change(line)}, and the predictions moved by {line['kl_nats']:.3f} nats a token (KL)."
+        f"{_change(line)}, and the predictions moved by {line['kl_nats']:.3f} nats per token (KL)."
     )
     advice = "A lower learning rate, fewer steps or general rows among yours would keep more of the base."
     return verdict, advice if forgot else ""
 
 
 def _change(line: Any) -> str:
-    return f"{line['loss_nats']:+.3f} nats a token (95 %: {line['low']:+.3f} to {line['high']:+.3f})"
+    return f"{line['loss_nats']:+.3f} nats per token (95%: {line['low']:+.3f} to {line['high']:+.3f})"
 
 
 def _shares(part: float, total: float) -> str:
     low, high = share_interval(int(part), int(total))
-    return f"95 %: {low:.0%} to {high:.0%}"
+    return f"95%: {low:.0%} to {high:.0%}"

@@ -79,5 +79,6 @@ def plot_ladder(
     ax.invert_yaxis()
     ax.set_xlim(0, float(values.max()) * 1.3)
     ax.set_xlabel(_ACROSS.get(column, column.replace("_", " ")))
+    ax.xaxis.set_major_formatter("{x:,g}")
     ax.set_title(f"{column.replace('_', ' ').replace(' gib', '')} by rung")
     return ax

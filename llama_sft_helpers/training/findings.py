@@ -47,7 +47,7 @@ def summarize_training_result(
         )
     if lowest < end:
         kept = f"Its checkpoint is kept: {best_checkpoint}." if best_checkpoint else ""
-        kept = "The adapter of that step is saved." if best_is_saved else kept
+        kept = f"The adapter of step {step} is saved." if best_is_saved else kept
         name = "Overfitted" if rose(lowest, end) else f"Level in the end, within {LEVEL:.0%}"
         enough = f"; max_steps={step} would do" if rose(lowest, end) else ""
         advice.append(

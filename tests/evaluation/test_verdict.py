@@ -145,7 +145,7 @@ def test_the_verdict_says_what_can_be_told(changes, lost, verdicts, advice):
         for found, start in zip(table[column], expected, strict=True):
             assert found.startswith(start), found
             assert bool(found) == bool(start)
-    assert "0.125 nats a token (KL)" in table["verdict"].iloc[2]
+    assert "0.125 nats per token (KL)" in table["verdict"].iloc[2]
     assert len(summarize_verdict(losses)) == 1
 
 
@@ -155,7 +155,5 @@ def test_whether_it_stops_is_told_with_its_counts(probability, answer):
     stops = pd.DataFrame({"eos_probability": [0.5, probability], "stopped": [1, 8], "prompts": 10})
     row = summarize_verdict(losses, stops.set_axis(["base", "tuned"])).loc["Does it know when to stop?"]
     assert row["verdict"].startswith(answer)
-    assert (
-        f"from 0.500 to {probability:.3f}; 8 of 10 answers stop (95 %: 49% to 94%), 1 did" in row["verdict"]
-    )
+    assert f"from 0.500 to {probability:.3f}; 8 of 10 answers stop (95%: 49% to 94%), 1 did" in row["verdict"]
     assert bool(row["advice"]) == (answer == "No: ")
