@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def plot_quantization_error(errors: pd.DataFrame) -> Axes:
-    """Draw the relative error of every matrix, in % on a log scale: a dot a matrix, a colour a format.
+    """Draw the relative error of every matrix, in % on a log scale: a mark a matrix, a colour a format.
 
     ``errors`` is ``summarize_quantization_error``'s table, or several of them concatenated.
     """
@@ -30,8 +30,8 @@ def plot_quantization_error(errors: pd.DataFrame) -> Axes:
         ax.plot(places, 100 * group["relative_error"], marker, ms=5, alpha=0.4, color=colour, label=kind)
     ax.set_xticks(range(len(modules)), modules, rotation=40, ha="right", rotation_mode="anchor")
     means = 100 * errors.groupby("format", sort=False)["relative_error"].mean()
-    about = ", ".join(f"{kind} about {mean:.2g}%" for kind, mean in means.items())
-    ax.set(yscale="log", ylabel="relative error (%)", title=f"Error of each matrix: {about}")
+    about = ", ".join(f"{kind} {mean:.2g}%" for kind, mean in means.items())
+    ax.set(yscale="log", ylabel="relative error (%, log scale)", title=f"Mean error of a matrix: {about}")
     ax.legend(loc="center right")
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # the axis may span less than a decade
     ax.yaxis.set_major_formatter("{x:g}")
@@ -65,13 +65,14 @@ def plot_weight_grid(weight: torch.Tensor, row: int) -> Axes:
         xlabel="weight", ylabel="weights per level",
         title=f"Row {row}, {len(values)} weights: {used} of 255 levels are used; one step is {step:.3g}",
     )  # fmt: skip
-    zoom = ax.inset_axes((0.62, 0.5, 0.37, 0.36))
+    zoom = ax.inset_axes((0.66, 0.5, 0.33, 0.36))
     near = values[abs(values) < 3.5 * step]
     zoom.hist(near / step, bins=42, range=(-3.5, 3.5), color=SKY)
     for level in range(-3, 4):
         zoom.axvline(level, color=RED, lw=1)
     zoom.set_title("before rounding;\nlines: levels")
-    zoom.set(xlabel="weight / step", yticks=[])
+    zoom.set(xlabel="weight / step", ylabel="weights")
+    zoom.locator_params(axis="y", nbins=2, integer=True)
     return ax
 
 
@@ -109,8 +110,8 @@ def plot_outliers(outliers: pd.DataFrame) -> Axes:
     bars = ax.barh(names, 100 * few["channels_share"], color=BLUE)
     ax.bar_label(bars, labels=[str(count) for count in few["outlier_channels"]], padding=3)
     ax.set(
-        xlabel="outlier channels (%; number: count)",
-        title=f"The {len(few)} inputs with the most outliers; {none} have none",
+        xlabel="share of channels that are outliers (%);\nbeside each bar: how many channels",
+        title=f"{none} of {len(outliers)} inputs have no outlier" + "; these have the most" * (len(few) > 0),
     )  # fmt: skip
     ax.margins(x=0.15)
     return ax

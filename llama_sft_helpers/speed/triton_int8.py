@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
@@ -153,28 +152,6 @@ def product_kernel(
     tl.store(out + place, result.to(out.dtype.element_ty), mask=(row < M)[:, None] & (column < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["M"])
-def descriptor_product_kernel(
-    a, b, out, row_scale, column_scale, add, left, right, M, N, K, R,
-    HAS_SCALE: tl.constexpr, HAS_ADD: tl.constexpr, RANK: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    FLAT: tl.constexpr,
-):  # fmt: skip
-    """Tiles read and written by Hopper's copy engine: ``a``, ``b``, ``out`` are descriptors of blocks."""
-    tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
-        first_row, first_column = _tile_of(tile, M, N, BM, BN, GROUP)
-        sums = tl.zeros((BM, BN), tl.int32)
-        for k in range(0, K, BK):
-            rows, columns = a.load([first_row, k]), b.load([first_column, k])
-            sums = tl.dot(rows, columns.T, sums, out_dtype=tl.int32)
-        row, column = first_row + tl.arange(0, BM), first_column + tl.arange(0, BN)
-        result = _finish(
-            sums, row_scale, column_scale, add, left, right, row, column, M, N, R, HAS_SCALE, HAS_ADD, RANK
-        )
-        out.store([first_row, first_column], result.to(out.dtype))
-
-
 class Tiles(NamedTuple):
     """How a product is cut: the tile of the result, codes summed at a time, and how a GPU runs it."""
 
@@ -184,19 +161,14 @@ class Tiles(NamedTuple):
     stages: int = 3
     warps: int = 4
     group: int = 8
-    copies: bool = False  # read and written by Hopper's copy engine
-    programs: int = 0  # on each multiprocessor, going from tile to tile; 0 for one program a tile
-    flat: bool = False
-    gluon: bool = False
 
 
-ROW_PER_WARP = 1024  # values of a row
 _started = {}
 
 
-def _start(kernel, grid, args, kind, **options):
+def start(kernel, grid, args, kind, **options):
     """Start a kernel; after a kind's first call without Triton's own checks, which cost as much again."""
-    tensors = [getattr(arg, "base", arg) for arg in args if not isinstance(arg, int | float)]
+    tensors = [getattr(arg, "base", arg) for arg in args if not isinstance(arg, int | float)]  # or described
     key = (kernel.fn.__name__, kind, tensors[0].device, *(tensor.dtype for tensor in tensors))
     aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
     if aligned and key in _started:
@@ -207,21 +179,17 @@ def _start(kernel, grid, args, kind, **options):
         _started[key] = started
 
 
-def _row_options(columns):
-    block = triton.next_power_of_2(columns)
-    return block, min(16, max(1, block // ROW_PER_WARP))
-
-
 def _make_codes(kernel, before, column_scale, results, eps=()):
     """Run a kernel whose programs make a row's codes; it may write another result of that row first."""
     rows, columns = before[0].shape
     codes = torch.empty(rows, columns, dtype=torch.int8, device=before[0].device)
     scales = torch.empty(rows, dtype=torch.float32, device=codes.device)
     scale = scales if column_scale is None else column_scale  # a tensor that is not read
-    block, warps = _row_options(columns)
+    block = triton.next_power_of_2(columns)
     args = (*before, scale, *results, codes, scales, columns, *eps, column_scale is not None, block)
     if rows:
-        _start(kernel, (rows, 1, 1), args, (columns, column_scale is None, warps), num_warps=warps)
+        warps = min(16, max(1, block // 1024))
+        start(kernel, (rows, 1, 1), args, (columns, column_scale is None), num_warps=warps)
     return *results, codes, scales
 
 
@@ -248,58 +216,42 @@ def transpose_codes(codes):
     turned = torch.empty(columns, rows, dtype=torch.int8, device=codes.device)
     args = (codes.view(torch.int32), turned.view(torch.int32), rows // 4, columns // 4, 32)
     grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128), 1)
-    _start(transpose_kernel, grid, args, (rows, columns), num_warps=4)
+    start(transpose_kernel, grid, args, (rows, columns), num_warps=4)
     return turned
 
 
 @functools.cache
-def _multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-@functools.cache
-def default_tiles(device):
-    """The tiles for a card: before Hopper, and with less shared memory, half as many codes at a time."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        return Tiles(depth=64)
-    return Tiles()
-
-
-def int8_matmul(a, b, row_scale, column_scale=None, add=None, dtype=torch.bfloat16, thin=None, tiles=None):
-    """``tiles`` asks for a certain kernel; by default the fastest one measured."""
-    (rows, summed), columns = a.shape, b.shape[0]
-    out = torch.empty(rows, columns, dtype=dtype, device=a.device)
-    if not rows:
-        return out
-    tiles = tiles or default_tiles(a.device)
-    if tiles.gluon:
-        if add is not None:
-            raise ValueError("this kernel adds nothing but a thin product")
+def _for_card(device):
+    """The module of Hopper's kernel, or None where it does not run; and the tiles of the plain one."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    # Gluon is experimental, and its calls differ between versions
+    if capability == (9, 0) and triton.__version__.startswith("3.6."):
         from llama_sft_helpers.speed import gluon_int8
 
-        args = gluon_int8.arguments(a, b, out, row_scale, column_scale, thin, tiles)
-        count = triton.cdiv(rows, 128) * triton.cdiv(columns, tiles.columns)
-        grid = (min(count, _multiprocessors(a.device)), 1, 1)
-        kind = columns, summed, args[-2:], tiles, thin and thin[0].shape[1]
-        _start(gluon_int8.specialized_product_kernel, grid, args, kind, num_warps=4, maxnreg=168)
-        return out
+        return gluon_int8, Tiles()
+    return None, Tiles(depth=128 if capability == (9, 0) else 64)  # other cards have less shared memory
+
+
+def int8_matmul(a, b, row_scale, column_scale=None, add=None, dtype=torch.bfloat16, thin=None):
+    """By Hopper's own kernel where there is one for these sizes and types, else by the plain one."""
+    hopper, tiles = _for_card(a.device)
+    if hopper and add is None and hopper.takes(a, b, dtype, thin):
+        return hopper.int8_matmul(a, b, row_scale, column_scale, dtype, thin)
+    return plain_matmul(a, b, row_scale, column_scale, add, dtype, thin, tiles)
+
+
+def plain_matmul(a, b, row_scale, column_scale, add, dtype, thin, tiles):
+    """Any card with int8 units that Triton knows, any size, any floating type."""
+    (rows, summed), columns = a.shape, b.shape[0]
+    out = torch.empty(rows, columns, dtype=dtype, device=a.device)
     left, right = thin or (row_scale, row_scale)  # tensors that are not read
     rank = left.shape[1] if thin else 0
-    block = max(16, triton.next_power_of_2(rank)) if rank else 0
-    count = triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns)
-    grid = (min(count, tiles.programs * _multiprocessors(a.device)) if tiles.programs else count, 1, 1)
-    has = column_scale is not None, add is not None, block
+    has = column_scale is not None, add is not None, max(16, triton.next_power_of_2(rank)) if rank else 0
     beside = row_scale, row_scale if column_scale is None else column_scale, row_scale if add is None else add
-    numbers = left, right, rows, columns, summed, rank, *has
-    sizes = tiles.rows, tiles.columns, tiles.depth, tiles.group
-    kind = columns, summed, rank, has, tiles
-    options = {"num_stages": tiles.stages, "num_warps": tiles.warps}
-    if tiles.copies:
-        blocks = [tiles.rows, tiles.depth], [tiles.columns, tiles.depth], [tiles.rows, tiles.columns]
-        described = map(TensorDescriptor.from_tensor, (a, b, out), blocks)
-        args = (*described, *beside, *numbers, *sizes, tiles.flat)
-        _start(descriptor_product_kernel, grid, args, kind, **options)
-    else:
-        args = (a, b, out, *beside, *numbers, *sizes, summed % tiles.depth == 0)
-        _start(product_kernel, grid, args, kind, **options)
+    sizes = tiles.rows, tiles.columns, tiles.depth, tiles.group, summed % tiles.depth == 0
+    args = (a, b, out, *beside, left, right, rows, columns, summed, rank, *has, *sizes)
+    grid = (triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns), 1, 1)
+    if rows:
+        kind = columns, summed, rank, has, tiles
+        start(product_kernel, grid, args, kind, num_stages=tiles.stages, num_warps=tiles.warps)
     return out

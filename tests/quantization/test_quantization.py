@@ -353,7 +353,7 @@ def test_outlier_figure_shows_the_largest_counts_or_that_there_are_none(tiny_mod
     names = [label.get_text() for label in ax.get_yticklabels()]
     assert names[-1] == f"layer {largest['layer'].iloc[0]}, {largest['module'].iloc[0]}"
     ax = quantization.plot_outliers(table.assign(outlier_channels=0))
-    assert f"{len(table)} have none" in ax.get_title()
+    assert f"{len(table)} of {len(table)} inputs have no outlier" in ax.get_title()
     ax.figure.canvas.draw()
 
 
