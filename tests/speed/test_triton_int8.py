@@ -101,7 +101,7 @@ def test_rows_compile(name, card):
     kernel = getattr(triton_int8, f"{name}_kernel")
     halves = ("x", "weight", "normed", "gate", "up", "product")
     pointers = ROWS | {n: "bf16" if card >= 80 else "fp16" for n in halves if n in kernel.arg_names}
-    assert compile_for(card, kernel, pointers, {"HAS_SCALE": True, "BLOCK": 4096}, num_warps=4)
+    assert compile_for(card, kernel, pointers, {"HAS_SCALE": True, "BLOCK": 4096, "AHEAD": 2}, num_warps=4)
 
 
 @compiled
