@@ -8,8 +8,6 @@ Triton's language leaves it to the compiler how copies and products overlap; Glu
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -23,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from llama_sft_helpers.speed.triton_int8 import Tiles, start
+from llama_sft_helpers.speed.triton_int8 import Tiles, multiprocessors, start
 
 _LAYOUTS = {size: gl.NVMMASharedLayout(128, 8 * size) for size in (1, 2)}  # of blocks of int8 and of 16 bits
 TILES = Tiles(columns=256, stages=4, group=16)  # the fastest of those measured
@@ -176,11 +174,6 @@ def takes(a, b, dtype, thin):
     return all(sizes) and not any(part.data_ptr() % 16 for part in (a, b, *(thin or ())))
 
 
-@functools.cache
-def _multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _describe(tensor, rows, columns):
     """What the copy engine needs to know of a matrix and its blocks."""
     return TensorDescriptor(tensor, tensor.shape, tensor.stride(), [rows, columns], _LAYOUTS[tensor.itemsize])
@@ -206,6 +199,6 @@ def int8_matmul(a, b, row_scale, column_scale, dtype, thin, tiles=TILES):
     args = arguments(a, b, out, row_scale, column_scale, thin, tiles)
     count = triton.cdiv(rows, 128) * triton.cdiv(columns, tiles.columns)
     kind = columns, summed, args[-2:], tiles, thin and thin[0].shape[1]
-    grid = (min(count, _multiprocessors(a.device)), 1, 1)
+    grid = (min(count, multiprocessors(a.device)), 1, 1)
     start(specialized_product_kernel, grid, args, kind, num_warps=4, maxnreg=168)
     return out

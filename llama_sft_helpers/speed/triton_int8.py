@@ -20,53 +20,71 @@ def _larger(a, b):
 
 
 @triton.jit
-def _store_codes(values, column_scale, codes, scales, row, K, column, inside, HAS_SCALE: tl.constexpr):
+def _store_codes(values, across, codes, scales, row, place, inside, HAS_SCALE: tl.constexpr):
     """Write one row's codes and scale; adding 1.5 * 2**23 rounds to a whole number, half to even."""
     if HAS_SCALE:
-        values *= tl.load(column_scale + column, mask=inside, other=0.0).to(tl.float32)
+        values *= across
     absmax = tl.reduce(tl.abs(values), 0, _larger)
     tl.store(scales + row, absmax / 127.0)
     values = values * (127.0 / tl.maximum(absmax, 1e-30))
     whole = (values + 12582912.0) - 12582912.0
-    tl.store(codes + row.to(tl.int64) * K + column, whole.to(tl.int8), mask=inside)
+    tl.store(codes + place, whole.to(tl.int8), mask=inside)
 
 
-@triton.jit
-def quantize_kernel(x, column_scale, codes, scales, K, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr):
-    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+# A program goes from row to row: what is the same for all, twice as many bytes as a row, is read once, and
+# the next row while one is worked on.
+@triton.jit(do_not_specialize=["M"])
+def quantize_kernel(
+    x, column_scale, codes, scales, M, K, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr
+):
+    column = tl.arange(0, BLOCK)
     inside = column < K
-    values = tl.load(x + row.to(tl.int64) * K + column, mask=inside, other=0.0).to(tl.float32)
-    _store_codes(values, column_scale, codes, scales, row, K, column, inside, HAS_SCALE)
+    across = tl.load(column_scale + column, mask=inside & HAS_SCALE, other=0.0).to(tl.float32)
+    for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=AHEAD):
+        place = tl.cast(row, tl.int64) * K + column
+        values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        _store_codes(values, across, codes, scales, row, place, inside, HAS_SCALE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def rmsnorm_quantize_kernel(
-    x, weight, column_scale, normed, codes, scales, K, eps, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr
-):
-    row, column = tl.program_id(0), tl.arange(0, BLOCK)
-    inside, place = column < K, row.to(tl.int64) * K + column
-    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    values *= tl.rsqrt(tl.sum(values * values, 0) / K + eps)
+    x, weight, column_scale, normed, codes, scales, M, K, eps,
+    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
     half = normed.dtype.element_ty
-    scale = tl.load(weight + column, mask=inside, other=0.0)
-    # rounded twice, as Llama's norm does
-    result = (values.to(half).to(tl.float32) * scale.to(tl.float32)).to(half)
-    tl.store(normed + place, result, mask=inside)
-    _store_codes(result.to(tl.float32), column_scale, codes, scales, row, K, column, inside, HAS_SCALE)
+    column = tl.arange(0, BLOCK)
+    inside = column < K
+    across = tl.load(column_scale + column, mask=inside & HAS_SCALE, other=0.0).to(tl.float32)
+    norm_scale = tl.load(weight + column, mask=inside, other=0.0)
+    for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=AHEAD):
+        place = tl.cast(row, tl.int64) * K + column
+        values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        values *= tl.rsqrt(tl.sum(values * values, 0) / K + eps)
+        # rounded twice, as Llama's norm does
+        result = (values.to(half).to(tl.float32) * norm_scale.to(tl.float32)).to(half)
+        tl.store(normed + place, result, mask=inside)
+        _store_codes(result.to(tl.float32), across, codes, scales, row, place, inside, HAS_SCALE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def swiglu_quantize_kernel(
-    gate, up, column_scale, product, codes, scales, K, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr
-):
-    row, column = tl.program_id(0), tl.arange(0, BLOCK)
-    inside, place = column < K, row.to(tl.int64) * K + column
+    gate, up, column_scale, product, codes, scales, M, K,
+    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
     half = product.dtype.element_ty
-    value = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
-    silu = (value * tl.sigmoid(value)).to(half).to(tl.float32)  # rounded twice, as torch's two operators do
-    result = (silu * tl.load(up + place, mask=inside, other=0.0).to(tl.float32)).to(half)
-    tl.store(product + place, result, mask=inside)
-    _store_codes(result.to(tl.float32), column_scale, codes, scales, row, K, column, inside, HAS_SCALE)
+    column = tl.arange(0, BLOCK)
+    inside = column < K
+    across = tl.load(column_scale + column, mask=inside & HAS_SCALE, other=0.0).to(tl.float32)
+    for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=AHEAD):
+        place = tl.cast(row, tl.int64) * K + column
+        value = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+        silu = (
+            (value * tl.sigmoid(value)).to(half).to(tl.float32)
+        )  # rounded twice, as torch's two operators do
+        result = (silu * factor).to(half)
+        tl.store(product + place, result, mask=inside)
+        _store_codes(result.to(tl.float32), across, codes, scales, row, place, inside, HAS_SCALE)
 
 
 @triton.jit
@@ -179,39 +197,68 @@ def start(kernel, grid, args, kind, **options):
         _started[key] = started
 
 
-def _make_codes(kernel, before, column_scale, results, eps=()):
-    """Run a kernel whose programs make a row's codes; it may write another result of that row first."""
-    rows, columns = before[0].shape
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=before[0].device)
-    scales = torch.empty(rows, dtype=torch.float32, device=codes.device)
-    scale = scales if column_scale is None else column_scale  # a tensor that is not read
+def _contiguous(*tensors):
+    """The kernels know no strides."""
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _make_codes(kernel, read, fixed, column_scale, results, eps=()):
+    """Run a kernel that makes codes of the rows of ``read``, and may write another result of them first."""
+    read, fixed = _contiguous(*read), _contiguous(*fixed, column_scale)
+    column_scale = fixed.pop()
+    (rows, columns), device = read[0].shape, read[0].device
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=device)
+    scales = torch.empty(rows, dtype=torch.float32, device=device)
     block = triton.next_power_of_2(columns)
-    args = (*before, scale, *results, codes, scales, columns, *eps, column_scale is not None, block)
+    warps = min(16, max(1, block // 1024))
+    # of 227 KiB of shared memory on Hopper, and 99 on the smallest of the other cards
+    room = 2**17 if _capability(device) == (9, 0) else 2**16
+    ahead = 1 + min(2, room // (block * read[0].itemsize * len(read)))
+    scale = scales if column_scale is None else column_scale  # a tensor that is not read
+    args = (*read, *fixed, scale, *results, codes, scales, rows, columns, *eps)
+    grid = (min(rows, multiprocessors(device) * max(1, 12 // warps)), 1, 1)
     if rows:
-        warps = min(16, max(1, block // 1024))
-        start(kernel, (rows, 1, 1), args, (columns, column_scale is None), num_warps=warps)
+        constants = column_scale is not None, block, ahead
+        start(kernel, grid, (*args, *constants), (columns, constants), num_warps=warps)
     return *results, codes, scales
+
+
+@functools.cache
+def _capability(device):
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@functools.cache
+def multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def quantize_rows(x, column_scale=None):
     """See ``int8_kernels``, as for all functions below."""
-    return _make_codes(quantize_kernel, (x,), column_scale, ())
+    return _make_codes(quantize_kernel, (x,), (), column_scale, ())
 
 
 def rmsnorm_quantize_rows(x, weight, eps, column_scale=None):
     """One pass over ``x``."""
-    return _make_codes(rmsnorm_quantize_kernel, (x, weight), column_scale, (torch.empty_like(x),), (eps,))
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _make_codes(rmsnorm_quantize_kernel, (x,), (weight,), column_scale, (normed,), (eps,))
 
 
 def swiglu_quantize_rows(gate, up, column_scale=None):
     """One pass over both."""
-    return _make_codes(swiglu_quantize_kernel, (gate, up), column_scale, (torch.empty_like(gate),))
+    return _make_codes(
+        swiglu_quantize_kernel,
+        (gate, up),
+        (),
+        column_scale,
+        (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device),),
+    )
 
 
 def transpose_codes(codes):
     """Words of four codes where the sizes allow it."""
     rows, columns = codes.shape
-    if rows % 4 or columns % 4 or codes.data_ptr() % 4:
+    if rows % 4 or columns % 4 or codes.data_ptr() % 4 or not codes.is_contiguous():
         return codes.T.contiguous()
     turned = torch.empty(columns, rows, dtype=torch.int8, device=codes.device)
     args = (codes.view(torch.int32), turned.view(torch.int32), rows // 4, columns // 4, 32)
@@ -223,7 +270,7 @@ def transpose_codes(codes):
 @functools.cache
 def _for_card(device):
     """The module of Hopper's kernel, or None where it does not run; and the tiles of the plain one."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    capability = _capability(device)
     # Gluon is experimental, and its calls differ between versions
     if capability == (9, 0) and triton.__version__.startswith("3.6."):
         from llama_sft_helpers.speed import gluon_int8
@@ -234,6 +281,8 @@ def _for_card(device):
 
 def int8_matmul(a, b, row_scale, column_scale=None, add=None, dtype=torch.bfloat16, thin=None):
     """By Hopper's own kernel where there is one for these sizes and types, else by the plain one."""
+    a, b, add, *factors = _contiguous(a, b, add, *(thin or ()))
+    thin = tuple(factors) or None
     hopper, tiles = _for_card(a.device)
     if hopper and add is None and hopper.takes(a, b, dtype, thin):
         return hopper.int8_matmul(a, b, row_scale, column_scale, dtype, thin)
