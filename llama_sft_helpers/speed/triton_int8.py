@@ -197,8 +197,15 @@ def start(kernel, grid, args, kind, **options):
         _started[key] = started
 
 
+def _contiguous(*tensors):
+    """The kernels know no strides."""
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
 def _make_codes(kernel, read, fixed, column_scale, results, eps=()):
     """Run a kernel that makes codes of the rows of ``read``, and may write another result of them first."""
+    read, fixed = _contiguous(*read), _contiguous(*fixed, column_scale)
+    column_scale = fixed.pop()
     (rows, columns), device = read[0].shape, read[0].device
     codes = torch.empty(rows, columns, dtype=torch.int8, device=device)
     scales = torch.empty(rows, dtype=torch.float32, device=device)
@@ -233,19 +240,25 @@ def quantize_rows(x, column_scale=None):
 
 def rmsnorm_quantize_rows(x, weight, eps, column_scale=None):
     """One pass over ``x``."""
-    normed = torch.empty_like(x)
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return _make_codes(rmsnorm_quantize_kernel, (x,), (weight,), column_scale, (normed,), (eps,))
 
 
 def swiglu_quantize_rows(gate, up, column_scale=None):
     """One pass over both."""
-    return _make_codes(swiglu_quantize_kernel, (gate, up), (), column_scale, (torch.empty_like(gate),))
+    return _make_codes(
+        swiglu_quantize_kernel,
+        (gate, up),
+        (),
+        column_scale,
+        (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device),),
+    )
 
 
 def transpose_codes(codes):
     """Words of four codes where the sizes allow it."""
     rows, columns = codes.shape
-    if rows % 4 or columns % 4 or codes.data_ptr() % 4:
+    if rows % 4 or columns % 4 or codes.data_ptr() % 4 or not codes.is_contiguous():
         return codes.T.contiguous()
     turned = torch.empty(columns, rows, dtype=torch.int8, device=codes.device)
     args = (codes.view(torch.int32), turned.view(torch.int32), rows // 4, columns // 4, 32)
@@ -268,6 +281,8 @@ def _for_card(device):
 
 def int8_matmul(a, b, row_scale, column_scale=None, add=None, dtype=torch.bfloat16, thin=None):
     """By Hopper's own kernel where there is one for these sizes and types, else by the plain one."""
+    a, b, add, *factors = _contiguous(a, b, add, *(thin or ()))
+    thin = tuple(factors) or None
     hopper, tiles = _for_card(a.device)
     if hopper and add is None and hopper.takes(a, b, dtype, thin):
         return hopper.int8_matmul(a, b, row_scale, column_scale, dtype, thin)

@@ -58,6 +58,20 @@ def test_transposed_codes(shape):
 
 
 @interpreted
+def test_strided_inputs():
+    x, other = torch.randn(2, 48, 64).to(HALF)
+    scale = torch.rand(2, 48)[0].expand(48)
+    for name, args in {"quantize_rows": (), "swiglu_quantize_rows": (other.T,)}.items():
+        expected = getattr(int8_kernels, name)(x.T, *args, scale)
+        for ours, theirs in zip(getattr(triton_int8, name)(x.T, *args, scale), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    codes = codes_of(64, 48)
+    thin = torch.randn(4, 48).to(HALF).T, torch.randn(4, 40).to(HALF).T
+    args = codes.T, codes_of(64, 40).T, torch.ones(48), None, None, torch.float32, thin
+    torch.testing.assert_close(triton_int8.int8_matmul(*args), int8_kernels.int8_matmul(*args))
+
+
+@interpreted
 @pytest.mark.parametrize("parts", [(), ("column_scale",), ("add",), ("thin",), PARTS])
 @pytest.mark.parametrize("shape", [(1, 64, 96), (70, 96, 160), (33, 40, 64)])
 def test_product_equals_that_of_pytorch(shape, parts):
