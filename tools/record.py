@@ -199,9 +199,10 @@ def main() -> int:
     """Record what is out of date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--force", action="store_true", help="run every notebook again")
+    parser.add_argument("--only", help="notebooks, as 03,04; all if left out")
     parser.add_argument("--clean", action="store_true", help="run nothing: clean the outputs that are there")
     arguments = parser.parse_args()
-    paths = find_notebooks(ROOT / "notebooks")
+    paths = find_notebooks(ROOT / "notebooks", arguments.only)
     if arguments.clean:
         for path in paths:
             _clean_in_place(path)
