@@ -28,27 +28,8 @@ from report import card, source, write
 ROWS = 4096, 6480, 8192
 TILES: dict[str, dict[str, Any]] = {
     "plain 128x128x128, 3 stages": {},
-    "plain 128x128x128, 4 stages": {"stages": 4},
-    "plain 128x256x128, 3 stages, 8 warps": {"columns": 256, "warps": 8},
-    "plain 256x128x128, 3 stages, 8 warps": {"rows": 256, "warps": 8},
-    "plain 128x128x64, 4 stages": {"depth": 64, "stages": 4},
-    "copies 128x128x128, 2 stages": {"copies": True, "stages": 2},
-    "copies 128x128x128, 3 stages, persistent": {"copies": True, "programs": 1},
-    "copies 128x256x128, 3 stages, 8 warps": {"columns": 256, "warps": 8, "copies": True},
-    "copies 128x256x128, 3 stages, 8 warps, persistent": {
-        "columns": 256, "warps": 8, "copies": True, "programs": 1,
-    },
-    "copies 256x128x128, 3 stages, 8 warps, persistent": {
-        "rows": 256, "warps": 8, "copies": True, "programs": 1,
-    },
-    "copies 128x128x128, 4 stages, 8 warps, persistent, flat": {
-        "warps": 8, "copies": True, "programs": 1, "flat": True, "stages": 4,
-    },
-    "gluon 128x256x128, 4 stages": {"gluon": True, "columns": 256, "stages": 4},
-    "gluon 128x256x128, 4 stages, group 16": {"gluon": True, "columns": 256, "stages": 4, "group": 16},
-    "gluon 128x256x128, 3 stages": {"gluon": True, "columns": 256, "stages": 3},
-    "gluon 128x128x128, 6 stages": {"gluon": True, "stages": 6},
-}  # fmt: skip
+    "gluon 128x128x128, 6 stages": {"stages": 6, "group": 16},
+}
 VARIANTS = ["cuBLAS bf16", "torch._int_mm", "the package", *TILES, "codes of rows", "transposing"]
 # of a decoder layer: results x summed, and how many products have that shape, forward and for the gradient
 FORWARD = {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1}
@@ -98,8 +79,14 @@ def product_of(variant: str, device: str) -> Callable[..., Any]:
 
     small = {"rows": 32, "columns": 32, "depth": 32} if device == "cpu" else {}
     tiles = triton_int8.Tiles(**TILES[variant] | small)
-    return lambda a, b, row_scale, **beside: triton_int8.int8_matmul(
-        a, b, row_scale, **beside, dtype=dtype, tiles=tiles
+    if variant.startswith("gluon"):
+        from llama_sft_helpers.speed import gluon_int8
+
+        return lambda a, b, row_scale, column_scale=None, thin=None: gluon_int8.int8_matmul(
+            a, b, row_scale, column_scale, dtype, thin, tiles
+        )
+    return lambda a, b, row_scale, column_scale=None, add=None, thin=None: triton_int8.plain_matmul(
+        a, b, row_scale, column_scale, add, dtype, thin, tiles
     )
 
 
@@ -107,7 +94,7 @@ def added_by(variant: str) -> list[str]:
     """What a variant can add to its product."""
     if variant in {"cuBLAS bf16", "torch._int_mm"}:
         return []
-    return ["thin"] if TILES.get(variant, {}).get("gluon") else ["add", "thin"]
+    return ["thin"] if variant.startswith("gluon") else ["add", "thin"]
 
 
 def check(variant: str, product: Callable[..., Any], device: str) -> list[dict[str, Any]]:
@@ -238,20 +225,14 @@ def row_calls(rows: int, columns: int, device: str) -> dict[str, tuple[list[Call
 
 
 def time_rows(device: str, result: dict[str, Any]) -> None:
-    """Codes of rows alone and fused into what comes before, for different numbers of values to a warp."""
-    tiny = device == "cpu"
+    """Codes of rows alone and fused into what comes before."""
     result["ms"], result["bytes"] = {}, {}
-    for per_warp in (0,) if tiny else (1024, 512, 2048):
-        if per_warp:
-            from llama_sft_helpers.speed import triton_int8
-
-            triton_int8.ROW_PER_WARP = per_warp
-        for rows in (16,) if tiny else ROWS if per_warp == 1024 else (6480,):
-            for columns in (64,) if tiny else (1024, 4096, 14336):
-                for kind, (calls, size) in row_calls(rows, columns, device).items():
-                    key = f"{kind} {rows} x {columns}, {per_warp} a warp"
-                    result["ms"][key] = round(milliseconds(calls, device), 5)
-                    result["bytes"][key] = size * rows * columns
+    for rows in (16,) if device == "cpu" else ROWS:
+        for columns in (64,) if device == "cpu" else (1024, 4096, 14336):
+            for kind, (calls, size) in row_calls(rows, columns, device).items():
+                key = f"{kind} {rows} x {columns}"
+                result["ms"][key] = round(milliseconds(calls, device), 5)
+                result["bytes"][key] = size * rows * columns
 
 
 def check_rows(device: str) -> list[dict[str, Any]]:

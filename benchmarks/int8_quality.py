@@ -56,6 +56,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "tiles of 128 (fake)": {"tile": 128},
     "Hadamard (fake)": {"tile": None},
     "16 outlier columns, without down_proj": {"outlier_columns": 16, "leave_out": ["down_proj"]},
+    "64 outlier columns, down_proj only backward": {"outlier_columns": 64, "only_backward": ["down_proj"]},
     "LLM.int8 of bitsandbytes": {},
 }
 VARIANTS = MAIN | OTHERS
@@ -293,7 +294,7 @@ def train(args: argparse.Namespace, variant: str, seed: int, deadline: float) ->
                 with in_16_bits(model, variant):
                     row["held_out_loss_16_bit"].append(held_out_loss(args, model))
                 row["training_loss"].append(torch.stack(losses[-50:]).mean().item())
-            if time.time() > deadline:
+            if time.time() > deadline or step == args.stop_after:
                 break
     row["seconds"] = round(time.monotonic() - started, 1)
     return row if row["steps"] else None
@@ -422,9 +423,10 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     """The report without runs; with ``--add`` what the file holds."""
     if args.add and args.out.is_file():
         earlier: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8"))
-        return earlier
+        return earlier | {"variants": VARIANTS}
     about = source(card())
     about["command"] = about["command"].replace(args.given or "FOLDER", "FOLDER")
+    about["command"] = about["command"].replace(str(args.out), f"benchmarks/results/{args.out.name}")
     kept = ("steps", "learning_rate", "rows_per_update", "max_length", "eval_rows", "gradient_rows")
     settings = {key: getattr(args, key) for key in kept} | {"dtype": str(args.dtype).removeprefix("torch.")}
     return {**about, "model": Path(args.model).name, "minutes": 0.0, "at_a_time": args.at_a_time,
@@ -435,14 +437,17 @@ def run_all(args: argparse.Namespace, report: dict[str, Any]) -> int:
     """Do what is missing, several jobs at a time; the number of jobs that failed or found no time."""
     started, earlier = time.time(), report["minutes"]
     deadline = started + 60 * args.minutes
-    done = {(run["variant"], run["seed"]) for run in report["runs"] if run["steps"] == args.steps}
+    asked = [step for step in args.steps if not args.stop_after or step <= args.stop_after]
+    done = {(r["variant"], r["seed"]) for r in report["runs"] if r["steps"][: len(asked)] == asked}
     jobs = [job for job in plan(args) if job not in done]
-    missing = len(jobs) + (report["gradients"] is None)
+    compared = (report["gradients"] or {}).get(f"against the {TRUTH}", {})
+    incomplete = bool(VARIANTS.keys() - compared)
+    missing = len(jobs) + incomplete
     # CUDA cannot be used in a forked process
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.at_a_time, context) as pool:
         waiting: dict[Any, Any] = {}
-        if report["gradients"] is None:
+        if incomplete:
             waiting[pool.submit(gradients, args)] = "gradients"
         waiting |= {pool.submit(train, args, *job, deadline): job for job in jobs}
         for future in concurrent.futures.as_completed(waiting):
@@ -455,7 +460,7 @@ def run_all(args: argparse.Namespace, report: dict[str, Any]) -> int:
             elif found:
                 others = [run for run in report["runs"] if (run["variant"], run["seed"]) != waiting[future]]
                 report["runs"] = [*others, found]
-            missing -= waiting[future] == "gradients" or bool(found and found["steps"] == args.steps)
+            missing -= waiting[future] == "gradients" or bool(found and found["steps"] == asked)
             report["minutes"] = round(earlier + (time.time() - started) / 60, 1)
             save(args, report)
             print(waiting[future], json.dumps(found)[:300], flush=True)
@@ -474,6 +479,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a few steps of the tests' tiny Llama on the CPU")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--steps", type=int, nargs="+", default=[60, 300], help="held-out loss after these")
+    parser.add_argument("--stop-after", type=int, default=0, help="cut each run after so many steps")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--rows-per-update", type=int, default=4)

@@ -54,6 +54,7 @@ class Rung:
     fuse_lora: bool = True
     int8_units: bool = False
     outlier_columns: int = 0
+    only_backward: tuple[str, ...] = ()
     compile_layers: bool = False
     quick_steps: bool = False
     budget: float = 1.0
@@ -86,6 +87,8 @@ RUNGS = [
     Rung("int8 units, 4 blocks", "as int8 units, 8704 tokens a step", extra=True, **{**_UNITS, "rows": 4}),
     Rung("int8 units, none apart", "as int8 units, without outlier columns", extra=True,
          **{**_UNITS, "outlier_columns": 0}),
+    Rung("int8 units, closer", "64 outlier columns, output of down_proj in 16 bits", extra=True,
+         **{**_UNITS, "outlier_columns": 64, "only_backward": ("down_proj",)}),
     # without a compiler: what is best under the cap, for the fast rungs to be held against
     Rung("uncompiled, 1 block", "as fast int8, activations kept", extra=True,
          **{**_FAST, "rows": 1, "checkpointing": False}),
@@ -259,7 +262,7 @@ def run_rung(rung: Rung, args: argparse.Namespace) -> dict[str, Any]:  # noqa: P
     if rung.int8_units:
         ids = [token for row in dataset["input_ids"][:64] for token in row][:2048]
         calibration = {"input_ids": torch.tensor([ids], device=device)} if rung.outlier_columns else None
-        speed.use_int8_units(model, calibration, rung.outlier_columns)
+        speed.use_int8_units(model, calibration, rung.outlier_columns, only_backward=rung.only_backward)
     if not rung.fuse_lora:
         from peft.tuners.lora.bnb import Linear8bitLt
 

@@ -31,7 +31,8 @@ def test_at_most_a_tenth_is_held_out_and_at_least_one(profile_name, usable, held
     assert sizes.eval_rows == min(profile.eval_rows, held_out or profile.eval_rows)
     expected = usable - sizes.eval_rows
     assert sizes.train_rows == (min(profile.train_rows, expected) if profile.train_rows else expected)
-    assert f"left out: 5 that cannot be used, {expected - sizes.train_rows:,} beyond" in str(sizes)
+    beyond = f", {expected - sizes.train_rows:,} beyond" if sizes.train_rows < expected else ""
+    assert f"left out: 5 that cannot be used{beyond}" in str(sizes)
 
 
 def test_a_split_says_what_it_did():
@@ -78,10 +79,12 @@ def test_packed_epochs_count_blocks_and_a_small_set_seen_often_is_warned_of():
         plan_steps(packed, 1000, 0)
     often = plan_steps(read_profile("cpu-demo"), 9, 900)  # 30 updates of 4
     assert (often.max_steps, often.epochs) == (30, 10)
-    assert str(often).startswith("30 updates: each row is seen 10 times. That is often")
+    assert str(often).startswith("30 updates of 4 rows: each row is seen 10 times. That is often")
     assert "max_steps=15 or fewer" in str(often)
     twice = plan_steps(read_profile("cpu-demo", epochs=2), 9, 900)
-    assert str(twice) == "6 updates: each row is seen 2 times"
+    assert str(twice) == "6 updates of 4 rows: each row is seen 2 times"
+    half = plan_steps(read_profile("cpu-demo", epochs=0.5), 16, 900)
+    assert str(half) == "2 updates of 4 rows: 50% of the rows are seen, once"
 
 
 # --- Notebook 06: the steps by hand ---

@@ -34,7 +34,7 @@ def summarize_rows(
         prompt_format: From ``choose_prompt_format``; ``chat`` counts tokens by the chat template.
 
     Returns:
-        One line for each problem looked for: rows, share, first_indices, what_to_do. ``attrs["usable"]``
+        One line for each problem looked for: rows, share, first_rows, what_to_do. ``attrs["usable"]``
         lists the rows without any, ready for ``dataset.select``; ``attrs["details"]`` maps each problem to
         what the first such row shows.
 
@@ -50,7 +50,7 @@ def summarize_rows(
     lines = [
         (name, len(rows), len(rows) / len(dataset), rows[:5], PROBLEMS[name]) for name, rows in found.items()
     ]
-    table = pd.DataFrame(lines, columns=["problem", "rows", "share", "first_indices", "what_to_do"])
+    table = pd.DataFrame(lines, columns=["problem", "rows", "share", "first_rows", "what_to_do"])
     bad = {index for rows in found.values() for index in rows}
     table.attrs["usable"] = [index for index in range(len(dataset)) if index not in bad]
     table.attrs["details"] = details
@@ -62,7 +62,7 @@ def check_rows(dataset: Any, tokenizer: Any = None, max_length: int | None = Non
     table = summarize_rows(dataset, tokenizer, max_length)
     found = table[table["rows"] > 0]
     lines = [
-        f"{name}: {line['rows']:,} of {len(dataset):,} rows, first {line['first_indices']}"
+        f"{name}: {line['rows']:,} of {len(dataset):,} rows, first {line['first_rows']}"
         f"{table.attrs['details'][name]}; {line['what_to_do']}"
         for name, line in found.iterrows()
     ]

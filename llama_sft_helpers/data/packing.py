@@ -37,8 +37,8 @@ def summarize_lengths(lengths: Iterable[int]) -> pd.DataFrame:
     ``lengths`` are the tokens of each row, EOS counted.
 
     Returns:
-        max_length (index), rows_cut (each loses its EOS), rows_whole_share, tokens_kept_share, recommended
-        (the smallest that leaves 99.5 % of the rows whole).
+        max_length (index), rows_cut (each loses its EOS), share_of_rows_whole, share_of_tokens_kept,
+        recommended (the smallest that leaves 99.5 % of the rows whole).
     """
     tokens = _lengths_array(lengths)
     candidates = sorted({128, 256, 512, 1024, 2048, 4096, -(-int(tokens.max()) // 64) * 64})
@@ -47,8 +47,10 @@ def summarize_lengths(lengths: Iterable[int]) -> pd.DataFrame:
         cut = int((tokens > candidate).sum())
         kept = np.minimum(tokens, candidate).sum() / tokens.sum()
         rows.append((candidate, cut, 1 - cut / len(tokens), float(kept)))
-    table = pd.DataFrame(rows, columns=["max_length", "rows_cut", "rows_whole_share", "tokens_kept_share"])
-    best = table.loc[table["rows_whole_share"] >= _WHOLE_SHARE, "max_length"].min()
+    table = pd.DataFrame(
+        rows, columns=["max_length", "rows_cut", "share_of_rows_whole", "share_of_tokens_kept"]
+    )
+    best = table.loc[table["share_of_rows_whole"] >= _WHOLE_SHARE, "max_length"].min()
     return table.assign(recommended=table["max_length"] == best).set_index("max_length")
 
 
@@ -63,7 +65,9 @@ def plot_lengths(lengths: Iterable[int], max_length: int) -> Axes:
         ax.axvline(value, color=color, linestyle=dash, linewidth=1.8, label=label)
     label = f"max_length: {max_length} tokens"
     ax.axvline(max_length, color="black", linestyle="--", linewidth=1.6, label=label)
-    title = f"Half of {len(tokens):,} rows have {np.median(tokens):.0f} tokens or fewer"
+    title = (
+        f"A max_length of {max_length:,} tokens cuts {(tokens > max_length).sum():,} of {len(tokens):,} rows"
+    )
     ax.set(title=title, xlabel="tokens in a row (EOS counted)", ylabel="rows")
     ax.legend(framealpha=1)
     return ax
@@ -191,8 +195,8 @@ def summarize_isolation(model: Any, batch: Batch) -> pd.DataFrame:
     before it.
 
     Returns:
-        document (index), tokens, alone, packed, without_position_ids (mean losses in nats a scored token),
-        difference (packed - alone).
+        row (index), tokens, alone, packed, packed_minus_alone, without_position_ids: mean losses in nats a
+        scored token.
     """
     import torch
 
@@ -203,15 +207,14 @@ def summarize_isolation(model: Any, batch: Batch) -> pd.DataFrame:
     with evaluation_mode(model), torch.no_grad():
         packed = _hidden_states(model, ids, positions)
         leaking = _hidden_states(model, ids, None)
-        for document, (start, end) in enumerate(itertools.pairwise(bounds)):
+        for row, (start, end) in enumerate(itertools.pairwise(bounds)):
             part = slice(start, end)
             alone = _hidden_states(model, ids[:, part], positions[:, part])
-            losses = [
-                _loss(model, states, labels[0, part]) for states in (alone, packed[:, part], leaking[:, part])
-            ]
-            rows.append((document, end - start, *losses, losses[1] - losses[0]))
-    columns = ["document", "tokens", "alone", "packed", "without_position_ids", "difference"]
-    return pd.DataFrame(rows, columns=columns).set_index("document")
+            states = (alone, packed[:, part], leaking[:, part])
+            by_itself, in_block, leaked = (_loss(model, each, labels[0, part]) for each in states)
+            rows.append((row, end - start, by_itself, in_block, in_block - by_itself, leaked))
+    columns = ["row", "tokens", "alone", "packed", "packed_minus_alone", "without_position_ids"]
+    return pd.DataFrame(rows, columns=columns).set_index("row")
 
 
 def check_isolation(table: pd.DataFrame, column: str = "packed") -> None:
@@ -220,9 +223,9 @@ def check_isolation(table: pd.DataFrame, column: str = "packed") -> None:
     if not (difference <= _ISOLATED).all():
         worst = difference.fillna(np.inf).idxmax()
         raise TokenError(
-            f"Document {worst}: loss {table.loc[worst, column]:.6f} in the block, "
+            f"Row {worst} of the block: loss {table.loc[worst, column]:.6f} in the block, "
             f"{table.loc[worst, 'alone']:.6f} alone, expected equal within {_ISOLATED:g}: it sees its "
-            "neighbours. Pass position_ids that start at 0 in each document, no attention_mask, and "
+            "neighbours. Pass position_ids that start at 0 in each row, no attention_mask, and "
             "use_cache=False."
         )
 

@@ -209,7 +209,9 @@ def _array_rows(name: str, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _bad_json(where: str, fault: json.JSONDecodeError, fix: str) -> DataError:
-    return DataError("bad-json", f"{where}, column {fault.colno}: {fault.msg}. {fix}.")
+    return DataError(
+        "bad-json", f"{where}, column {fault.colno}: {fault.msg.removesuffix(' starting at')}. {fix}."
+    )
 
 
 def _csv_rows(name: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:

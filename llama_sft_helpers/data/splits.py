@@ -47,9 +47,10 @@ def plan_split(profile: Profile, usable: int, total: int) -> SplitPlan:
     train = min(profile.train_rows or usable, usable - held_out)
     few = f" (a tenth of the rows, at least one, instead of {profile.eval_rows:,})"
     fewer = few if held_out < profile.eval_rows else ""
+    beyond = usable - held_out - train
     told = (
         f"{total:,} rows: {train:,} to train on, {held_out:,} held out{fewer}; left out: {total - usable:,} "
-        f"that cannot be used, {usable - held_out - train:,} beyond the profile's train_rows"
+        "that cannot be used" + f", {beyond:,} beyond the profile's train_rows" * bool(beyond)
     )
     return SplitPlan(train, held_out, told)
 
@@ -81,7 +82,10 @@ def plan_steps(profile: Profile, rows: int, tokens: int) -> StepPlan:
     steps_per_epoch = math.ceil(items / per_update)
     steps = math.ceil(profile.epochs * steps_per_epoch) if profile.epochs else profile.max_steps
     epochs = steps / steps_per_epoch
-    told = f"{steps:,} updates: each row is seen {epochs:.3g} times"
+    seen = (
+        f"each row is seen {epochs:.3g} times" if epochs > 1 else f"{epochs:.0%} of the rows are seen, once"
+    )
+    told = f"{steps:,} updates of {per_update} {'blocks' if profile.packing else 'rows'}: {seen}"
     if epochs > MANY_EPOCHS:
         told += (
             f". That is often: beyond {MANY_EPOCHS} times a model mostly learns its rows by heart. Add rows, "

@@ -135,13 +135,13 @@ def summarize_loss_mask(batch: Batch, tokenizer: Any) -> pd.DataFrame:
     """Count the roles of the tokens in a collated batch.
 
     Returns:
-        row (index), prompt (tokens without a label), completion (with a label), eos (0 or 1, at the row's
-        end), pad, scored (labels other than -100), eos_scored.
+        row (index), prompt (tokens that are not scored), completion (scored), eos (0 or 1, at the row's end),
+        pad, scored (completion and EOS), eos_scored.
     """
     lines = []
-    for _, labels, roles in _documents(batch, tokenizer):
+    for _, _, roles in _documents(batch, tokenizer):
         count = Counter(roles)
-        eos, scored = count["eos"] + count["eos_lost"], sum(label != IGNORED for label in labels)
+        eos, scored = count["eos"] + count["eos_lost"], count["completion"] + count["eos"]
         lines.append((count["prompt"], count["completion"], eos, count["pad"], scored, bool(count["eos"])))
     columns = ["prompt", "completion", "eos", "pad", "scored", "eos_scored"]
     return pd.DataFrame(lines, columns=columns).rename_axis("row")
@@ -157,10 +157,17 @@ def render_loss_mask(batch: Batch, tokenizer: Any, rows: Sequence[int]) -> HTML:
     lines = [f"<div>{legend}</div>"]
     for row in rows:
         ids, labels, roles = documents[row]
-        count = ", ".join(f"{roles.count(role)} {_STYLES[role][0]}" for role in _STYLES if role in roles)
         spans = "".join(_spans(tokenizer, ids, labels, roles))
-        lines.append(f"<div><b>Row {row}</b>, {len(roles)} tokens: {count}<br>{spans}</div>")
+        lines.append(f"<div><b>Row {row}</b>, {len(roles)} tokens: {_counts(roles)}<br>{spans}</div>")
     return _page(lines)
+
+
+def _counts(roles: list[str]) -> str:
+    """How many tokens of a row are scored, EOS among them, and how many of each other kind."""
+    eos = roles.count("eos")
+    scored = f"{roles.count('completion') + eos} scored" + ", 1 of them EOS" * eos
+    others = [f"{roles.count(role)} {_STYLES[role][0]}" for role in ("prompt", "eos_lost", "pad")]
+    return "; ".join([scored, *(other for other in others if not other.startswith("0 "))])
 
 
 def check_eos_is_trained(batch: Batch, tokenizer: Any) -> None:
@@ -193,12 +200,13 @@ def _roles(ids: list[int], labels: list[int], attended: list[int], eos_token_id:
     last = max((position for position, seen in enumerate(attended) if seen), default=-1)
     roles = []
     for position, (token, label, seen) in enumerate(zip(ids, labels, attended, strict=True)):
+        scored = label != IGNORED and position > 0  # no token stands before the first that could predict it
         if not seen:
             roles.append("pad")
         elif position == last and token == eos_token_id:
-            roles.append("eos" if label == eos_token_id else "eos_lost")
+            roles.append("eos" if scored else "eos_lost")
         else:
-            roles.append("prompt" if label == IGNORED else "completion")
+            roles.append("completion" if scored else "prompt")
     return roles
 
 

@@ -70,7 +70,7 @@ def _weight_rows(step: _Step) -> list[_Row]:
         kind = "nf4 single" if step.quantization == "nf4" else step.quantization
         quantized = shape.layers * sum(sum(linear_bytes(kind, *linear)) for linear in shape.linears.values())
     return [
-        ("quantized weights", quantized, f"{count:,} weights"),
+        ("quantized weights", quantized, f"{count:,} weights and their scales"),
         (f"{8 * element}-bit weights", plain * element, f"{plain:,} weights that are not quantized"),
     ]
 
@@ -83,7 +83,7 @@ def _adapter_rows(step: _Step) -> list[_Row]:
     also = ", and autocast's 16-bit copies" if copies else ""
     accumulates = profile.gradient_accumulation_steps > 1
     gradients = 4 * count if accumulates else 4 * count / shape.layers
-    when = "4 bytes each" if accumulates else "one layer's: without accumulation they come as activations go"
+    when = "4 bytes each" if accumulates else "one layer's, 4 bytes each: at the peak the others do not exist"
     return [
         ("LoRA adapters", 4 * count + copies, f"{count:,} trainable weights in float32{also}"),
         ("gradients", gradients, when),

@@ -110,9 +110,8 @@ def reconcile_memory(plan: pd.DataFrame, measured_gib: float) -> pd.DataFrame:
             "read torch.cuda.max_memory_allocated() / 2**30 after training."
         )
     predicted = planned_peak_gib(plan)
-    difference = measured_gib - predicted
-    row = (predicted, measured_gib, difference, 100 * difference / measured_gib)
-    columns = ["predicted_gib", "measured_gib", "difference_gib", "difference_percent"]
+    row = (predicted, measured_gib, measured_gib - predicted, measured_gib / predicted)
+    columns = ["predicted_gib", "measured_gib", "difference_gib", "measured_over_predicted"]
     return pd.DataFrame([row], columns=columns)
 
 
@@ -123,7 +122,7 @@ def plot_memory(plan: pd.DataFrame, card_gib: float) -> Axes:
     bars = ax.barh(shown["component"], shown["gib"], color=BLUE)
     total = plan["gib"].sum()
     unit, name = (1024, "MiB") if total < 1 else (1, "GiB")
-    ax.bar_label(bars, [f"{size * unit:.2f}" for size in shown["gib"]], padding=3)
+    ax.bar_label(bars, [f"{size * unit:.3g}" for size in shown["gib"]], padding=3)
     of_card = f" of {card_gib:g} GiB" if card_gib else ""
     largest = plan.loc[plan["gib"].idxmax(), "component"]
     ax.set_title(f"Planned: {total * unit:.2f} {name}{of_card}, the largest part: {largest}")

@@ -8,6 +8,8 @@ Triton's language leaves it to the compiler how copies and products overlap; Glu
 
 from __future__ import annotations
 
+import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,11 +21,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from llama_sft_helpers.speed.triton_int8 import Tiles, multiprocessors, start
+
 _LAYOUTS = {size: gl.NVMMASharedLayout(128, 8 * size) for size in (1, 2)}  # of blocks of int8 and of 16 bits
-HALF = gl.constexpr(64)  # rows of a tile for each group: what one warp group's instruction takes
-WIDE = gl.constexpr(
-    64
-)  # columns of a block of the thin product, in 16 bits as many bytes as a block of codes
+TILES = Tiles(columns=256, stages=4, group=16)  # the fastest of those measured
+HALF = gl.constexpr(64)  # rows of a tile for each group: those of one instruction
+WIDTH = gl.constexpr(128)  # columns of one instruction; Triton 3.6 refuses the one of 256 for int8
+WIDE = gl.constexpr(64)  # columns of a block of the thin product: as many bytes as one of codes
 
 
 @gluon.jit
@@ -38,38 +42,21 @@ def _tile_of(tile, M, N, BN: gl.constexpr, GROUP: gl.constexpr):
 
 @gluon.jit
 def _copy_step(rows, columns, row, column, k, step, buffers, STAGES: gl.constexpr):
-    """Fill the next stage once both groups are done with what it held."""
+    """Fill the next stage, with codes or with 16-bit factors, once both groups are done with what it held."""
     upper, lower, right, full, empty = buffers
     stage, phase = step % STAGES, step // STAGES & 1
     mbarrier.wait(empty.index(stage), phase ^ 1)
     ready = full.index(stage)
     mbarrier.expect(ready, 2 * rows.block_type.nbytes + columns.block_type.nbytes)
-    tma.async_copy_global_to_shared(rows, [row, k], ready, upper.index(stage))
-    tma.async_copy_global_to_shared(rows, [row + HALF, k], ready, lower.index(stage))
-    tma.async_copy_global_to_shared(columns, [column, k], ready, right.index(stage))
+    tma.async_copy_global_to_shared(rows, [row, k], ready, _as_blocks_of(rows, upper.index(stage)))
+    tma.async_copy_global_to_shared(rows, [row + HALF, k], ready, _as_blocks_of(rows, lower.index(stage)))
+    tma.async_copy_global_to_shared(columns, [column, k], ready, _as_blocks_of(columns, right.index(stage)))
     return step + 1
 
 
 @gluon.jit
-def _copy_step_thin(rows, columns, row, column, k, step, buffers, STAGES: gl.constexpr):
-    """The same for blocks of the thin product, which lie where codes would."""
-    upper, lower, right, full, empty = buffers
-    stage, phase = step % STAGES, step // STAGES & 1
-    mbarrier.wait(empty.index(stage), phase ^ 1)
-    ready = full.index(stage)
-    mbarrier.expect(ready, 2 * rows.block_type.nbytes + columns.block_type.nbytes)
-    shape: gl.constexpr = rows.block_type.shape
-    tma.async_copy_global_to_shared(
-        rows, [row, k], ready, upper.index(stage)._reinterpret(rows.dtype, shape, rows.layout)
-    )
-    tma.async_copy_global_to_shared(
-        rows, [row + HALF, k], ready, lower.index(stage)._reinterpret(rows.dtype, shape, rows.layout)
-    )
-    tma.async_copy_global_to_shared(
-        columns, [column, k], ready,
-        right.index(stage)._reinterpret(columns.dtype, columns.block_type.shape, columns.layout),
-    )  # fmt: skip
-    return step + 1
+def _as_blocks_of(matrix, buffer):
+    return buffer._reinterpret(matrix.dtype, matrix.block_type.shape, matrix.layout)
 
 
 @gluon.jit
@@ -84,12 +71,12 @@ def _copy(a, b, left, right, buffers, M, N, K, R, BN: gl.constexpr, BK: gl.const
             step = _copy_step(a, b, row, column, k, step, buffers, STAGES)
         if THIN:
             for k in range(0, R, WIDE):
-                step = _copy_step_thin(left, right, row, column, k, step, buffers, STAGES)
+                step = _copy_step(left, right, row, column, k, step, buffers, STAGES)
 
 
 @gluon.jit
 def _multiply(out, left, right, row_scale, column_scale, buffers, result_buffer, M, N, K, R,
-              LOWER: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, WIDTH: gl.constexpr,
+              LOWER: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
               GROUP: gl.constexpr, STAGES: gl.constexpr, THIN: gl.constexpr,
               SCALED: gl.constexpr):  # fmt: skip
     """What a group does: one half of each tile.
@@ -132,10 +119,8 @@ def _multiply(out, left, right, row_scale, column_scale, buffers, result_buffer,
             for _ in range(0, R, WIDE):
                 stage = step % STAGES
                 mbarrier.wait(full.index(stage), step // STAGES & 1)
-                rows = rows_buffer.index(stage)._reinterpret(left.dtype, left.block_type.shape, left.layout)
-                columns = right_buffer.index(stage)._reinterpret(
-                    right.dtype, right.block_type.shape, right.layout
-                )
+                rows = _as_blocks_of(left, rows_buffer.index(stage))
+                columns = _as_blocks_of(right, right_buffer.index(stage))
                 result = warpgroup_mma(rows, columns.permute((1, 0)), result)
                 mbarrier.arrive(empty.index(stage))
                 step += 1
@@ -155,7 +140,7 @@ def _multiply(out, left, right, row_scale, column_scale, buffers, result_buffer,
 @gluon.jit(do_not_specialize=["M"])
 def specialized_product_kernel(
     a, b, out, left, right, row_scale, column_scale, M, N, K, R,
-    BN: gl.constexpr, BK: gl.constexpr, WIDTH: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     THIN: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Persistent programs of a copying warp and two multiplying groups, joined by stages of blocks."""
@@ -173,13 +158,20 @@ def specialized_product_kernel(
     gl.warp_specialize(
         [
             (_multiply, (out, left, right, row_scale, column_scale, buffers, upper_result, M, N, K, R,
-                         False, BN, BK, WIDTH, GROUP, STAGES, THIN, SCALED)),
+                         False, BN, BK, GROUP, STAGES, THIN, SCALED)),
             (_multiply, (out, left, right, row_scale, column_scale, buffers, lower_result, M, N, K, R,
-                         True, BN, BK, WIDTH, GROUP, STAGES, THIN, SCALED)),
+                         True, BN, BK, GROUP, STAGES, THIN, SCALED)),
             (_copy, (a, b, left, right, buffers, M, N, K, R, BN, BK, GROUP, STAGES, THIN)),
         ],
         [4, 1], [240, 24],
     )  # fmt: skip
+
+
+def takes(a, b, dtype, thin):
+    """Whether the copy engine can address all of it: rows of whole 16 bytes, from addresses of such."""
+    sizes = [a.shape[0] > 0, a.shape[1] % 16 == 0, b.shape[0] % 8 == 0, dtype.itemsize == 2]
+    sizes += [part.shape[1] % 8 == 0 and part.dtype == dtype for part in thin or ()]
+    return all(sizes) and not any(part.data_ptr() % 16 for part in (a, b, *(thin or ())))
 
 
 def _describe(tensor, rows, columns):
@@ -188,13 +180,25 @@ def _describe(tensor, rows, columns):
 
 
 def arguments(a, b, out, row_scale, column_scale, thin, tiles):
-    """Arguments of ``specialized_product_kernel`` for tiles of 128 rows and 128 or 256 columns."""
+    """Arguments of ``specialized_product_kernel``."""
     left, right = thin or (out, out)  # without a thin product they are not read
     described = (
-        _describe(a, 64, 128), _describe(b, tiles.columns, 128), _describe(out, 64, tiles.columns // 2),
-        _describe(left, 64, 64), _describe(right, tiles.columns, 64),
+        _describe(a, 64, tiles.depth), _describe(b, tiles.columns, tiles.depth),
+        _describe(out, 64, tiles.columns // 2), _describe(left, 64, 64), _describe(right, tiles.columns, 64),
     )  # fmt: skip
     scales = row_scale, row_scale if column_scale is None else column_scale
     sizes = a.shape[0], b.shape[0], a.shape[1], left.shape[1]
     has = thin is not None, column_scale is not None
-    return (*described, *scales, *sizes, tiles.columns, 128, 128, tiles.group, tiles.stages, *has)
+    return (*described, *scales, *sizes, tiles.columns, tiles.depth, tiles.group, tiles.stages, *has)
+
+
+def int8_matmul(a, b, row_scale, column_scale, dtype, thin, tiles=TILES):
+    """See ``int8_kernels``; only what ``takes`` allows. Tiles have 128 rows, and 256 or 128 columns."""
+    (rows, summed), columns = a.shape, b.shape[0]
+    out = torch.empty(rows, columns, dtype=dtype, device=a.device)
+    args = arguments(a, b, out, row_scale, column_scale, thin, tiles)
+    count = triton.cdiv(rows, 128) * triton.cdiv(columns, tiles.columns)
+    kind = columns, summed, args[-2:], tiles, thin and thin[0].shape[1]
+    grid = (min(count, multiprocessors(a.device)), 1, 1)
+    start(specialized_product_kernel, grid, args, kind, num_warps=4, maxnreg=168)
+    return out

@@ -15,7 +15,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from llama_sft_helpers.core.modes import evaluation_mode
 from llama_sft_helpers.speed import int8_kernels
-from llama_sft_helpers.speed.int8_product import frozen_linears, in_autocast, lora_layers, use_fast_int8
+from llama_sft_helpers.speed.int8_product import (
+    dequantize,
+    frozen_linears,
+    in_autocast,
+    lora_layers,
+    use_fast_int8,
+)
 
 _INT8_MAX = 127.0
 
@@ -24,7 +30,7 @@ _INT8_MAX = 127.0
 _LIBRARY = torch.library.Library("llama_sft", "FRAGMENT")
 _LIBRARY.define(
     "int8_units_linear(Tensor x, Tensor codes, Tensor scales, Tensor? lora_a, Tensor? lora_b, float scaling, "
-    "Tensor? thin_in, Tensor? thin_out, Tensor? kept, bool int8_backward) -> Tensor"
+    "Tensor? thin_in, Tensor? thin_out, Tensor? kept, bool int8_forward, bool int8_backward) -> Tensor"
 )
 _LIBRARY.define(
     "int8_units_grad(Tensor grad, Tensor codes, Tensor scales, Tensor? thin_in, Tensor? thin_out) -> Tensor"
@@ -32,8 +38,11 @@ _LIBRARY.define(
 
 
 def _units_linear(  # type: ignore[no-untyped-def]
-    x, codes, scales, lora_a, lora_b, scaling, thin_in, thin_out, kept, int8_backward
+    x, codes, scales, lora_a, lora_b, scaling, thin_in, thin_out, kept, int8_forward, int8_backward
 ):
+    if not int8_forward:
+        weight = dequantize(codes, scales * _INT8_MAX, lora_a, lora_b, scaling, x.dtype)
+        return torch.nn.functional.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     thin = None if thin_in is None else (rows @ thin_in.t(), thin_out)
     x_codes, x_scales = int8_kernels.quantize_rows(rows, kept)
@@ -82,7 +91,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_x = _grad_of_input(grad, codes, scales, lora_a, lora_b, ctx)
     if lora_a is not None and any(ctx.needs_input_grad[3:5]):
         grad_a, grad_b = torch.ops.llama_sft.lora_grads(grad, x, lora_a, lora_b, ctx.scaling)
-    return (grad_x, None, None, grad_a, grad_b, *5 * [None])
+    return (grad_x, None, None, grad_a, grad_b, *6 * [None])
 
 
 def _grad_of_input(grad, codes, scales, lora_a, lora_b, ctx):  # type: ignore[no-untyped-def]
@@ -106,9 +115,12 @@ class Int8Units(torch.nn.Module):
         in_features: Columns of the layer's input.
         columns: Indices of the input's columns to multiply in 16 bits, int64, on the layer's device; or None.
         int8_backward: False computes the input's gradient in 16 bits.
+        int8_forward: False computes the output in 16 bits.
     """
 
-    def __init__(self, in_features: int, columns: torch.Tensor | None, int8_backward: bool) -> None:
+    def __init__(
+        self, in_features: int, columns: torch.Tensor | None, int8_backward: bool, int8_forward: bool = True
+    ) -> None:
         super().__init__()
         kept = None if columns is None else torch.ones(in_features, device=columns.device)
         if kept is not None:
@@ -117,7 +129,7 @@ class Int8Units(torch.nn.Module):
         self.columns: torch.Tensor | None
         self.register_buffer("columns", columns, persistent=False)
         self.register_buffer("kept", kept, persistent=False)
-        self.int8_backward = int8_backward
+        self.int8_backward, self.int8_forward = int8_backward, int8_forward
 
     def forward(
         self,
@@ -130,9 +142,12 @@ class Int8Units(torch.nn.Module):
     ) -> torch.Tensor:
         """What ``int8_linear`` computes, its input rounded to int8 row by row; the same arguments."""
         x, scales = in_autocast(x), absmax.float() / _INT8_MAX
-        thin = self._thin_factors(codes, scales, lora_a, lora_b, scaling, x.dtype)
+        thin: Any = None, None
+        if self.int8_forward:
+            thin = self._thin_factors(codes, scales, lora_a, lora_b, scaling, x.dtype)
+        kinds = self.int8_forward, self.int8_backward
         out: torch.Tensor = torch.ops.llama_sft.int8_units_linear(
-            x, codes, scales, lora_a, lora_b, scaling, *thin, self.kept, self.int8_backward
+            x, codes, scales, lora_a, lora_b, scaling, *thin, self.kept, *kinds
         )
         return out
 
@@ -157,6 +172,7 @@ def use_int8_units(
     calibration: Mapping[str, torch.Tensor] | None = None,
     outlier_columns: int = 16,
     leave_out: Collection[str] = (),
+    only_backward: Collection[str] = (),
     int8_backward: bool = True,
     enabled: bool = True,
 ) -> int:
@@ -182,6 +198,7 @@ def use_int8_units(
             16 bits, found as notebook 03 finds them. None keeps no column apart.
         outlier_columns: How many columns that are.
         leave_out: Names of modules, such as ``down_proj``, that keep the 16-bit product.
+        only_backward: Names of modules whose output is computed in 16 bits, ``dX`` alone in int8.
         int8_backward: False computes ``dX`` in 16 bits.
         enabled: False goes back to ``use_fast_int8``; switch that off as well for the libraries' own.
 
@@ -189,18 +206,20 @@ def use_int8_units(
         How many ``Linear8bitLt`` multiply on the int8 units now.
 
     Raises:
-        ValueError: No frozen int8 layers, ``leave_out`` names none of them, or more outlier columns than a
-            layer has columns, or less than one.
+        ValueError: No frozen int8 layers; ``leave_out`` or ``only_backward`` names what is none of them; or
+            more outlier columns than a layer has columns, or less than one.
     """
     linears = frozen_linears(model)
     _remove(linears)
     use_fast_int8(model)
     if not enabled:
         return 0
-    chosen = _choose(linears, leave_out)
-    columns = {} if calibration is None else _find_columns(model, chosen, calibration, outlier_columns)
+    chosen = _leave(linears, leave_out)
+    forward = _leave(chosen, only_backward)
+    columns = {} if calibration is None else _find_columns(model, forward, calibration, outlier_columns)
     for name, linear in chosen.items():
-        linear.int8_units = Int8Units(linear.in_features, columns.get(name), int8_backward)
+        kinds = int8_backward, name in forward
+        linear.int8_units = Int8Units(linear.in_features, columns.get(name), *kinds)
     return len(chosen)
 
 
@@ -210,14 +229,15 @@ def _remove(linears: Mapping[str, Any]) -> None:
             del linear.int8_units
 
 
-def _choose(linears: Mapping[str, Any], leave_out: Collection[str]) -> dict[str, Any]:
+def _leave(linears: Mapping[str, Any], unwanted: Collection[str]) -> dict[str, Any]:
+    """The layers without those of these short names."""
     names = {name: name.removesuffix(".base_layer").rpartition(".")[2] for name in linears}
-    if isinstance(leave_out, str) or set(leave_out) - set(names.values()):
+    if isinstance(unwanted, str) or set(unwanted) - set(names.values()):
         raise ValueError(
-            f"leave_out={leave_out!r}; expected a list of some of {', '.join(sorted(set(names.values())))}, "
-            "such as ['down_proj']."
+            f"{unwanted!r} is no list of modules to leave; expected some of "
+            f"{', '.join(sorted(set(names.values())))}, such as ['down_proj']."
         )
-    return {name: linear for name, linear in linears.items() if names[name] not in leave_out}
+    return {name: linear for name, linear in linears.items() if names[name] not in unwanted}
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
@@ -21,53 +20,71 @@ def _larger(a, b):
 
 
 @triton.jit
-def _store_codes(values, column_scale, codes, scales, row, K, column, inside, HAS_SCALE: tl.constexpr):
+def _store_codes(values, across, codes, scales, row, place, inside, HAS_SCALE: tl.constexpr):
     """Write one row's codes and scale; adding 1.5 * 2**23 rounds to a whole number, half to even."""
     if HAS_SCALE:
-        values *= tl.load(column_scale + column, mask=inside, other=0.0).to(tl.float32)
+        values *= across
     absmax = tl.reduce(tl.abs(values), 0, _larger)
     tl.store(scales + row, absmax / 127.0)
     values = values * (127.0 / tl.maximum(absmax, 1e-30))
     whole = (values + 12582912.0) - 12582912.0
-    tl.store(codes + row.to(tl.int64) * K + column, whole.to(tl.int8), mask=inside)
+    tl.store(codes + place, whole.to(tl.int8), mask=inside)
 
 
-@triton.jit
-def quantize_kernel(x, column_scale, codes, scales, K, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr):
-    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+# A program goes from row to row: what is the same for all, twice as many bytes as a row, is read once, and
+# the next row while one is worked on.
+@triton.jit(do_not_specialize=["M"])
+def quantize_kernel(
+    x, column_scale, codes, scales, M, K, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr
+):
+    column = tl.arange(0, BLOCK)
     inside = column < K
-    values = tl.load(x + row.to(tl.int64) * K + column, mask=inside, other=0.0).to(tl.float32)
-    _store_codes(values, column_scale, codes, scales, row, K, column, inside, HAS_SCALE)
+    across = tl.load(column_scale + column, mask=inside & HAS_SCALE, other=0.0).to(tl.float32)
+    for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=AHEAD):
+        place = tl.cast(row, tl.int64) * K + column
+        values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        _store_codes(values, across, codes, scales, row, place, inside, HAS_SCALE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def rmsnorm_quantize_kernel(
-    x, weight, column_scale, normed, codes, scales, K, eps, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr
-):
-    row, column = tl.program_id(0), tl.arange(0, BLOCK)
-    inside, place = column < K, row.to(tl.int64) * K + column
-    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    values *= tl.rsqrt(tl.sum(values * values, 0) / K + eps)
+    x, weight, column_scale, normed, codes, scales, M, K, eps,
+    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
     half = normed.dtype.element_ty
-    scale = tl.load(weight + column, mask=inside, other=0.0)
-    # rounded twice, as Llama's norm does
-    result = (values.to(half).to(tl.float32) * scale.to(tl.float32)).to(half)
-    tl.store(normed + place, result, mask=inside)
-    _store_codes(result.to(tl.float32), column_scale, codes, scales, row, K, column, inside, HAS_SCALE)
+    column = tl.arange(0, BLOCK)
+    inside = column < K
+    across = tl.load(column_scale + column, mask=inside & HAS_SCALE, other=0.0).to(tl.float32)
+    norm_scale = tl.load(weight + column, mask=inside, other=0.0)
+    for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=AHEAD):
+        place = tl.cast(row, tl.int64) * K + column
+        values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        values *= tl.rsqrt(tl.sum(values * values, 0) / K + eps)
+        # rounded twice, as Llama's norm does
+        result = (values.to(half).to(tl.float32) * norm_scale.to(tl.float32)).to(half)
+        tl.store(normed + place, result, mask=inside)
+        _store_codes(result.to(tl.float32), across, codes, scales, row, place, inside, HAS_SCALE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def swiglu_quantize_kernel(
-    gate, up, column_scale, product, codes, scales, K, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr
-):
-    row, column = tl.program_id(0), tl.arange(0, BLOCK)
-    inside, place = column < K, row.to(tl.int64) * K + column
+    gate, up, column_scale, product, codes, scales, M, K,
+    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
     half = product.dtype.element_ty
-    value = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
-    silu = (value * tl.sigmoid(value)).to(half).to(tl.float32)  # rounded twice, as torch's two operators do
-    result = (silu * tl.load(up + place, mask=inside, other=0.0).to(tl.float32)).to(half)
-    tl.store(product + place, result, mask=inside)
-    _store_codes(result.to(tl.float32), column_scale, codes, scales, row, K, column, inside, HAS_SCALE)
+    column = tl.arange(0, BLOCK)
+    inside = column < K
+    across = tl.load(column_scale + column, mask=inside & HAS_SCALE, other=0.0).to(tl.float32)
+    for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=AHEAD):
+        place = tl.cast(row, tl.int64) * K + column
+        value = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
+        factor = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+        silu = (
+            (value * tl.sigmoid(value)).to(half).to(tl.float32)
+        )  # rounded twice, as torch's two operators do
+        result = (silu * factor).to(half)
+        tl.store(product + place, result, mask=inside)
+        _store_codes(result.to(tl.float32), across, codes, scales, row, place, inside, HAS_SCALE)
 
 
 @triton.jit
@@ -117,7 +134,7 @@ def _finish(
         columns = tl.load(
             right + column[None, :] * R + r[:, None], mask=in_column[None, :] & (r < R)[:, None], other=0.0
         )
-        result = tl.dot(rows, columns, result, input_precision="ieee")  # matters to float32 only
+        result = tl.dot(rows, columns, result)
     if HAS_ADD:
         place = row.to(tl.int64)[:, None] * N + column[None, :]
         result += tl.load(add + place, mask=in_row[:, None] & in_column[None, :], other=0.0).to(tl.float32)
@@ -153,28 +170,6 @@ def product_kernel(
     tl.store(out + place, result.to(out.dtype.element_ty), mask=(row < M)[:, None] & (column < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["M"])
-def descriptor_product_kernel(
-    a, b, out, row_scale, column_scale, add, left, right, M, N, K, R,
-    HAS_SCALE: tl.constexpr, HAS_ADD: tl.constexpr, RANK: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    FLAT: tl.constexpr,
-):  # fmt: skip
-    """Tiles read and written by Hopper's copy engine: ``a``, ``b``, ``out`` are descriptors of blocks."""
-    tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
-        first_row, first_column = _tile_of(tile, M, N, BM, BN, GROUP)
-        sums = tl.zeros((BM, BN), tl.int32)
-        for k in range(0, K, BK):
-            rows, columns = a.load([first_row, k]), b.load([first_column, k])
-            sums = tl.dot(rows, columns.T, sums, out_dtype=tl.int32)
-        row, column = first_row + tl.arange(0, BM), first_column + tl.arange(0, BN)
-        result = _finish(
-            sums, row_scale, column_scale, add, left, right, row, column, M, N, R, HAS_SCALE, HAS_ADD, RANK
-        )
-        out.store([first_row, first_column], result.to(out.dtype))
-
-
 class Tiles(NamedTuple):
     """How a product is cut: the tile of the result, codes summed at a time, and how a GPU runs it."""
 
@@ -184,19 +179,15 @@ class Tiles(NamedTuple):
     stages: int = 3
     warps: int = 4
     group: int = 8
-    copies: bool = False  # read and written by Hopper's copy engine
-    programs: int = 0  # on each multiprocessor, going from tile to tile; 0 for one program a tile
-    flat: bool = False
-    gluon: bool = False
 
 
-ROW_PER_WARP = 1024  # values of a row
+_HALF_TYPES = torch.bfloat16, torch.float16
 _started = {}
 
 
-def _start(kernel, grid, args, kind, **options):
+def start(kernel, grid, args, kind, **options):
     """Start a kernel; after a kind's first call without Triton's own checks, which cost as much again."""
-    tensors = [getattr(arg, "base", arg) for arg in args if not isinstance(arg, int | float)]
+    tensors = [getattr(arg, "base", arg) for arg in args if not isinstance(arg, int | float)]  # or described
     key = (kernel.fn.__name__, kind, tensors[0].device, *(tensor.dtype for tensor in tensors))
     aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
     if aligned and key in _started:
@@ -207,99 +198,114 @@ def _start(kernel, grid, args, kind, **options):
         _started[key] = started
 
 
-def _row_options(columns):
+def _contiguous(*tensors):
+    """The kernels know no strides."""
+    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _make_codes(kernel, read, fixed, column_scale, results, eps=()):
+    """Run a kernel that makes codes of the rows of ``read``, and may write another result of them first."""
+    read, fixed = _contiguous(*read), _contiguous(*fixed, column_scale)
+    column_scale = fixed.pop()
+    (rows, columns), device = read[0].shape, read[0].device
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=device)
+    scales = torch.empty(rows, dtype=torch.float32, device=device)
     block = triton.next_power_of_2(columns)
-    return block, min(16, max(1, block // ROW_PER_WARP))
-
-
-def _make_codes(kernel, before, column_scale, results, eps=()):
-    """Run a kernel whose programs make a row's codes; it may write another result of that row first."""
-    rows, columns = before[0].shape
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=before[0].device)
-    scales = torch.empty(rows, dtype=torch.float32, device=codes.device)
+    warps = min(16, max(1, block // 1024))
+    # of 227 KiB of shared memory on Hopper, and 99 on the smallest of the other cards
+    room = 2**17 if _capability(device) == (9, 0) else 2**16
+    ahead = 1 + min(2, room // (block * read[0].itemsize * len(read)))
     scale = scales if column_scale is None else column_scale  # a tensor that is not read
-    block, warps = _row_options(columns)
-    args = (*before, scale, *results, codes, scales, columns, *eps, column_scale is not None, block)
+    args = (*read, *fixed, scale, *results, codes, scales, rows, columns, *eps)
+    grid = (min(rows, multiprocessors(device) * max(1, 12 // warps)), 1, 1)
     if rows:
-        _start(kernel, (rows, 1, 1), args, (columns, column_scale is None, warps), num_warps=warps)
+        constants = column_scale is not None, block, ahead
+        start(kernel, grid, (*args, *constants), (columns, constants), num_warps=warps)
     return *results, codes, scales
+
+
+@functools.cache
+def _capability(device):
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@functools.cache
+def multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def quantize_rows(x, column_scale=None):
     """See ``int8_kernels``, as for all functions below."""
-    return _make_codes(quantize_kernel, (x,), column_scale, ())
+    return _make_codes(quantize_kernel, (x,), (), column_scale, ())
 
 
 def rmsnorm_quantize_rows(x, weight, eps, column_scale=None):
     """One pass over ``x``."""
-    return _make_codes(rmsnorm_quantize_kernel, (x, weight), column_scale, (torch.empty_like(x),), (eps,))
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _make_codes(rmsnorm_quantize_kernel, (x,), (weight,), column_scale, (normed,), (eps,))
 
 
 def swiglu_quantize_rows(gate, up, column_scale=None):
     """One pass over both."""
-    return _make_codes(swiglu_quantize_kernel, (gate, up), column_scale, (torch.empty_like(gate),))
+    return _make_codes(
+        swiglu_quantize_kernel,
+        (gate, up),
+        (),
+        column_scale,
+        (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device),),
+    )
 
 
 def transpose_codes(codes):
     """Words of four codes where the sizes allow it."""
     rows, columns = codes.shape
-    if rows % 4 or columns % 4 or codes.data_ptr() % 4:
+    if rows % 4 or columns % 4 or codes.data_ptr() % 4 or not codes.is_contiguous():
         return codes.T.contiguous()
     turned = torch.empty(columns, rows, dtype=torch.int8, device=codes.device)
     args = (codes.view(torch.int32), turned.view(torch.int32), rows // 4, columns // 4, 32)
     grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128), 1)
-    _start(transpose_kernel, grid, args, (rows, columns), num_warps=4)
+    start(transpose_kernel, grid, args, (rows, columns), num_warps=4)
     return turned
 
 
 @functools.cache
-def _multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-@functools.cache
-def default_tiles(device):
-    """The tiles for a card: before Hopper, and with less shared memory, half as many codes at a time."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        return Tiles(depth=64)
-    return Tiles()
-
-
-def int8_matmul(a, b, row_scale, column_scale=None, add=None, dtype=torch.bfloat16, thin=None, tiles=None):
-    """``tiles`` asks for a certain kernel; by default the fastest one measured."""
-    (rows, summed), columns = a.shape, b.shape[0]
-    out = torch.empty(rows, columns, dtype=dtype, device=a.device)
-    if not rows:
-        return out
-    tiles = tiles or default_tiles(a.device)
-    if tiles.gluon:
-        if add is not None:
-            raise ValueError("this kernel adds nothing but a thin product")
+def _for_card(device):
+    """The module of Hopper's kernel, or None where it does not run; and the tiles of the plain one."""
+    capability = _capability(device)
+    # Gluon is experimental, and its calls differ between versions
+    if capability == (9, 0) and triton.__version__.startswith("3.6."):
         from llama_sft_helpers.speed import gluon_int8
 
-        args = gluon_int8.arguments(a, b, out, row_scale, column_scale, thin, tiles)
-        count = triton.cdiv(rows, 128) * triton.cdiv(columns, tiles.columns)
-        grid = (min(count, _multiprocessors(a.device)), 1, 1)
-        kind = columns, summed, args[-2:], tiles, thin and thin[0].shape[1]
-        _start(gluon_int8.specialized_product_kernel, grid, args, kind, num_warps=4, maxnreg=168)
-        return out
+        return gluon_int8, Tiles()
+    return None, Tiles(depth=128 if capability == (9, 0) else 64)  # other cards have less shared memory
+
+
+def int8_matmul(a, b, row_scale, column_scale=None, add=None, dtype=torch.bfloat16, thin=None):
+    """By Hopper's own kernel where there is one for these sizes and types, else by the plain one."""
+    a, b, add, *factors = _contiguous(a, b, add, *(thin or ()))
+    thin = tuple(factors) or None
+    hopper, tiles = _for_card(a.device)
+    if hopper and add is None and hopper.takes(a, b, dtype, thin):
+        return hopper.int8_matmul(a, b, row_scale, column_scale, dtype, thin)
+    return plain_matmul(a, b, row_scale, column_scale, add, dtype, thin, tiles)
+
+
+def plain_matmul(a, b, row_scale, column_scale, add, dtype, thin, tiles):
+    """Any card with int8 units that Triton knows, any size, any floating type."""
+    (rows, summed), columns = a.shape, b.shape[0]
+    out = torch.empty(rows, columns, dtype=dtype, device=a.device)
+    if thin and (thin[0].dtype not in _HALF_TYPES or thin[0].shape[1] > 32):
+        # no matrix unit takes it, or the registers have no room
+        product = thin[0].float() @ thin[1].float().T
+        add, thin = product if add is None else product + add, None
     left, right = thin or (row_scale, row_scale)  # tensors that are not read
     rank = left.shape[1] if thin else 0
-    block = max(16, triton.next_power_of_2(rank)) if rank else 0
-    count = triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns)
-    grid = (min(count, tiles.programs * _multiprocessors(a.device)) if tiles.programs else count, 1, 1)
-    has = column_scale is not None, add is not None, block
+    has = column_scale is not None, add is not None, (16 if rank <= 16 else 32) if rank else 0
     beside = row_scale, row_scale if column_scale is None else column_scale, row_scale if add is None else add
-    numbers = left, right, rows, columns, summed, rank, *has
-    sizes = tiles.rows, tiles.columns, tiles.depth, tiles.group
-    kind = columns, summed, rank, has, tiles
-    options = {"num_stages": tiles.stages, "num_warps": tiles.warps}
-    if tiles.copies:
-        blocks = [tiles.rows, tiles.depth], [tiles.columns, tiles.depth], [tiles.rows, tiles.columns]
-        described = map(TensorDescriptor.from_tensor, (a, b, out), blocks)
-        args = (*described, *beside, *numbers, *sizes, tiles.flat)
-        _start(descriptor_product_kernel, grid, args, kind, **options)
-    else:
-        args = (a, b, out, *beside, *numbers, *sizes, summed % tiles.depth == 0)
-        _start(product_kernel, grid, args, kind, **options)
+    sizes = tiles.rows, tiles.columns, tiles.depth, tiles.group, summed % tiles.depth == 0
+    args = (a, b, out, *beside, left, right, rows, columns, summed, rank, *has, *sizes)
+    grid = (triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns), 1, 1)
+    if rows:
+        kind = columns, summed, rank, has, tiles
+        start(product_kernel, grid, args, kind, num_stages=tiles.stages, num_warps=tiles.warps)
     return out

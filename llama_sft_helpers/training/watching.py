@@ -147,23 +147,21 @@ class LiveLossCallback(TrainerCallback):
         held_out = _held_out(state.log_history, self._before)
         title = f"step {state.global_step} of {state.max_steps}"
         if len(held_out) > 1:
-            first, last = (held_out[step][1] for step in (min(held_out), max(held_out)))
-            title += f", held-out loss {first:.2f} → {last:.2f}"
+            title += f", held-out loss {held_out[min(held_out)]:.2f} → {held_out[max(held_out)]:.2f}"
         if self._throughput.rows:
             row = self._throughput.rows[-1]
-            title += f"\n{row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_gib']:.1f} GiB"
+            tokens, spent = (
+                sum(each[name] for each in self._throughput.rows) for name in ("tokens", "seconds")
+            )
+            title += f"\n{tokens / max(spent, 1e-9):,.0f} tokens/s on average, peak {row['peak_gib']:.1f} GiB"
             title += f", {clock(row['seconds_left'])} left" if state.global_step < state.max_steps else ""
         return title
 
 
-def _held_out(
-    log_history: Sequence[Mapping[str, Any]], before: float | None
-) -> dict[int, tuple[float, float]]:
-    """Step -> epoch and held-out loss, ``before`` at step 0."""
-    found = {} if before is None else {0: (0.0, before)}
-    return found | {
-        row["step"]: (row.get("epoch", 0.0), row["eval_loss"]) for row in log_history if "eval_loss" in row
-    }
+def _held_out(log_history: Sequence[Mapping[str, Any]], before: float | None) -> dict[int, float]:
+    """Step -> held-out loss, ``before`` at step 0."""
+    found = {} if before is None else {0: before}
+    return found | {row["step"]: row["eval_loss"] for row in log_history if "eval_loss" in row}
 
 
 def _finish(ax: Axes, across: str) -> None:
@@ -183,18 +181,19 @@ def plot_loss(log_history: Sequence[Mapping[str, Any]], label: str = "", before:
     """
     ax = new_axes(3.4)
     train = [(row["step"], row["loss"]) for row in log_history if "loss" in row]
-    held_out = [(step, loss) for step, (_, loss) in _held_out(log_history, before).items()]
+    held_out = _held_out(log_history, before)
     if train:
         ax.plot(*zip(*train, strict=True), color=BLUE, linewidth=1, label=f"{label} training".strip())
     if held_out:
-        ax.plot(*zip(*held_out, strict=True), "o-", color=RED, linewidth=2, label=f"{label} held out".strip())
+        points = [*held_out], [*held_out.values()]
+        ax.plot(*points, "o-", color=RED, linewidth=2, label=f"{label} held out".strip())
     ax.set_title("Loss during training")
     _finish(ax, "optimizer step")
     return ax
 
 
 def plot_overfitting(log_history: Sequence[Mapping[str, Any]], before: float | None = None) -> Axes:
-    """Draw training and held-out loss by epoch, and mark the step where the held-out loss was lowest.
+    """Draw training and held-out loss, and mark the step where the held-out loss was lowest.
 
     The training loss is averaged over the steps since the held-out loss before, so that noise of single
     batches does not hide its course.
@@ -213,16 +212,17 @@ def plot_overfitting(log_history: Sequence[Mapping[str, Any]], before: float | N
     train = []
     for since, until in itertools.pairwise(sorted({0, *held_out})):
         losses = [row["loss"] for row in log_history if "loss" in row and since < row["step"] <= until]
-        train += [(held_out[until][0], sum(losses) / len(losses))] if losses else []
+        train += [(until, sum(losses) / len(losses))] if losses else []
     if train:
         ax.plot(*zip(*train, strict=True), "s-", color=BLUE, label="training (mean)")
-    ax.plot(*zip(*held_out.values(), strict=True), "o-", color=RED, label="held out")
-    step = min(held_out, key=lambda step: held_out[step][1])
-    ax.axvline(held_out[step][0], ymax=0.83, color="black", linewidth=1)  # up to the legend
-    lowest, (_, end) = held_out[step][1], held_out[max(held_out)]
+    ax.plot([*held_out], [*held_out.values()], "o-", color=RED, label="held out")
+    step = min(held_out, key=lambda step: held_out[step])
+    ax.axvline(step, ymax=0.83, color="black", linewidth=1)  # up to the legend
+    lowest, end = held_out[step], held_out[max(held_out)]
     ending = "then rose: overfitting" if rose(lowest, end) else f"level since, within {LEVEL:.0%}"
     ending = ending if step < max(held_out) else "the last one measured"
-    course = f"Held-out loss: {held_out[min(held_out)][1]:.2f} at step {min(held_out)}, lowest {lowest:.2f}"
-    ax.set_title(f"{course}\nat step {step}, epoch {held_out[step][0]:.2g} (line), {ending}")
-    _finish(ax, "epoch")
+    course = f"Held-out loss: {held_out[min(held_out)]:.2f} at step {min(held_out)}, lowest {lowest:.2f}"
+    ax.set_title(f"{course}\nat step {step} (line), {ending}")
+    epochs = max(row.get("epoch", 0.0) for row in log_history)
+    _finish(ax, f"optimizer step ({max(held_out)} steps: {epochs:.2g} epochs)")
     return ax

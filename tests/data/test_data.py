@@ -222,7 +222,7 @@ def test_bad_rows_are_named_and_counted(reason):
     rows = [*other, BAD_ROWS[reason], BAD_ROWS[reason]]
     table = data.summarize_rows(rows)
     assert table.loc[reason, "rows"] == 2
-    assert table.loc[reason, "first_indices"] == [3, 4]
+    assert table.loc[reason, "first_rows"] == [3, 4]
     assert table["rows"].sum() == 2
     assert table.attrs["usable"] == [0, 1, 2]
     with pytest.raises(data.DataError, match=rf"{reason}: 2 of 5 rows, first \[3, 4\] \(") as raised:
@@ -235,7 +235,7 @@ def test_bad_rows_are_named_and_counted(reason):
 def test_duplicates_special_tokens_and_long_rows(tiny_tokenizer):
     rows = [{**GOOD, "output": text} for text in ("4", "4 ", "4<|end_of_text|>5", "4 " * 300)]
     table = data.summarize_rows(rows, tiny_tokenizer, max_length=256)
-    assert {name: found for name, found in table["first_indices"].items() if found} == {
+    assert {name: found for name, found in table["first_rows"].items() if found} == {
         "duplicate": [1],
         "special-token": [2],
         "too-long": [3],
@@ -310,7 +310,7 @@ def test_control_tokens_that_the_tokenizer_does_not_name_are_found_too(tiny_toke
     )
     assert "<|eot_id|>" not in few.all_special_tokens
     rows = [{**GOOD, "output": f"hi {token}"} for token in ("<|eot_id|>", "<b>")]
-    assert data.summarize_rows(rows, few).loc["special-token", "first_indices"] == [0]
+    assert data.summarize_rows(rows, few).loc["special-token", "first_rows"] == [0]
 
 
 def test_boundary_is_refused_where_a_token_reaches_across(llama3, tiny_tokenizer, examples):
@@ -413,7 +413,7 @@ def test_picture_shows_every_token_with_its_role(tiny_tokenizer):
     titles = re.findall(r'title="id (\d+) label (-?\d+), ([^"]+)"', page)
     counted = Counter(role for _, _, role in titles)
     table = data.summarize_loss_mask(batch, tiny_tokenizer).sum()
-    assert counted["not scored"] == table["prompt"] == 3
+    assert counted["not scored"] == table["prompt"] == 4  # the first token of the second row too
     assert counted["scored"] == table["completion"]
     assert counted["EOS, scored"] == table["eos"] == 2
     assert f"&times; {table['pad']})" in page
@@ -442,7 +442,9 @@ def test_lengths_table_by_hand():
     table = data.summarize_lengths(lengths)
     assert table["rows_cut"].to_dict() == {128: 1, 256: 1, 512: 1, 1024: 0, 2048: 0, 4096: 0}
     kept = {128: 1900 + 900 + 128, 512: 1900 + 900 + 512, 1024: 3800}
-    assert table["tokens_kept_share"][list(kept)].tolist() == pytest.approx([n / 3800 for n in kept.values()])
+    assert table["share_of_tokens_kept"][list(kept)].tolist() == pytest.approx(
+        [n / 3800 for n in kept.values()]
+    )
     assert table.index[table["recommended"]].tolist() == [128]  # 199 of 200 rows are whole: 99.5 %
     assert data.summarize_lengths([5000]).index[-1] == 5056
 
@@ -521,7 +523,7 @@ def test_packed_documents_do_not_see_each_other(tiny_model, tiny_tokenizer, exam
     assert adapted["alone"].tolist() == pytest.approx(table["alone"].tolist(), abs=1e-6)
     assert model.training
     table.loc[1, "packed"] = float("nan")
-    with pytest.raises(data.TokenError, match="Document 1"):
+    with pytest.raises(data.TokenError, match="Row 1 of the block"):
         data.check_isolation(table)
 
 

@@ -147,9 +147,9 @@ def test_what_is_said_of_fsdp_and_a_killed_rank_is_in_the_results():
     assert loads == {(1, "0.21.0"): False, (1, "0.20.0"): True, (2, "0.21.0"): True}
     (exported,) = [row for row in rows if row["fsdp_version"] == 2 and not row.get("beside_other_jobs")]
     notebook = (ROOT / "notebooks/07_evaluation.ipynb").read_text("utf-8")
-    assert f"{100 * exported['times_one_process']:.1f} % of its tokens per second" in notebook
+    assert f"{100 * exported['times_one_process']:.1f}% of its tokens per second" in notebook
     assert exported["largest_loss_difference"] < 0.005
-    assert "within 0.5 % of one process's" in notebook
+    assert "within 0.5% of one process's" in notebook
     resume = results("ddp")["resume"]
     seconds, updates = resume["seconds_until_the_launcher_ended"], resume["updates_after_resuming"]
     said = f"ended after {seconds} s, and the {updates} updates"

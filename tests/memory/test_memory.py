@@ -246,7 +246,7 @@ def test_reconcile_leaves_out_slack_and_context():
         plan["gib"].sum() - gib_of(plan, "allocator slack") - gib_of(plan, "CUDA context")
     )
     assert row["difference_gib"] == pytest.approx(20.0 - predicted)
-    assert row["difference_percent"] == pytest.approx(100 * (20.0 - predicted) / 20.0)
+    assert row["measured_over_predicted"] == pytest.approx(20.0 / predicted)
     for wrong in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="expected a positive number"):
             reconcile_memory(plan, wrong)

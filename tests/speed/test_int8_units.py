@@ -19,7 +19,7 @@ def as_int8(rows):
     return torch.where(scale > 0, (rows / scale).round() * scale, 0.0)
 
 
-def products(dtype, columns, lora, int8_backward=True):
+def products(dtype, columns, lora, int8_backward=True, int8_forward=True):
     """Ours and the same in float64: result, and gradients of x, A and B."""
     codes, absmax, weight = quantized()
     x = torch.randn(40, 64)
@@ -29,13 +29,13 @@ def products(dtype, columns, lora, int8_backward=True):
     x, a, b = (
         t.to(kind).requires_grad_() for t, kind in ((x, dtype), (a, torch.float32), (b, torch.float32))
     )
-    units = Int8Units(64, torch.tensor(columns) if columns else None, int8_backward)
+    units = Int8Units(64, torch.tensor(columns) if columns else None, int8_backward, int8_forward)
     y = units(x, codes, absmax, *((a, b, 0.05) if lora else ()))
     y.backward(grad)
     g, x64, a64, b64 = (t.detach().double() for t in (grad, x, a, b))
     update = 0.05 * b64 @ a64 if lora else 0 * weight
     quantized_x, kept = x64.clone(), torch.zeros(64, dtype=torch.bool)
-    kept[columns] = True
+    kept[columns if int8_forward else slice(None)] = True
     quantized_x[:, kept] = 0
     exact = as_int8(quantized_x) @ weight.t() + x64[:, kept] @ weight[:, kept].t() + x64 @ update.t()
     scales = absmax.double() / 127
@@ -48,9 +48,9 @@ def products(dtype, columns, lora, int8_backward=True):
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
 @pytest.mark.parametrize("columns", [[], COLUMNS])
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("int8_backward", [False, True])
-def test_products_and_gradients_match_float64(dtype, limit, columns, lora, int8_backward):
-    pairs, _ = products(dtype, columns, lora, int8_backward)
+@pytest.mark.parametrize("kinds", [(False, True), (True, True), (True, False)])
+def test_products_and_gradients_match_float64(dtype, limit, columns, lora, kinds):
+    pairs, _ = products(dtype, columns, lora, *kinds)
     assert all(ours.dtype in {dtype, torch.float32} for ours, _ in pairs)
     assert max(relative(ours, exact) for ours, exact in pairs) < limit
 
@@ -89,9 +89,9 @@ def test_operators_keep_torchs_rules_and_count_operations():
     codes, absmax, _ = quantized(16, 8)
     a, b = torch.randn(4, 8, requires_grad=True), torch.randn(16, 4, requires_grad=True)
     x = torch.randn(3, 8, requires_grad=True)
-    for int8_backward in (True, False):
+    for kinds in ((True, True), (True, False), (False, True)):
         thin = torch.randn(5, 8), torch.randn(16, 5)
-        arguments = (x, codes, absmax / 127, a, b, 0.5, *thin, torch.ones(8), int8_backward)
+        arguments = (x, codes, absmax / 127, a, b, 0.5, *thin, torch.ones(8), *kinds)
         torch.library.opcheck(torch.ops.llama_sft.int8_units_linear.default, arguments)
     with FlopCounterMode(display=False) as counter:
         Int8Units(8, None, True)(x, codes, absmax).sum().backward()
@@ -144,13 +144,14 @@ def test_gradients_of_a_model_are_close_to_the_16_bit_products(model, batch, che
 def test_calibration_finds_the_largest_columns_of_each_layers_input(model, batch):
     norm = model.get_base_model().model.layers[1].input_layernorm
     norm.weight.data[[5, 17]] *= 100
-    speed.use_int8_units(model, batch, 2, leave_out=["down_proj"])
+    speed.use_int8_units(model, batch, 2, leave_out=["down_proj"], only_backward=["up_proj"])
     layers = dict(model.named_modules())
     units = {name: layer.int8_units for name, layer in layers.items() if hasattr(layer, "int8_units")}
     assert len(units) == 12
     assert not any("down_proj" in name for name in units)
     for name, unit in units.items():
-        assert len(unit.columns) == 2
+        assert unit.int8_forward is ("up_proj" not in name)
+        assert (None if unit.columns is None else len(unit.columns)) == (2 if unit.int8_forward else None)
         if "layers.1" in name and any(kind in name for kind in ("q_proj", "k_proj", "v_proj")):
             assert unit.columns.tolist() == [5, 17]
     assert not any(layer._forward_pre_hooks for layer in layers.values())
@@ -189,8 +190,8 @@ def test_compiled_layers_share_one_graph(model, batch, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"leave_out": ["lm_head"]}, r"leave_out=\['lm_head'\]; expected a list of some of down_proj, gate"),
-        ({"leave_out": "down_proj"}, r"such as \['down_proj'\]"),
+        ({"leave_out": ["lm_head"]}, r"\['lm_head'\] is no list of modules to leave; expected some of down"),
+        ({"only_backward": "down_proj"}, r"such as \['down_proj'\]"),
         ({"outlier_columns": 0}, "outlier_columns=0; expected 1 to 64"),
         ({"outlier_columns": 65}, "outlier_columns=65; expected 1 to 64"),
     ],

@@ -58,20 +58,42 @@ def test_transposed_codes(shape):
 
 
 @interpreted
-@pytest.mark.parametrize("tiles", [
-    Tiles(32, 32, 64), Tiles(32, 32, 32, copies=True), Tiles(32, 64, 32, copies=True, programs=1),
-])  # fmt: skip
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize("rank", [4, 64, 80])
+def test_thin_products_of_any_rank(rank, dtype):
+    torch.manual_seed(0)
+    thin = tuple(torch.randn(n, rank).to(dtype) for n in (40, 24))
+    args = codes_of(40, 64), codes_of(24, 64), torch.ones(40), None, torch.randn(40, 24), torch.float32, thin
+    torch.testing.assert_close(triton_int8.int8_matmul(*args), int8_kernels.int8_matmul(*args))
+
+
+@interpreted
+def test_strided_inputs():
+    x, other = torch.randn(2, 48, 64).to(HALF)
+    scale = torch.rand(2, 48)[0].expand(48)
+    for name, args in {"quantize_rows": (), "swiglu_quantize_rows": (other.T,)}.items():
+        expected = getattr(int8_kernels, name)(x.T, *args, scale)
+        for ours, theirs in zip(getattr(triton_int8, name)(x.T, *args, scale), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    codes = codes_of(64, 48)
+    thin = torch.randn(4, 48).to(HALF).T, torch.randn(4, 40).to(HALF).T
+    args = codes.T, codes_of(64, 40).T, torch.ones(48), None, None, torch.float32, thin
+    torch.testing.assert_close(triton_int8.int8_matmul(*args), int8_kernels.int8_matmul(*args))
+
+
+@interpreted
 @pytest.mark.parametrize("parts", [(), ("column_scale",), ("add",), ("thin",), PARTS])
 @pytest.mark.parametrize("shape", [(1, 64, 96), (70, 96, 160), (33, 40, 64)])
-def test_product_equals_that_of_pytorch(shape, parts, tiles):
+def test_product_equals_that_of_pytorch(shape, parts):
     torch.manual_seed(0)
     rows, columns, summed = shape
     a, b, row_scale = codes_of(rows, summed), codes_of(columns, summed), torch.rand(rows)
     thin = tuple(torch.randn(n, 24).to(HALF) for n in (rows, columns))
     options = {"column_scale": torch.rand(columns), "add": torch.randn(rows, columns).to(HALF), "thin": thin}
-    options = {part: options[part] for part in parts} | {"dtype": torch.float32}
+    options = {name: value if name in parts else None for name, value in options.items()}
+    options["dtype"] = torch.float32
     expected = int8_kernels.int8_matmul(a, b, row_scale, **options)
-    got = triton_int8.int8_matmul(a, b, row_scale, **options, tiles=tiles)
+    got = triton_int8.plain_matmul(a, b, row_scale, **options, tiles=Tiles(32, 32, 64))
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-2)
 
 
@@ -81,8 +103,6 @@ def compile_for(card, kernel, pointers, constants, **options):
     from triton.compiler import ASTSource
 
     signature = {"eps": "fp32"} | {name: f"*{kind}" for name, kind in pointers.items()}
-    for name, block in constants.pop("blocks", {}).items():
-        signature[name] = f"tensordesc<{pointers[name]}{block}>"
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else signature.get(n, "i32") for n in names}
     sized = [i for i, n in enumerate(names) if signature[n].startswith("*") or n in {"N", "K"}]
@@ -105,7 +125,7 @@ def test_rows_compile(name, card):
     kernel = getattr(triton_int8, f"{name}_kernel")
     halves = ("x", "weight", "normed", "gate", "up", "product")
     pointers = ROWS | {n: "bf16" if card >= 80 else "fp16" for n in halves if n in kernel.arg_names}
-    assert compile_for(card, kernel, pointers, {"HAS_SCALE": True, "BLOCK": 4096}, num_warps=4)
+    assert compile_for(card, kernel, pointers, {"HAS_SCALE": True, "BLOCK": 4096, "AHEAD": 2}, num_warps=4)
 
 
 @compiled
@@ -123,15 +143,6 @@ def test_product_compiles_to_the_int8_unit(card, depth, unit):
     constants = BESIDE | {"BM": 128, "BN": 128, "BK": depth, "EVEN": True}
     code = compile_for(card, triton_int8.product_kernel, PRODUCT, constants, num_warps=4, num_stages=3)
     assert any(unit in line and ".s32.s8.s8" in line for line in code.splitlines())
-
-
-@compiled
-def test_product_by_the_copy_engine_compiles():
-    constants = BESIDE | {"BM": 128, "BN": 256, "BK": 128, "FLAT": False}
-    constants["blocks"] = {"a": "[128, 128]", "b": "[256, 128]", "out": "[128, 256]"}
-    code = compile_for(90, triton_int8.descriptor_product_kernel, PRODUCT, constants, num_warps=8)
-    assert "cp.async.bulk.tensor.2d.shared" in code
-    assert "cp.async.bulk.tensor.2d.global" in code
 
 
 @compiled
@@ -154,7 +165,7 @@ def test_specialized_product_fits_hopper(columns, stages, thin):
 
     kernel = gluon_int8.specialized_product_kernel
     out = torch.empty(200, 512, dtype=torch.bfloat16)
-    tiles = Tiles(columns=columns, stages=stages, gluon=True)
+    tiles = Tiles(columns=columns, stages=stages)
     factors = (torch.empty(200, 32, dtype=out.dtype), torch.empty(512, 32, dtype=out.dtype)) if thin else None
     args = gluon_int8.arguments(
         codes_of(200, 256), codes_of(512, 256), out, torch.ones(200), torch.ones(512), factors, tiles

@@ -88,7 +88,7 @@ def test_the_kept_results_are_whole_and_09_explains_what_it_shows_of_them():
     cells = json.loads((ROOT / "notebooks" / "09_your_run.ipynb").read_text(encoding="utf-8"))["cells"]
     (text,) = ("".join(cell["source"]) for cell in cells if cell["id"] == "09-016a")
     assert [name for name in table if name.replace("_", " ") not in text] == []
-    assert f"within {LEVEL:.0%}".replace("%", " %") in text
+    assert f"within {LEVEL:.0%}" in text
 
 
 @pytest.mark.slow

@@ -332,10 +332,11 @@ def test_the_overfitting_picture_marks_the_best_step(eval_losses, step, ending):
     ]
     ax = plot_overfitting(trained + held_out)
     train, points, best = ax.get_lines()
-    assert list(train.get_xdata()) == list(points.get_xdata()) == [0.5, 1.0, 1.5]
+    assert list(train.get_xdata()) == list(points.get_xdata()) == [2, 4, 6]
     assert list(train.get_ydata()) == [1.5, 3.5, 5.5]
-    assert list(best.get_xdata()) == [step / 4] * 2
-    assert f"step {step}, epoch {step / 4:.2g} (line), " in ax.get_title()
+    assert list(best.get_xdata()) == [step] * 2
+    assert ax.get_xlabel() == "optimizer step (6 steps: 1.5 epochs)"
+    assert f"step {step} (line), " in ax.get_title()
     assert ending in ax.get_title()
     _, gain, _ = plot_overfitting(trained + held_out, before=2.5).get_lines()
     assert (gain.get_xdata()[0], gain.get_ydata()[0]) == (0, 2.5)
