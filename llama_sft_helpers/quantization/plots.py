@@ -110,7 +110,7 @@ def plot_outliers(outliers: pd.DataFrame) -> Axes:
     bars = ax.barh(names, 100 * few["channels_share"], color=BLUE)
     ax.bar_label(bars, labels=[str(count) for count in few["outlier_channels"]], padding=3)
     ax.set(
-        xlabel="share of channels that are outliers (%);\nbeside each bar: how many channels",
+        xlabel="outlier channels (% of all);\nbeside each bar: how many",
         title=f"{none} of {len(outliers)} inputs have no outlier" + "; these have the most" * (len(few) > 0),
     )  # fmt: skip
     ax.margins(x=0.15)

@@ -134,7 +134,7 @@ def _finish(
         columns = tl.load(
             right + column[None, :] * R + r[:, None], mask=in_column[None, :] & (r < R)[:, None], other=0.0
         )
-        result = tl.dot(rows, columns, result, input_precision="ieee")  # matters to float32 only
+        result = tl.dot(rows, columns, result)
     if HAS_ADD:
         place = row.to(tl.int64)[:, None] * N + column[None, :]
         result += tl.load(add + place, mask=in_row[:, None] & in_column[None, :], other=0.0).to(tl.float32)
@@ -181,6 +181,7 @@ class Tiles(NamedTuple):
     group: int = 8
 
 
+_HALF_TYPES = torch.bfloat16, torch.float16
 _started = {}
 
 
@@ -293,9 +294,13 @@ def plain_matmul(a, b, row_scale, column_scale, add, dtype, thin, tiles):
     """Any card with int8 units that Triton knows, any size, any floating type."""
     (rows, summed), columns = a.shape, b.shape[0]
     out = torch.empty(rows, columns, dtype=dtype, device=a.device)
+    if thin and (thin[0].dtype not in _HALF_TYPES or thin[0].shape[1] > 32):
+        # no matrix unit takes it, or the registers have no room
+        product = thin[0].float() @ thin[1].float().T
+        add, thin = product if add is None else product + add, None
     left, right = thin or (row_scale, row_scale)  # tensors that are not read
     rank = left.shape[1] if thin else 0
-    has = column_scale is not None, add is not None, max(16, triton.next_power_of_2(rank)) if rank else 0
+    has = column_scale is not None, add is not None, (16 if rank <= 16 else 32) if rank else 0
     beside = row_scale, row_scale if column_scale is None else column_scale, row_scale if add is None else add
     sizes = tiles.rows, tiles.columns, tiles.depth, tiles.group, summed % tiles.depth == 0
     args = (a, b, out, *beside, left, right, rows, columns, summed, rank, *has, *sizes)

@@ -19,10 +19,16 @@ def codes_of(*shape):
     return torch.randint(-127, 128, shape, device="cuda", dtype=torch.int8)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("rank", [0, 4, 16, 32, 80])
+@pytest.mark.parametrize("shape", [(1, 4096, 4096), (300, 1000, 1040), (77, 30, 50)])
 @pytest.mark.parametrize(
-    "shape", [(1, 4096, 4096), (127, 1024, 4096), (300, 1000, 1040), (129, 4096, 1024), (77, 30, 50)]
+    ("dtype", "rank"),
+    [
+        (torch.bfloat16, 0),
+        (torch.bfloat16, 32),
+        (torch.bfloat16, 80),
+        (torch.float16, 4),
+        (torch.float32, 16),
+    ],
 )
 def test_product_of_codes(shape, rank, dtype):
     torch.manual_seed(0)
@@ -43,8 +49,8 @@ def test_product_of_codes(shape, rank, dtype):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("columns", [1000, 1024, 4096, 14336])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("columns", [1000, 4096, 14336])
 @pytest.mark.parametrize("name", ["quantize_rows", "rmsnorm_quantize_rows", "swiglu_quantize_rows"])
 def test_codes_of_rows(name, columns, dtype, scaled):
     torch.manual_seed(0)

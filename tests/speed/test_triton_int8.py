@@ -58,6 +58,16 @@ def test_transposed_codes(shape):
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize("rank", [4, 64, 80])
+def test_thin_products_of_any_rank(rank, dtype):
+    torch.manual_seed(0)
+    thin = tuple(torch.randn(n, rank).to(dtype) for n in (40, 24))
+    args = codes_of(40, 64), codes_of(24, 64), torch.ones(40), None, torch.randn(40, 24), torch.float32, thin
+    torch.testing.assert_close(triton_int8.int8_matmul(*args), int8_kernels.int8_matmul(*args))
+
+
+@interpreted
 def test_strided_inputs():
     x, other = torch.randn(2, 48, 64).to(HALF)
     scale = torch.rand(2, 48)[0].expand(48)
