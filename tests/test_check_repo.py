@@ -177,6 +177,9 @@ BROKEN = {
         for bound in ("peft>=2", "peft<3")
     ],
     "dependencies_are_audited": [({}, "no workflow runs pip-audit")],
+    "actions_are_pinned": [
+        ({".github/workflows/a.yml": "- uses: a/b@v4"}, "a.yml:1: a/b@v4 is no commit"),
+    ],
     "results_name_their_source": [
         ({RESULT: '{"card": "H100", "command": "make record"}'}, "names no card or no versions"),
         ({RESULT: '{"card": 1, "versions": 1, "command": "x"}'}, "its command is 'x'"),

@@ -94,6 +94,16 @@ def dependencies_are_audited(repo: Repository) -> Iterator[str]:
         yield repo.at(workflows, 1, "no workflow runs pip-audit on requirements-colab.txt; add the job")
 
 
+def actions_are_pinned(repo: Repository) -> Iterator[str]:
+    """A workflow names each action by its commit, as a tag can be moved to other code."""
+    for path in sorted((repo.root / ".github" / "workflows").glob("*.yml")):
+        for number, line in enumerate(repo.text(path).splitlines(), 1):
+            used = re.search(r"uses: (\S+)", line)
+            if used and not re.search(r"@[0-9a-f]{40}$", used[1]):
+                text = f"{used[1]} is no commit; name its 40 digits, and the tag in a remark"
+                yield repo.at(path, number, text)
+
+
 def results_name_their_source(repo: Repository) -> Iterator[str]:
     """A kept result says on which card, with which versions and by which command it came to be."""
     for path in sorted((repo.root / "benchmarks" / "results").glob("*.json")):
@@ -175,6 +185,7 @@ RULES = (
     requirements_leave_colab_alone,
     bounds_are_met_by_colab,
     dependencies_are_audited,
+    actions_are_pinned,
     results_name_their_source,
     readme_shows_the_recorded_ladder,
     rows_are_well_formed,
