@@ -75,6 +75,13 @@ BROKEN = {
         ),
         ({"notebooks/01_a.ipynb": [CODE("%pip install x\nimport yaml")]}, "ipynb:cell 1: imports yaml"),
     ],
+    "requirements_are_used": [
+        (
+            {f"{PACKAGE}/a.py": "import yaml", "pyproject.toml":
+             '[project]\ndependencies = ["jinja2", "PyYAML", "httpx>=1"]'},
+            r"^pyproject.toml:1: requires httpx, which",
+        ),
+    ],
     "modules_are_short": [({f"{PACKAGE}/a.py": "a = 1\n" * 351}, "a.py:350: has 351 lines; split it")],
     "nothing_runs_foreign_code": [
         ({f"{PACKAGE}/a.py": code}, f"a.py:1: {fault}")
