@@ -183,6 +183,14 @@ BROKEN = {
          "moves Colab's peft 1.0")
         for bound in ("peft>=2", "peft<3")
     ],
+    "lock_holds_every_requirement": [
+        ({"constraints-tested.txt": "numpy==2.1.3\ntrl==1.16.0", **files}, f"txt:1: does not meet {fault}")
+        for fault, files in {
+            "pytest==9": {"requirements-test.txt": "pytest==9  # x"},
+            "trl==1.17": {"requirements-colab.txt": "trl==1.17"},
+            "numpy>=2.2": {"pyproject.toml": '[project]\ndependencies = ["numpy>=2.2"]'},
+        }.items()
+    ],
     "dependencies_are_audited": [({}, "no workflow runs pip-audit")],
     "actions_are_pinned": [
         ({".github/workflows/a.yml": "- uses: a/b@v4"}, "a.yml:1: a/b@v4 is no commit"),
