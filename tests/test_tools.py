@@ -262,6 +262,24 @@ def test_each_red_weekly_job_opens_one_issue(tmp_path):
     assert (tmp_path / "issues").read_text().splitlines() == [f"Weekly job is red: {name}" for name in titles]
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["UV="], ".none/bin/python -m pip install"),
+        (["UV=/x/uv"], "/x/uv pip install --python .none/bin/python"),
+        (["UV=", "TORCH_INDEX=https://x/cpu"], "--no-deps --index-url https://x/cpu torch"),
+    ],
+)
+def test_make_installs_the_locked_versions_and_says_each_step(given, expected):
+    plan = run("make", "-n", "install", "VENV=.none", *given, cwd=ROOT).splitlines()
+    first = next(i for i, line in enumerate(plan) if line.startswith('echo "installing torch'))
+    told, done = plan[first : first + 6 : 2], plan[first + 1 : first + 6 : 2]
+    assert all(line.startswith('echo "installing ') for line in told)
+    assert all(" --quiet --constraint constraints-tested.txt " in line for line in done)
+    assert expected in done[0]
+    assert not any("--index-url" in line for line in done[1:])  # the other packages come from PyPI
+
+
 def test_make_newest_turns_our_own_deprecations_into_errors(tmp_path):
     """The filter as make hands it to the shell, on a submodule of ours that warns, and on another module."""
     plan = run("make", "-n", "newest", "ARGS=", cwd=ROOT).splitlines()
