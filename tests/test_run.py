@@ -83,6 +83,24 @@ def test_a_log_shows_cells_and_training_steps_in_plain_lines(
     assert "\r" not in printed
 
 
+def test_nobody_holds_the_file_open_that_the_kernel_reports_in(write_notebooks, tmp_path):
+    """Windows lets no second process open it then."""
+    look = "import os, psutil; print(*[file.path for file in psutil.Process().parent().open_files()])"
+    originals = write_notebooks(
+        n01_a=[
+            look,
+            "print(os.path.isfile(os.environ['SFT_PROGRESS_FILE']))",
+            "print(os.environ['SFT_PROGRESS_FILE'])",
+        ]
+    )
+    run_notebooks("ci-tiny", only=None, out=tmp_path / "out", notebooks=originals)
+    cells = nbformat.read(tmp_path / "out" / "01_a.ipynb", as_version=4).cells
+    held, is_there, path = (cell.outputs[0].text.strip() for cell in cells)
+    assert is_there == "True"
+    assert ".llama-sft-run.lock" in held
+    assert path not in held
+
+
 def test_a_dead_kernel_and_a_slow_cell_are_named(write_notebooks, tmp_path):
     dead = write_notebooks(n01_dead=["import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
     with pytest.raises(RunError, match=r"01_dead.ipynb: the kernel died"):

@@ -226,37 +226,58 @@ GH = """#!/usr/bin/env python3
 import os, sys
 from pathlib import Path
 issues = Path("issues")
-if sys.argv[1:3] == ["issue", "list"]:
+words = sys.argv[1:3]
+if words == ["issue", "list"]:
     titles = issues.read_text().splitlines() if issues.exists() else []
     print(titles.count(os.environ["TITLE"]))
+elif words == ["run", "view"] and "--jq" in sys.argv:
+    print("11 newest\\n12 systems (windows-latest)")
+elif words == ["run", "view"]:
+    print("FAILED in job", sys.argv[sys.argv.index("--job") + 1])
 else:
-    assert sys.argv[1:3] == ["issue", "create"], sys.argv
+    assert words == ["issue", "create"], sys.argv
     given = dict(zip(sys.argv[3::2], sys.argv[4::2]))
     issues.open("a").write(given["--title"] + "\\n")
     print(Path(given["--body-file"]).read_text())
 """
 
 
-def test_the_weekly_job_opens_one_issue_when_the_newest_libraries_are_red(tmp_path):
-    """The step's own script, run twice with a stand-in for `gh`: the second time one is open."""
-    job = yaml.safe_load((ROOT / ".github" / "workflows" / "weekly.yml").read_text())["jobs"]["newest"]
-    tests, report = job["steps"][-2:]
-    assert tests["run"].startswith("make newest ")
-    assert tests["continue-on-error"] is True
-    assert tests["shell"] == "bash"  # else tee's exit code would count, and the job could never be red
-    assert report["if"] == f"steps.{tests['id']}.outcome == 'failure'"
-    assert job["permissions"]["issues"] == "write"
+def test_each_red_weekly_job_opens_one_issue(tmp_path):
+    """The step's own script, run twice with a stand-in for `gh`: the second time its issues are open."""
+    folder = ROOT / ".github" / "workflows"
+    workflows = [yaml.safe_load(path.read_text()) for path in folder.glob("*.yml")]
+    tell = next(workflow for workflow in workflows if workflow["name"] == "tell")
+    # YAML takes the key `on` for true.
+    scheduled = {workflow["name"] for workflow in workflows if "schedule" in workflow[True]}
+    assert set(tell[True]["workflow_run"]["workflows"]) == scheduled
     (tmp_path / "gh").write_text(GH)
     (tmp_path / "gh").chmod(0o755)
-    (tmp_path / "newest.log").write_text("FAILED tests/test_x.py::test_y\n")
-    path, title = f"{tmp_path}:{os.environ['PATH']}", report["env"]["TITLE"]
-    environment = {"PATH": path, "TITLE": title, "RUN": "https://run/1"}
-    script = ["bash", "-e", "-c", report["run"]]
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUN": "1", "ADDRESS": "https://run/1"}
+    script = ["bash", "-e", "-c", tell["jobs"]["tell"]["steps"][0]["run"]]
     said = [run(*script, cwd=tmp_path, env=environment) for _ in range(2)]
-    assert "https://run/1" in said[0]
-    assert "FAILED tests/test_x.py::test_y" in said[0]
+    for part in ("https://run/1", "FAILED in job 11", "FAILED in job 12"):
+        assert part in said[0]
     assert said[1] == ""
-    assert (tmp_path / "issues").read_text() == f"{title}\n"
+    titles = ["newest", "systems (windows-latest)"]
+    assert (tmp_path / "issues").read_text().splitlines() == [f"Weekly job is red: {name}" for name in titles]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["UV="], ".none/bin/python -m pip install"),
+        (["UV=/x/uv"], "/x/uv pip install --python .none/bin/python"),
+        (["UV=", "TORCH_INDEX=https://x/cpu"], "--no-deps --index-url https://x/cpu torch"),
+    ],
+)
+def test_make_installs_the_locked_versions_and_says_each_step(given, expected):
+    plan = run("make", "-n", "install", "VENV=.none", *given, cwd=ROOT).splitlines()
+    first = next(i for i, line in enumerate(plan) if line.startswith('echo "installing torch'))
+    told, done = plan[first : first + 6 : 2], plan[first + 1 : first + 6 : 2]
+    assert all(line.startswith('echo "installing ') for line in told)
+    assert all(" --quiet --constraint constraints-tested.txt " in line for line in done)
+    assert expected in done[0]
+    assert not any("--index-url" in line for line in done[1:])  # the other packages come from PyPI
 
 
 def test_make_newest_turns_our_own_deprecations_into_errors(tmp_path):

@@ -86,12 +86,26 @@ def bounds_are_met_by_colab(repo: Repository) -> Iterator[str]:
             yield repo.at(repo.root / "pyproject.toml", 1, text)
 
 
+def lock_holds_every_requirement(repo: Repository) -> Iterator[str]:
+    """The full set of tested versions has each requirement, in a version that the requirement allows."""
+    names = [f"requirements-{name}.txt" for name in ("colab", "test", "tested", "models")]
+    required = [
+        by_name(repo.project.get("project", {}).get("dependencies", [])),
+        *map(repo.requirements, names),
+    ]
+    lock = repo.requirements("constraints-tested.txt")
+    for name, item in [pair for group in required for pair in group.items() if not pair[1].marker]:
+        pins = list(lock[name].specifier) if name in lock else []
+        if not pins or not item.specifier.contains(pins[0].version):
+            yield repo.at(repo.root / "constraints-tested.txt", 1, f"does not meet {item}; run make lock")
+
+
 def dependencies_are_audited(repo: Repository) -> Iterator[str]:
     """A workflow looks the requirements up among the known vulnerabilities."""
     workflows = repo.root / ".github" / "workflows"
     text = "".join(repo.text(path) for path in workflows.glob("*.yml"))
-    if not re.search(r"pip-audit .*--requirement requirements-colab\.txt", text):
-        yield repo.at(workflows, 1, "no workflow runs pip-audit on requirements-colab.txt; add the job")
+    if not re.search(r"pip-audit .*--requirement constraints-tested\.txt", text):
+        yield repo.at(workflows, 1, "no workflow runs pip-audit on constraints-tested.txt; add the job")
 
 
 def actions_are_pinned(repo: Repository) -> Iterator[str]:
@@ -184,6 +198,7 @@ RULES = (
     one_repository_address,
     requirements_leave_colab_alone,
     bounds_are_met_by_colab,
+    lock_holds_every_requirement,
     dependencies_are_audited,
     actions_are_pinned,
     results_name_their_source,

@@ -28,6 +28,12 @@ NOT_REQUIRED = {
     "xllamacpp": "llama.cpp for the program that notebook 07 runs; 07 installs it into a folder of its own",
     "triton": "torch brings it where there is a GPU",
 }
+# What nothing here imports by name, and who needs it.
+NOT_IMPORTED = {
+    "accelerate": "transformers places a model's layers and trains with it",
+    "ipykernel": "nbclient runs the notebooks in it",
+    "jinja2": "transformers renders chat templates with it, and pandas coloured tables",
+}
 MOST_LINES = 350
 FORBIDDEN_CALLS = ("pickle.load", "pickle.loads", "eval", "exec", "os.system")
 
@@ -143,15 +149,32 @@ def no_detours(repo: Repository) -> Iterator[str]:
 
 def imports_are_declared(repo: Repository) -> Iterator[str]:
     """What is imported is a requirement: huggingface_hub 2 came without httpx, and notebook 02 stopped."""
+    declared = _dependencies(repo) | repo.requirements("requirements-colab.txt").keys()
+    for path, place, name, owners in _imports_of_others(repo):
+        if not owners & declared:
+            yield repo.at(path, place, f"imports {name}, which nothing declares; add it to pyproject.toml")
+
+
+def requirements_are_used(repo: Repository) -> Iterator[str]:
+    """What is required is imported, or ``NOT_IMPORTED`` says who needs it."""
+    imported = {owner for *_, owners in _imports_of_others(repo) for owner in owners}
+    for name in sorted(_dependencies(repo) - imported - NOT_IMPORTED.keys()):
+        yield repo.at(repo.root / "pyproject.toml", 1, f"requires {name}, which nothing imports; take it out")
+
+
+def _dependencies(repo: Repository) -> set[str]:
+    """Normalized names of what the package itself requires."""
+    return set(by_name(repo.project.get("project", {}).get("dependencies", [])))
+
+
+def _imports_of_others(repo: Repository) -> Iterator[tuple[Path, int, str, set[str]]]:
+    """File, place and name of each import of another project, and the distributions that bring it."""
     owners = importlib.metadata.packages_distributions()
-    declared = by_name(repo.project.get("project", {}).get("dependencies", []))
-    declared |= repo.requirements("requirements-colab.txt")
     for path in [*repo.modules, *repo.notebooks]:
         for place, tree in code(path):
             for line, name in _third_party(tree):
-                if not {canonicalize_name(owner) for owner in owners.get(name, [name])} & declared.keys():
-                    text = f"imports {name}, which nothing declares; add it to pyproject.toml"
-                    yield repo.at(path, place or line, text)
+                brought = {canonicalize_name(owner) for owner in owners.get(name, [name])}
+                yield path, place or line, name, brought
 
 
 def _third_party(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -212,6 +235,7 @@ RULES = (
     names_have_one_path,
     no_detours,
     imports_are_declared,
+    requirements_are_used,
     modules_are_short,
     nothing_runs_foreign_code,
 )
