@@ -240,7 +240,7 @@ def test_the_figure_has_a_dot_a_row_and_the_counts_for_any_number_of_models():
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert labels == [f"{name}:\n1 of 2\nanswers stop" for name in names]
     assert len({tuple(dots.get_facecolor()[0]) for dots in ax.collections[:5]}) == 5
-    assert "model 0 0.30, model 1 0.30," in ax.get_title()
+    assert "model 0 0.300, model 1 0.300," in ax.get_title()
     assert "probability of EOS" in ax.get_xlabel()
 
 
