@@ -13,8 +13,8 @@ One more job trains the reference for a few steps, and compares each variant's g
 the 16-bit and of a float32 product, for batches of several sizes: rounding errors of many tokens cancel out
 in part, so a large batch's gradient is closer than a small one's.
 
-Jobs wait in order of importance for one of ``--at-a-time`` processes, and the JSON is written after each: what
-the minutes do not allow is left out, and ``--add`` goes on.
+Jobs wait in order of importance for one of ``--at-a-time`` processes, and the JSON is written after each:
+what the minutes do not allow is left out, and ``--add`` goes on.
 """
 
 from __future__ import annotations

@@ -204,9 +204,9 @@ def use_int8_units(
         enabled: False goes back to ``use_fast_int8``; switch that off as well for the libraries' own.
 
     Returns:
-        How many ``Linear8bitLt`` multiply on the int8 units now. On a GPU whose units Triton does not reach (a
-        T4, Triton's absence) a warning says so, the 16-bit product stays, and it is 0. A CPU computes the same
-        numbers slowly, to look at them.
+        How many ``Linear8bitLt`` multiply on the int8 units now. It is 0 on a GPU whose units Triton does not
+        reach, such as a T4: a warning says so, and the 16-bit product stays. A CPU computes the same numbers
+        slowly, to look at them.
 
     Raises:
         ValueError: No frozen int8 layers; ``leave_out`` or ``only_backward`` names what is none of them; or
