@@ -87,8 +87,14 @@ RUNGS = [
     Rung("int8 units, 4 blocks", "as int8 units, 8704 tokens a step", extra=True, **{**_UNITS, "rows": 4}),
     Rung("int8 units, none apart", "as int8 units, without outlier columns", extra=True,
          **{**_UNITS, "outlier_columns": 0}),
-    Rung("int8 units, closer", "64 outlier columns, output of down_proj in 16 bits", extra=True,
-         **{**_UNITS, "outlier_columns": 64, "only_backward": ("down_proj",)}),
+    Rung("int8 units, closer", "as int8 units, output of down_proj in 16 bits", extra=True,
+         **{**_UNITS, "only_backward": ("down_proj",)}),
+    # for small cards: the activations computed again
+    Rung("int8 units, checkpointing", "as int8 units, with checkpointing", extra=True,
+         **{**_UNITS, "checkpointing": True, "budget": 1.0}),
+    Rung("int8 units, checkpointing, 6 blocks", "twice the tokens", extra=True,
+         **{**_UNITS, "checkpointing": True, "budget": 1.0, "rows": 6}),
+    Rung("compiled, 6 blocks", "as compiled, twice the tokens", extra=True, **{**_COMPILED, "rows": 6}),
     # without a compiler: what is best under the cap, for the fast rungs to be held against
     Rung("uncompiled, 1 block", "as fast int8, activations kept", extra=True,
          **{**_FAST, "rows": 1, "checkpointing": False}),

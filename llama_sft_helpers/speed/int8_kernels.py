@@ -17,6 +17,11 @@ SMALLEST = 1e-30  # a row without a larger value gets codes of 0; its reciprocal
 _EXACT_COLUMNS = 1024  # sums of so many products of codes are whole numbers up to 2**24, which float32 holds
 
 
+def has_int8_units(device: torch.device) -> bool:
+    """Whether these products run on a GPU's int8 units there: sm80 or newer, with Triton."""
+    return _kernels(device) is not None
+
+
 @functools.cache
 def _kernels(device: torch.device) -> Any:
     """The module of Triton's kernels, or None where PyTorch computes: Triton has no int8 unit before sm80."""
