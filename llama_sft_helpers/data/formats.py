@@ -46,11 +46,11 @@ def choose_prompt_format(layout: str, tokenizer: Any, asked: str) -> tuple[str, 
     if asked in ("alpaca", "chat"):
         return asked, "asked for"
     if not tokenizer.chat_template:
-        return "alpaca", "a base model: its tokenizer has no chat template"
-    how = f"an answer in its EOS, {tokenizer.eos_token}"
+        return "alpaca", "this is a base model, whose tokenizer has no chat template"
+    how = f"an answer with EOS ({tokenizer.eos_token})"
     if _ends_in_eos(tokenizer):
-        return "chat", f"an instruct model: its chat template ends {how}"
-    return "alpaca", f"a base model: its chat template does not end {how}"
+        return "chat", f"this is an instruct model, whose chat template ends {how}"
+    return "alpaca", f"this is a base model, whose chat template does not end {how}"
 
 
 def format_rows(rows: Dataset, tokenizer: Any, prompt_format: str) -> Dataset:
