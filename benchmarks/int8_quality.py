@@ -356,13 +356,21 @@ def gradients(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def measure(model: Any, batch: dict[str, torch.Tensor], context: Any) -> dict[str, torch.Tensor]:
     """Gradients by the parameter's name, and the hidden states of scored tokens after each layer."""
-    with context:
-        out = model(**batch, use_cache=False, output_hidden_states=True)
-    out.loss.backward()
+    scored, hidden = int((batch["labels"][:, 1:] != -100).sum()), []
+    for ids, labels in zip(batch["input_ids"].split(16), batch["labels"].split(16), strict=True):
+        with context:
+            out = model(
+                input_ids=ids,
+                labels=labels,
+                num_items_in_batch=scored,
+                use_cache=False,
+                output_hidden_states=True,
+            )
+        out.loss.backward()  # the parts' gradients add up to the batch's
+        hidden.append(torch.stack([states.detach()[labels != -100].float() for states in out.hidden_states]))
     found = {name: p.grad.double().flatten() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad(set_to_none=True)
-    real = batch["labels"] != -100
-    return found | {"hidden": torch.stack([states.detach()[real].float() for states in out.hidden_states])}
+    return found | {"hidden": torch.cat(hidden, 1)}
 
 
 def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -441,7 +449,11 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     if args.add and args.out.is_file():
         earlier: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8"))
         settings = earlier["settings"] | {"gradient_rows": args.gradient_rows}
-        return earlier | {"variants": VARIANTS, "settings": settings}
+        added = [
+            *earlier.get("added", []),
+            source(card())["command"].replace(args.given or "FOLDER", "FOLDER"),
+        ]
+        return earlier | {"variants": VARIANTS, "settings": settings, "added": added}
     about = source(card())
     about["command"] = about["command"].replace(args.given or "FOLDER", "FOLDER")
     about["command"] = about["command"].replace(str(args.out), f"benchmarks/results/{args.out.name}")
