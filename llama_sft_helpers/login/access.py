@@ -73,7 +73,7 @@ def check_token(token: str, repo_id: str) -> dict[str, Any]:
 def _ask_hub(call: Callable[[HfApi], _Result], repo_id: str, token: str | None) -> _Result:
     """Make one call to the hub and turn what goes wrong into an ``AccessError``."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
     # What cannot be a token is refused before an HTTP library quotes it in an error message.
     if token and not (token.isascii() and token.isprintable() and " " not in token):
