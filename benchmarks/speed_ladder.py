@@ -85,6 +85,8 @@ RUNGS = [
     Rung("fast, small blocks", "as fast, blocks of 1024", extra=True, **{**_KEPT, "max_length": 1024}),
     Rung("fast, all kept", "as fast, nothing recomputed", budget=1.0, extra=True, **_KEPT_AT),
     Rung("int8 units, 4 blocks", "as int8 units, 8704 tokens a step", extra=True, **{**_UNITS, "rows": 4}),
+    Rung("int8 units, small blocks", "as int8 units, blocks of 1024", extra=True,
+         **{**_UNITS, "max_length": 1024}),
     Rung("int8 units, none apart", "as int8 units, without outlier columns", extra=True,
          **{**_UNITS, "outlier_columns": 0}),
     Rung("int8 units, closer", "as int8 units, output of down_proj in 16 bits", extra=True,
