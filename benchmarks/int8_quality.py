@@ -10,8 +10,11 @@ trained with, and with the 16-bit one. Variants marked ``fake`` round in float32
 ``16-bit product, LoRA apart`` computes the reference's numbers in another order: how far it strays is chance.
 
 One more job trains the reference for a few steps, and compares each variant's gradients there with those of
-the 16-bit and of a float32 product. Jobs wait in order of importance for one of ``--at-a-time`` processes,
-and the JSON is written after each: what the minutes do not allow is left out, and ``--add`` goes on.
+the 16-bit and of a float32 product, for batches of several sizes: rounding errors of many tokens cancel out
+in part, so a large batch's gradient is closer than a small one's.
+
+Jobs wait in order of importance for one of ``--at-a-time`` processes, and the JSON is written after each:
+what the minutes do not allow is left out, and ``--add`` goes on.
 """
 
 from __future__ import annotations
@@ -56,11 +59,19 @@ OTHERS: dict[str, dict[str, Any]] = {
     "tiles of 128 (fake)": {"tile": 128},
     "Hadamard (fake)": {"tile": None},
     "16 outlier columns, without down_proj": {"outlier_columns": 16, "leave_out": ["down_proj"]},
+    "16 outlier columns, down_proj only backward": {"outlier_columns": 16, "only_backward": ["down_proj"]},
     "64 outlier columns, down_proj only backward": {"outlier_columns": 64, "only_backward": ["down_proj"]},
     "LLM.int8 of bitsandbytes": {},
 }
 VARIANTS = MAIN | OTHERS
-TINY = {"model": "local:tiny-llama", "steps": [2, 4], "seeds": 2, "eval_rows": 8, "warm_steps": 3}
+TINY = {
+    "model": "local:tiny-llama",
+    "steps": [2, 4],
+    "seeds": 2,
+    "eval_rows": 8,
+    "warm_steps": 3,
+    "gradient_rows": [2, 4],
+}
 
 
 # --- the variants ---
@@ -313,39 +324,53 @@ def prepare(args: argparse.Namespace) -> None:
 # --- gradients at one set of weights ---
 
 
-def gradients(args: argparse.Namespace) -> dict[str, Any]:
-    """Each variant's LoRA gradients and hidden states against those of the 16-bit and float32 product."""
+def gradients(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """For each size of batch, every variant's LoRA gradients against those of the two products."""
     prepare(args)
     rows, _, pad = rows_of(args.model, args.max_length, args.eval_rows)
-    batch = collate(rows[-args.gradient_rows :], pad, args.device)
-    found = {}
+    batches = [collate(rows[-count:], pad, args.device) for count in args.gradient_rows]
+    found: list[dict[str, Any]] = [{} for _ in batches]
     with adapted(args, args.dtype, 0) as model:
         for _ in steps_of(args, model, 0, args.warm_steps):
             pass
         weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         for variant in VARIANTS:
             switch_on(model, variant, calibration(args))
-            found[variant] = measure(model, batch, autocast(args))
+            for one, batch in zip(found, batches, strict=True):
+                one[variant] = measure(model, batch, autocast(args))
     with adapted(args, torch.float32, 0) as model:
         model.load_state_dict(weights, strict=False)
-        found[TRUTH] = measure(model, batch, contextlib.nullcontext())
-    return {
-        "tokens": int((batch["labels"] != -100).sum()),
-        "steps_before": args.warm_steps,
-        **{f"against the {name}": {v: compare(found[v], found[name]) for v in VARIANTS if v != name}
-           for name in (REFERENCE, TRUTH)},
-    }  # fmt: skip
+        for one, batch in zip(found, batches, strict=True):
+            one[TRUTH] = measure(model, batch, contextlib.nullcontext())
+    return [
+        {
+            "rows": len(batch["labels"]),
+            "scored_tokens": int((batch["labels"] != -100).sum()),
+            "steps_before": args.warm_steps,
+            **{f"against the {name}": {v: compare(one[v], one[name]) for v in VARIANTS if v != name}
+               for name in (REFERENCE, TRUTH)},
+        }
+        for one, batch in zip(found, batches, strict=True)
+    ]  # fmt: skip
 
 
 def measure(model: Any, batch: dict[str, torch.Tensor], context: Any) -> dict[str, torch.Tensor]:
     """Gradients by the parameter's name, and the hidden states of scored tokens after each layer."""
-    with context:
-        out = model(**batch, use_cache=False, output_hidden_states=True)
-    out.loss.backward()
+    scored, hidden = int((batch["labels"][:, 1:] != -100).sum()), []
+    for ids, labels in zip(batch["input_ids"].split(16), batch["labels"].split(16), strict=True):
+        with context:
+            out = model(
+                input_ids=ids,
+                labels=labels,
+                num_items_in_batch=scored,
+                use_cache=False,
+                output_hidden_states=True,
+            )
+        out.loss.backward()  # the parts' gradients add up to the batch's
+        hidden.append(torch.stack([states.detach()[labels != -100].float() for states in out.hidden_states]))
     found = {name: p.grad.double().flatten() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad(set_to_none=True)
-    real = batch["labels"] != -100
-    return found | {"hidden": torch.stack([states.detach()[real].float() for states in out.hidden_states])}
+    return found | {"hidden": torch.cat(hidden, 1)}
 
 
 def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -423,14 +448,19 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     """The report without runs; with ``--add`` what the file holds."""
     if args.add and args.out.is_file():
         earlier: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8"))
-        return earlier | {"variants": VARIANTS}
+        settings = earlier["settings"] | {"gradient_rows": args.gradient_rows}
+        added = [
+            *earlier.get("added", []),
+            source(card())["command"].replace(args.given or "FOLDER", "FOLDER"),
+        ]
+        return earlier | {"variants": VARIANTS, "settings": settings, "added": added}
     about = source(card())
     about["command"] = about["command"].replace(args.given or "FOLDER", "FOLDER")
     about["command"] = about["command"].replace(str(args.out), f"benchmarks/results/{args.out.name}")
     kept = ("steps", "learning_rate", "rows_per_update", "max_length", "eval_rows", "gradient_rows")
     settings = {key: getattr(args, key) for key in kept} | {"dtype": str(args.dtype).removeprefix("torch.")}
     return {**about, "model": Path(args.model).name, "minutes": 0.0, "at_a_time": args.at_a_time,
-            "settings": settings, "variants": VARIANTS, "gradients": None, "runs": []}  # fmt: skip
+            "settings": settings, "variants": VARIANTS, "gradients": [], "runs": []}  # fmt: skip
 
 
 def run_all(args: argparse.Namespace, report: dict[str, Any]) -> int:
@@ -440,8 +470,11 @@ def run_all(args: argparse.Namespace, report: dict[str, Any]) -> int:
     asked = [step for step in args.steps if not args.stop_after or step <= args.stop_after]
     done = {(r["variant"], r["seed"]) for r in report["runs"] if r["steps"][: len(asked)] == asked}
     jobs = [job for job in plan(args) if job not in done]
-    compared = (report["gradients"] or {}).get(f"against the {TRUTH}", {})
-    incomplete = bool(VARIANTS.keys() - compared)
+    compared = report["gradients"]
+    sizes = [one["rows"] for one in compared]
+    incomplete = sizes != args.gradient_rows or any(
+        VARIANTS.keys() - one[f"against the {TRUTH}"] for one in compared
+    )
     missing = len(jobs) + incomplete
     # CUDA cannot be used in a forked process
     context = multiprocessing.get_context("spawn")
@@ -486,7 +519,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=256, help="rows with more tokens are left out")
     parser.add_argument("--eval-rows", type=int, default=48)
     parser.add_argument("--warm-steps", type=int, default=20, help="before gradients are compared")
-    parser.add_argument("--gradient-rows", type=int, default=16)
+    parser.add_argument("--gradient-rows", type=int, nargs="+", default=[4, 16, 128], help="sizes of batches")
     args = parser.parse_args()
     if args.tiny:
         vars(args).update(TINY)

@@ -136,7 +136,7 @@ def _build_smollm2(folder: Path) -> None:
     model = LlamaForCausalLM(type(loaded.config)(**config))
     model.load_state_dict(loaded.state_dict())
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -84,7 +84,9 @@ def test_packed_epochs_count_blocks_and_a_small_set_seen_often_is_warned_of():
     twice = plan_steps(read_profile("cpu-demo", epochs=2), 9, 900)
     assert str(twice) == "6 updates of 4 rows: each row is seen 2 times"
     half = plan_steps(read_profile("cpu-demo", epochs=0.5), 16, 900)
-    assert str(half) == "2 updates of 4 rows: 50% of the rows are seen, once"
+    assert str(half) == "2 updates of 4 rows: 50% of the rows are seen once, the others not at all"
+    once = plan_steps(read_profile("cpu-demo", epochs=1), 16, 900)
+    assert str(once) == "4 updates of 4 rows: each row is seen once"
 
 
 # --- Notebook 06: the steps by hand ---
@@ -139,13 +141,13 @@ def test_06_saves_before_it_judges():
 
 
 ROSE, KEPT = (1.4, 1.2, 1.9), {"best_checkpoint": "run/checkpoint-8"}
-LOWEST = "the loss was lowest after step 8 (1.2000)"
+LOWEST = "The loss was lowest after step 8 (1.2000). By step 12 it was"
 FINDINGS = [
-    (ROSE, 2, {}, "not as hoped", f"Overfitted: {LOWEST} and 1.9000 by step 12; max_steps=8"),
+    (ROSE, 2, {}, "not as hoped", f"Overfitted. {LOWEST} 1.9000; max_steps=8"),
     (ROSE, 2, {}, "not as hoped", "Rows held out: 2."),
     (ROSE, 200, KEPT, "not as hoped", "Its checkpoint is kept: run/checkpoint-8."),
     (ROSE, 200, {"best_is_saved": True}, "as hoped", "The adapter of step 8 is saved."),
-    ((1.4, 1.2, 1.21), 200, KEPT, "as hoped", f"Level in the end, within 1%: {LOWEST}"),
+    ((1.4, 1.2, 1.21), 200, KEPT, "as hoped", f"{LOWEST} 1.2100, which is within 1% of that."),
     ((1.4, 1.2), 200, {}, "as hoped", "nothing to do"),
     ((float("nan"),), 200, {}, "not as hoped", ""),
 ]

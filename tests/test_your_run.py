@@ -1,5 +1,6 @@
 """``llama-sft train`` and notebook 09: from every form of data to an adapter with its template."""
 
+import functools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from llama_sft_helpers.cli import app
 from llama_sft_helpers.data import to_prompt_completion
-from llama_sft_helpers.profiles import _CHOICES
+from llama_sft_helpers.profiles import _CHOICES, read_profile
 
 FORM = Path(__file__).parent.parent / "notebooks" / "09_your_run.ipynb"
 # Runs when the kernel's Python starts: a hub that holds one data set.
@@ -71,6 +72,18 @@ def test_the_form_offers_what_a_profile_takes(setting):
     assert tuple(json.loads(offered)) == _CHOICES[setting]
 
 
+def test_an_empty_field_is_left_out_and_a_setting_that_a_reader_adds_may_be_false_or_0():
+    code = [cell.source for cell in nbformat.read(FORM, as_version=4).cells if cell.cell_type == "code"]
+    fields, load = (next(source for source in code if part in source) for part in ("# @param", "form = "))
+    above, line, below = load.partition("profile = load_profile(form=form)")
+    added = 'form |= {"packing": False, "train_rows": 0}\n'
+    names = {"load_profile": functools.partial(read_profile, "colab-a100")}
+    exec("\n".join([fields, above + added + line + below]), names)
+    profile, shipped = names["profile"], read_profile("colab-a100")
+    assert (shipped.packing, profile.packing, profile.train_rows) == (True, False, 0)
+    assert (profile.model_id, profile.learning_rate) == (shipped.model_id, shipped.learning_rate)
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -95,7 +108,7 @@ def test_an_overfitted_run_keeps_everything_and_its_best_adapter(switches, tmp_p
     settings = [word for option in options for word in ("--set", option)]
     summary, shown = train(source, tmp_path / "out", *settings)
     folder = tmp_path / "out" / "your_run"
-    assert "Overfitted: the loss was lowest after step" in shown
+    assert "Overfitted. The loss was lowest after step" in shown
     assert "each row is seen 12 times. That is often" in shown
     losses = pd.read_csv(folder / "training_log.csv").set_index("step")["eval_loss"].dropna()
     assert summary["eval_loss_after"] == pytest.approx(losses.min())

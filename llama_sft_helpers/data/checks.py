@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -19,11 +19,17 @@ from llama_sft_helpers.data.rows import (
     to_prompt_completion,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _CHUNK_ROWS = 1000
 
 
 def summarize_rows(
-    dataset: Any, tokenizer: Any = None, max_length: int | None = None, prompt_format: str = "alpaca"
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+    prompt_format: str = "alpaca",
 ) -> pd.DataFrame:
     """Count what is wrong with the rows; nothing is changed or left out.
 
@@ -57,7 +63,9 @@ def summarize_rows(
     return table.set_index("problem")
 
 
-def check_rows(dataset: Any, tokenizer: Any = None, max_length: int | None = None) -> None:
+def check_rows(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase | None = None, max_length: int | None = None
+) -> None:
     """Raise ``DataError`` with count and first indices of every problem that ``summarize_rows`` finds."""
     table = summarize_rows(dataset, tokenizer, max_length)
     found = table[table["rows"] > 0]
@@ -90,7 +98,7 @@ def _require_rows(dataset: Any) -> None:
 
 
 def _find_problems(
-    dataset: Any, tokenizer: Any, max_length: int | None, prompt_format: str
+    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None, prompt_format: str
 ) -> Iterator[tuple[str, int, str]]:
     """A problem, the number of the row that has it, and what that row shows."""
     layout = find_layout(dataset[0])
@@ -110,7 +118,10 @@ def _find_problems(
 
 
 def _find_token_problems(
-    good: list[tuple[int, Row]], tokenizer: Any, max_length: int | None, prompt_format: str
+    good: list[tuple[int, Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    prompt_format: str,
 ) -> Iterator[tuple[str, int, str]]:
     """Rows with control tokens in their text, and rows longer than max_length, in chunks."""
     # all_special_tokens names a few: in Llama 3's tokenizer BOS and EOS alone of 256
@@ -127,7 +138,7 @@ def _find_token_problems(
                 yield "too-long", index, ""
 
 
-def _count_tokens(rows: list[Row], tokenizer: Any, prompt_format: str) -> list[int]:
+def _count_tokens(rows: list[Row], tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> list[int]:
     if prompt_format == "chat":
         return [len(encode_chat(row, tokenizer)["input_ids"]) for row in rows]
     examples = [to_prompt_completion(row) for row in rows]

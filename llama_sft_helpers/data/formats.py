@@ -21,11 +21,12 @@ from llama_sft_helpers.data.rows import (
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 _ALPACA = Path(__file__).parent.parent / "templates" / "alpaca.jinja"
 
 
-def choose_prompt_format(layout: str, tokenizer: Any, asked: str) -> tuple[str, str]:
+def choose_prompt_format(layout: str, tokenizer: PreTrainedTokenizerBase, asked: str) -> tuple[str, str]:
     """Choose how rows of a layout become prompts: ``alpaca``, ``chat`` or ``plain``, and the reason.
 
     A chat template is right where the model knows it, and learns to stop by it: it ends an answer in the
@@ -46,14 +47,14 @@ def choose_prompt_format(layout: str, tokenizer: Any, asked: str) -> tuple[str, 
     if asked in ("alpaca", "chat"):
         return asked, "asked for"
     if not tokenizer.chat_template:
-        return "alpaca", "a base model: its tokenizer has no chat template"
-    how = f"an answer in its EOS, {tokenizer.eos_token}"
+        return "alpaca", "this is a base model, whose tokenizer has no chat template"
+    how = f"an answer with EOS ({tokenizer.eos_token})"
     if _ends_in_eos(tokenizer):
-        return "chat", f"an instruct model: its chat template ends {how}"
-    return "alpaca", f"a base model: its chat template does not end {how}"
+        return "chat", f"this is an instruct model, whose chat template ends {how}"
+    return "alpaca", f"this is a base model, whose chat template does not end {how}"
 
 
-def format_rows(rows: Dataset, tokenizer: Any, prompt_format: str) -> Dataset:
+def format_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> Dataset:
     """Rows of any layout as ``SFTTrainer`` takes them, in the form of ``choose_prompt_format``.
 
     Returns:
@@ -66,7 +67,7 @@ def format_rows(rows: Dataset, tokenizer: Any, prompt_format: str) -> Dataset:
     return rows.map(to_prompt_completion, with_indices=True, remove_columns=names)
 
 
-def encode_chat(row: Row, tokenizer: Any) -> dict[str, list[int]]:
+def encode_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """A conversation by the tokenizer's chat template, with the tokens of every assistant turn scored.
 
     A turn's text is what the template writes between the prompt for it and its EOS, EOS included; what
@@ -106,7 +107,7 @@ def to_messages(row: Row) -> list[dict[str, Any]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def render_prompt(row: Row | str, tokenizer: Any, prompt_format: str) -> str:
+def render_prompt(row: Row | str, tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> str:
     """What a model is given to answer a row or an instruction: what stood before the answer in training.
 
     ``tokenizer(prompt)`` gives training's token ids: a BOS that the template writes is left to the tokenizer
@@ -121,7 +122,7 @@ def render_prompt(row: Row | str, tokenizer: Any, prompt_format: str) -> str:
     return prompt.removeprefix(tokenizer.bos_token) if _writes_bos(tokenizer) else prompt
 
 
-def training_template(tokenizer: Any, prompt_format: str) -> str | None:
+def training_template(tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> str | None:
     """The chat template to save with the tokenizer, so that a server prompts the model as training did.
 
     Alpaca's, the model's own, or None for ``plain``, where the prompt is the text itself.
@@ -132,20 +133,24 @@ def training_template(tokenizer: Any, prompt_format: str) -> str | None:
     return tokenizer.chat_template if prompt_format == "chat" else None
 
 
-def count_row_tokens(rows: Dataset, tokenizer: Any) -> list[int]:
+def count_row_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of each row that ``format_rows`` made, EOS counted."""
     if "input_ids" in rows.column_names:
         return [len(ids) for ids in rows["input_ids"]]
     return list(rows.map(count_tokens, batched=True, fn_kwargs={"tokenizer": tokenizer})["tokens"])
 
 
-def _render(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, *, ask: bool = False) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: Any, *, ask: bool = False
+) -> str:
     return str(
         tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
     )
 
 
-def _answer_span(tokenizer: Any, turns: list[dict[str, Any]], tools: Any, text: str) -> tuple[int, int]:
+def _answer_span(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], tools: Any, text: str
+) -> tuple[int, int]:
     """Where the last turn's answer begins in the text, and where its EOS ends."""
     before = _render(tokenizer, turns[:-1], tools, ask=True) if turns[:-1] else ""
     through = _render(tokenizer, turns, tools)
@@ -159,11 +164,11 @@ def _answer_span(tokenizer: Any, turns: list[dict[str, Any]], tools: Any, text: 
     return len(before), end + len(tokenizer.eos_token)
 
 
-def _ends_in_eos(tokenizer: Any) -> bool:
+def _ends_in_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "ANSWER"}]
     after = _render(tokenizer, turns, None).rpartition("ANSWER")[2]
     return after.strip().startswith(tokenizer.eos_token)
 
 
-def _writes_bos(tokenizer: Any) -> bool:
+def _writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]

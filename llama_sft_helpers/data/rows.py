@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Row = Mapping[str, Any]
 
@@ -76,7 +79,7 @@ def to_prompt_completion(row: Row, index: int | None = None) -> dict[str, str]:
     return {"prompt": template.format(instruction=instruction, input=context), "completion": answer}
 
 
-def count_tokens(batch: Mapping[str, list[str]], tokenizer: Any) -> dict[str, list[int]]:
+def count_tokens(batch: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Count the tokens of lists ``prompt`` and ``completion``, for ``map(..., batched=True)``.
 
     Returns:

@@ -82,9 +82,9 @@ def plan_steps(profile: Profile, rows: int, tokens: int) -> StepPlan:
     steps_per_epoch = math.ceil(items / per_update)
     steps = math.ceil(profile.epochs * steps_per_epoch) if profile.epochs else profile.max_steps
     epochs = steps / steps_per_epoch
-    seen = (
-        f"each row is seen {epochs:.3g} times" if epochs > 1 else f"{epochs:.0%} of the rows are seen, once"
-    )
+    seen = "each row is seen " + ("once" if epochs == 1 else f"{epochs:.3g} times")
+    if epochs < 1:
+        seen = f"{epochs:.0%} of the rows are seen once, the others not at all"
     told = f"{steps:,} updates of {per_update} {'blocks' if profile.packing else 'rows'}: {seen}"
     if epochs > MANY_EPOCHS:
         told += (

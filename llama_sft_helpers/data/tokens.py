@@ -21,6 +21,7 @@ from llama_sft_helpers.data.rows import DataError
 
 if TYPE_CHECKING:
     from IPython.display import HTML
+    from transformers import PreTrainedTokenizerBase
 
 Batch = Mapping[str, Any]
 
@@ -36,7 +37,7 @@ _STYLES = {
 _STRIPES = ("background:#bfe3f7;color:#111", "background:#fbe3b0;color:#111")
 
 
-def choose_pad_token(tokenizer: Any) -> str:
+def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """Choose a special token that exists already and means nothing else, so no embedding is resized.
 
     In this order: the tokenizer's own pad token if it is neither EOS nor BOS; ``<|finetune_right_pad_id|>``
@@ -69,7 +70,7 @@ def choose_pad_token(tokenizer: Any) -> str:
     return ordered[0]
 
 
-def summarize_tokenizer(tokenizer: Any) -> pd.DataFrame:
+def summarize_tokenizer(tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
     """Special tokens with their ids, vocabulary size and whether BOS is put in front: setting, value, id."""
     rows: list[tuple[str, Any, Any]] = [
         (f"{role} token", getattr(tokenizer, f"{role}_token"), getattr(tokenizer, f"{role}_token_id"))
@@ -85,7 +86,7 @@ def summarize_tokenizer(tokenizer: Any) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["setting", "value", "id"]).set_index("setting")
 
 
-def summarize_tokens(tokenizer: Any, texts: Mapping[str, str]) -> pd.DataFrame:
+def summarize_tokens(tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str]) -> pd.DataFrame:
     """How named texts fall into tokens: characters, bytes (UTF-8), tokens, bytes_per_token, round_trip."""
     rows = []
     for name, text in texts.items():
@@ -97,7 +98,7 @@ def summarize_tokens(tokenizer: Any, texts: Mapping[str, str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).set_index("text")
 
 
-def render_tokens(tokenizer: Any, texts: Mapping[str, str]) -> HTML:
+def render_tokens(tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str]) -> HTML:
     """Each text with bars between its tokens, in alternating colours; an id shows under the mouse."""
     lines = []
     for name, text in texts.items():
@@ -107,7 +108,7 @@ def render_tokens(tokenizer: Any, texts: Mapping[str, str]) -> HTML:
     return _page(lines)
 
 
-def check_boundary(rows: Any, tokenizer: Any) -> None:
+def check_boundary(rows: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Prove that prompt tokens + completion tokens = tokens of the whole, for every row.
 
     A row of a ``Dataset`` or list has ``prompt`` and ``completion``. EOS is put behind the completion, as
@@ -131,7 +132,7 @@ def check_boundary(rows: Any, tokenizer: Any) -> None:
                 )
 
 
-def summarize_loss_mask(batch: Batch, tokenizer: Any) -> pd.DataFrame:
+def summarize_loss_mask(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
     """Count the roles of the tokens in a collated batch.
 
     Returns:
@@ -147,7 +148,7 @@ def summarize_loss_mask(batch: Batch, tokenizer: Any) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=columns).rename_axis("row")
 
 
-def render_loss_mask(batch: Batch, tokenizer: Any, rows: Sequence[int]) -> HTML:
+def render_loss_mask(batch: Batch, tokenizer: PreTrainedTokenizerBase, rows: Sequence[int]) -> HTML:
     """Mark the tokens of these rows of a collated batch by what the loss does with them."""
     documents = _documents(batch, tokenizer)
     legend = " ".join(
@@ -170,7 +171,7 @@ def _counts(roles: list[str]) -> str:
     return "; ".join([scored, *(other for other in others if not other.startswith("0 "))])
 
 
-def check_eos_is_trained(batch: Batch, tokenizer: Any) -> None:
+def check_eos_is_trained(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ``TokenError`` unless every row of a collated batch ends in an EOS with a label."""
     scored = summarize_loss_mask(batch, tokenizer)["eos_scored"]
     if lost := scored.index[~scored].tolist():
@@ -181,7 +182,9 @@ def check_eos_is_trained(batch: Batch, tokenizer: Any) -> None:
         )
 
 
-def _documents(batch: Batch, tokenizer: Any) -> list[tuple[list[int], list[int], list[str]]]:
+def _documents(
+    batch: Batch, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int], list[str]]]:
     """Ids, labels and roles of each row; of each document where rows are packed without padding."""
     ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
     if (mask := batch.get("attention_mask")) is not None:
@@ -210,7 +213,9 @@ def _roles(ids: list[int], labels: list[int], attended: list[int], eos_token_id:
     return roles
 
 
-def _spans(tokenizer: Any, ids: list[int], labels: list[int], roles: list[str]) -> Iterator[str]:
+def _spans(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int], roles: list[str]
+) -> Iterator[str]:
     """One span a token, marks around those of a role; of several pad tokens the first and their number."""
     position = 0
     for role, run in itertools.groupby(roles):
@@ -223,14 +228,14 @@ def _spans(tokenizer: Any, ids: list[int], labels: list[int], roles: list[str]) 
         position += length
 
 
-def _span(tokenizer: Any, token: int, style: str, note: str) -> str:
+def _span(tokenizer: PreTrainedTokenizerBase, token: int, style: str, note: str) -> str:
     text = _token_text(tokenizer, token)
     shown, end = html.escape(text).replace("\n", "⏎<wbr>"), "<br>" * text.count("\n")
     style += ";border-radius:3px;margin:0 1px"
     return f'<span style="{style}" title="id {token} {note}">{shown}</span>{end}'
 
 
-def _token_text(tokenizer: Any, token: int) -> str:
+def _token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """A token's text; its bytes in hexadecimal where it holds only part of a character."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 

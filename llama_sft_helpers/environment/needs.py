@@ -60,7 +60,7 @@ def _left_to_download_gib(model_id: str) -> float | None:
 def _dry_run(model_id: str) -> list[Any]:
     """The files that ``from_pretrained`` reads of a repository, and which of them are here already."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+    from huggingface_hub.utils import tqdm
 
     class Silent(tqdm):
         def __init__(self, *arguments: Any, **options: Any) -> None:

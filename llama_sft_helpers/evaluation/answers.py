@@ -15,12 +15,13 @@ from llama_sft_helpers.core.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, ne
 if TYPE_CHECKING:
     from IPython.display import HTML
     from matplotlib.axes import Axes
+    from transformers import PreTrainedTokenizerBase
 
 _COLOURS = (RED, BLUE, GREEN, PINK, ORANGE, SKY)  # with more models they begin again
 
 
 def summarize_generations(
-    tokenizer: Any, prompts: Sequence[str], generated: Mapping[str, torch.Tensor]
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], generated: Mapping[str, torch.Tensor]
 ) -> pd.DataFrame:
     """Answers side by side, from each model's new token ids [prompts, new tokens], without the prompt.
 

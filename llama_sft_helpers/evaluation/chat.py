@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
 
 # Escape sequences, then any other control character but line break and tab: a terminal would obey them.
 _CONTROL = re.compile(
@@ -29,7 +30,12 @@ class ChatError(RuntimeError):
 
 
 def stream_answer(
-    model: Any, tokenizer: Any, prompt: str, *, tuned: bool = True, max_new_tokens: int = 256
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    tuned: bool = True,
+    max_new_tokens: int = 256,
 ) -> Generator[str, None, None]:
     """Generate an answer greedily and yield it piece by piece, until EOS or ``max_new_tokens``.
 

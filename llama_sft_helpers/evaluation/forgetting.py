@@ -7,17 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from llama_sft_helpers.evaluation.losses import next_token_log_probs, summarize_perplexity
 from llama_sft_helpers.evaluation.merging import summarize_merge_fidelity
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _TEXTS = Path(__file__).with_name("plain_text.txt")
 
 
-def measure_forgetting(model: Any, tokenizer: Any, texts: Sequence[str] | None = None) -> pd.DataFrame:
+def measure_forgetting(
+    model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None = None
+) -> pd.DataFrame:
     """The loss on plain text without and with the adapter, and how far the predictions moved.
 
     Each text is a forward pass of its own, so that an 8-bit model's losses do not depend on a batch.

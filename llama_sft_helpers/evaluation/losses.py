@@ -19,6 +19,8 @@ from llama_sft_helpers.core.batches import IGNORED
 from llama_sft_helpers.core.modes import evaluation_mode
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     EncodedRow = Mapping[str, Sequence[int]]
 
 
@@ -27,7 +29,7 @@ class EvaluationError(AssertionError):
 
 
 def encode_rows(
-    tokenizer: Any, rows: Sequence[Mapping[str, Any]], max_length: int
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], max_length: int
 ) -> list[dict[str, list[int]]]:
     """Token ids and labels of prompt-completion rows, as ``SFTTrainer`` makes them.
 

@@ -226,7 +226,7 @@ def check_repo_id(repo_id: str, model: Any) -> None:
             folder of this machine.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id
 
     owner, _, name = repo_id.rpartition("/")
     try:
@@ -257,7 +257,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         PublishError: 401, 403, 409, another refusal, no token, or no connection.
     """
     # HTTPError is the client's own (httpx with huggingface_hub 1.x, httpx2 with 2.x): also a lost connection
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    from huggingface_hub.errors import (
         HfHubHTTPError,
         HTTPError,
         LocalTokenNotFoundError,

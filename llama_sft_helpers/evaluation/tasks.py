@@ -10,10 +10,13 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _TASKS = Path(__file__).with_name("tasks.jsonl")
 _BATCH = 32  # prompts at a time; LLM.int8() depends on it, so that before and after are scored alike
@@ -33,7 +36,10 @@ def read_tasks() -> list[dict[str, str]]:
 
 
 def score_tasks(
-    model: Any, tokenizer: Any, tasks: Sequence[Mapping[str, str]], prompt_of: Callable[[str], str]
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Mapping[str, str]],
+    prompt_of: Callable[[str], str],
 ) -> pd.DataFrame:
     """Let a model answer the tasks, greedily and in batches, and check each answer.
 
@@ -66,7 +72,7 @@ def score_tasks(
 
 
 @torch.inference_mode()
-def _answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
+def _answers(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
     batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
     made = model.generate(
         **batch,

@@ -12,6 +12,7 @@ CONTENTS = {
     "summarize_token_sources": "tokens",  # every place that a token may lie in
     "mask": "tokens",  # a token's last four characters at most
     "check_access": "access",  # does a token open a model, and if not, why
+    "classify_answer": "access",  # the same from an answer's status and headers
     "HUB_SECONDS": "access",  # how long the hub may take to answer
     "AccessError": "access",  # why a model does not open, and what to do
     "summarize_reasons": "access",  # with the page to open and what to do there

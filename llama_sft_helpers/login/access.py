@@ -43,7 +43,7 @@ def summarize_reasons(repo_id: str) -> pd.DataFrame:
     """Every reason that ``check_access`` tells apart: columns reason, case, page, action."""
     import pandas as pd
 
-    rows = [(reason, *_filled(reason, repo_id, "here: the hub's message")) for reason in _REMEDIES]
+    rows = [(reason, *_filled(reason, repo_id, "… the hub's message …")) for reason in _REMEDIES]
     return pd.DataFrame(rows, columns=["reason", "case", "page", "action"])
 
 
@@ -73,7 +73,7 @@ def check_token(token: str, repo_id: str) -> dict[str, Any]:
 def _ask_hub(call: Callable[[HfApi], _Result], repo_id: str, token: str | None) -> _Result:
     """Make one call to the hub and turn what goes wrong into an ``AccessError``."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
     # What cannot be a token is refused before an HTTP library quotes it in an error message.
     if token and not (token.isascii() and token.isprintable() and " " not in token):
@@ -104,11 +104,20 @@ def _explain(error: HfHubHTTPError, repo_id: str, token: str | None) -> AccessEr
     status = error.response.status_code
     code, message = (error.response.headers.get(name, "") for name in ("X-Error-Code", "X-Error-Message"))
     detail = f"HTTP {status}" + (f", {message}" if message else "")
-    reason = _reason(status, code, message.lower(), bool(token))
+    reason = classify_answer(status, code, message, bool(token))
     return AccessError(reason, repo_id, detail.replace(token or "\0", "…"))
 
 
-def _reason(status: int, code: str, message: str, has_token: bool) -> str:
+def classify_answer(status: int, code: str, message: str, has_token: bool) -> str:
+    """The reason, one of ``summarize_reasons``, behind an answer of the hub that is no yes.
+
+    Args:
+        status: The HTTP status.
+        code: The header ``X-Error-Code``, or "".
+        message: The header ``X-Error-Message``, or "".
+        has_token: Whether a token was sent along.
+    """
+    message = message.lower()
     if status == 429 or status >= 500:
         return "hub-unreachable"
     if "fine-grained" in message:

@@ -57,15 +57,19 @@ def use_token(model_id: str) -> Any:
 
     The token is the one of ``find_token``, and the hub is asked whether it opens the model, as
     ``check_access`` does. If so, Colab's secret is handed on as the environment variable ``HF_TOKEN``, for
-    this session only. A folder needs no token: nothing is looked for or asked.
+    this session only. A folder needs no token, nor does a model that is built here: nothing is looked for or
+    asked.
 
     Args:
-        model_id: The model that the notebook will load, ``owner/name``, or a folder.
+        model_id: The model that the notebook will load, ``owner/name``, a folder, or ``local:name`` (as
+            ``read_profile`` leaves it).
 
     Returns:
         A sentence, or, where the model does not open, the widget of ``login_widget`` with the reason in it.
     """
-    if model_id.startswith("local:") or Path(model_id).is_dir():
+    if model_id.startswith("local:"):
+        return "The model is built on this machine: no token is needed."
+    if Path(model_id).is_dir():
         return "The model is a folder on this machine: no token is needed."
     tokens.colab_refused = False  # the reader may have granted access since the last look
     found = find_token()

@@ -178,20 +178,18 @@ def summarize_update(model: Any) -> pd.DataFrame:
 
 
 def plot_update_spectrum(model: Any) -> Axes:
-    """Singular values of the update, for each projection the median over the layers, and 0 beyond r."""
+    """Singular values of the update, for each projection the median over the layers: at most r."""
     _refuse_meta(model)
     spectra: dict[str, list[torch.Tensor]] = {}
     for name, layer, adapter in _lora_layers(model):
         spectra.setdefault(name.rpartition(".")[2], []).append(_singular_values(layer, adapter).cpu())
-    r = max(values.numel() for group in spectra.values() for values in group)
-    shown = range(1, r + max(2, r // 4) + 1)
     axes: Any = new_axes(4.4)
     for i, (projection, group) in enumerate(spectra.items()):
-        padded = torch.stack([torch.nn.functional.pad(v, (0, len(shown) - v.numel())) for v in group])
+        values = torch.stack(group).quantile(0.5, dim=0)
         style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markersize": 4, "linewidth": 1.2}
-        axes.plot(shown, padded.quantile(0.5, dim=0), label=projection, **style)
-    axes.axvline(r + 0.5, color="0.4", linestyle="--", linewidth=1, label=f"r = {r}: 0 beyond")
-    axes.set_title(f"Beyond r = {r} the update's singular values are 0 (median over the layers)")
+        axes.plot(range(1, len(values) + 1), values, label=projection, **style)
+    r = max(group[0].numel() for group in spectra.values())
+    axes.set_title(f"The {r} singular values that the update can have (median over the layers)")
     axes.set(xlabel="singular values, the largest first", ylabel="singular value of the update")
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -79,17 +79,16 @@ def summarize_forward_memory(model: nn.Module, batch: Mapping[str, torch.Tensor]
     PyTorch's profiler reports every allocation, and they are added up.
 
     Returns:
-        One row, in GiB: weights_gib; layers_gib, the peak of activations and temporary copies when only the
-        last token's logits are computed; working_gib, the peak with all logits; total_gib, weights and
-        working.
+        One row, in GiB: weights_gib; peak_gib, the peak of what the pass allocates beside them; total_gib,
+        the sum of the two; peak_without_logits_gib, the peak when only the last token's logits are computed.
     """
     inputs = checked_inputs(model, batch, least_tokens=2)
     weights = int(summarize_layers(model)["bytes"].sum())
     with evaluation_mode(model), torch.no_grad():
         model(**inputs, use_cache=False)
-        layers = _peak_bytes(model, inputs | {"logits_to_keep": 1})
-        working = _peak_bytes(model, inputs)
-    sizes = {"weights": weights, "layers": layers, "working": working, "total": weights + working}
+        without_logits = _peak_bytes(model, inputs | {"logits_to_keep": 1})
+        peak = _peak_bytes(model, inputs)
+    sizes = {"weights": weights, "peak": peak, "total": weights + peak, "peak_without_logits": without_logits}
     return pd.DataFrame([{f"{name}_gib": size / _GIB for name, size in sizes.items()}])
 
 

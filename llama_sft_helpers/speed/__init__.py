@@ -20,6 +20,7 @@ CONTENTS = {
     "read_results": "ladder",  # what a benchmark measured and the project keeps
     "summarize_ladder": "ladder",  # one row for each rung
     "plot_ladder": "ladder",  # bars of one column
+    "plot_int8_units": "picture",  # the two ways through a frozen int8 layer
 }
 __all__ = list(CONTENTS)
 __getattr__, __dir__ = load_on_demand(__name__, CONTENTS)

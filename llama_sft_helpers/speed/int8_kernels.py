@@ -17,6 +17,11 @@ SMALLEST = 1e-30  # a row without a larger value gets codes of 0; its reciprocal
 _EXACT_COLUMNS = 1024  # sums of so many products of codes are whole numbers up to 2**24, which float32 holds
 
 
+def has_int8_units(device: torch.device) -> bool:
+    """Whether these products run on a GPU's int8 units there: sm80 or newer, with Triton."""
+    return _kernels(device) is not None
+
+
 @functools.cache
 def _kernels(device: torch.device) -> Any:
     """The module of Triton's kernels, or None where PyTorch computes: Triton has no int8 unit before sm80."""
@@ -48,48 +53,6 @@ def quantize_rows(
     absmax = values.abs().amax(1)
     codes = values * (INT8_MAX / absmax.clamp(min=SMALLEST))[:, None]
     return codes.round_().to(torch.int8), absmax / INT8_MAX
-
-
-def rmsnorm_quantize_rows(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, column_scale: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Llama's RMSNorm of each row and the codes of what it gives: once for q, k, v and once for gate, up.
-
-    Args:
-        x: Shape ``(M, K)``.
-        weight: The norm's weight, shape ``(K,)``.
-        eps: The norm's ``variance_epsilon``.
-        column_scale: As in ``quantize_rows``.
-
-    Returns:
-        The normed rows of shape ``(M, K)`` and ``x``'s type, which the thin products need, and
-        ``quantize_rows`` of them.
-    """
-    if kernels := _kernels(x.device):
-        return kernels.rmsnorm_quantize_rows(x, weight, eps, column_scale)
-    values = x.float()
-    values = values * torch.rsqrt(values.square().mean(1, keepdim=True) + eps)
-    normed = (weight * values.to(x.dtype)).to(x.dtype)
-    return normed, *quantize_rows(normed, column_scale)
-
-
-def swiglu_quantize_rows(
-    gate: torch.Tensor, up: torch.Tensor, column_scale: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``silu(gate) * up`` and the codes of its rows: what ``down_proj`` multiplies.
-
-    Args:
-        gate: Shape ``(M, K)``.
-        up: Shape ``(M, K)``, of the same type.
-        column_scale: As in ``quantize_rows``.
-
-    Returns:
-        The product of shape ``(M, K)`` and ``gate``'s type, and ``quantize_rows`` of it.
-    """
-    if kernels := _kernels(gate.device):
-        return kernels.swiglu_quantize_rows(gate, up, column_scale)
-    product = torch.nn.functional.silu(gate) * up
-    return product, *quantize_rows(product, column_scale)
 
 
 def int8_matmul(  # noqa: PLR0917 - in the order of the formula

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -203,7 +204,9 @@ def use_int8_units(
         enabled: False goes back to ``use_fast_int8``; switch that off as well for the libraries' own.
 
     Returns:
-        How many ``Linear8bitLt`` multiply on the int8 units now.
+        How many ``Linear8bitLt`` multiply on the int8 units now. It is 0 on a GPU whose units Triton does not
+        reach, such as a T4: a warning says so, and the 16-bit product stays. A CPU computes the same numbers
+        slowly, to look at them.
 
     Raises:
         ValueError: No frozen int8 layers; ``leave_out`` or ``only_backward`` names what is none of them; or
@@ -212,7 +215,7 @@ def use_int8_units(
     linears = frozen_linears(model)
     _remove(linears)
     use_fast_int8(model)
-    if not enabled:
+    if not enabled or not _reachable(next(iter(linears.values())).weight.device):
         return 0
     chosen = _leave(linears, leave_out)
     forward = _leave(chosen, only_backward)
@@ -227,6 +230,17 @@ def _remove(linears: Mapping[str, Any]) -> None:
     for linear in linears.values():
         if hasattr(linear, "int8_units"):
             del linear.int8_units
+
+
+def _reachable(device: torch.device) -> bool:
+    if device.type != "cuda" or int8_kernels.has_int8_units(device):
+        return True
+    warnings.warn(
+        f"use_int8_units changes nothing on {torch.cuda.get_device_name(device)}: its kernels need a GPU of "
+        "compute capability 8.0 or newer (A100, L4, H100) and Triton. The 16-bit product stays.",
+        stacklevel=3,
+    )
+    return False
 
 
 def _leave(linears: Mapping[str, Any], unwanted: Collection[str]) -> dict[str, Any]:

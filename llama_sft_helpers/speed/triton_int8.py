@@ -46,47 +46,6 @@ def quantize_kernel(
         _store_codes(values, across, codes, scales, row, place, inside, HAS_SCALE)
 
 
-@triton.jit(do_not_specialize=["M"])
-def rmsnorm_quantize_kernel(
-    x, weight, column_scale, normed, codes, scales, M, K, eps,
-    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    half = normed.dtype.element_ty
-    column = tl.arange(0, BLOCK)
-    inside = column < K
-    across = tl.load(column_scale + column, mask=inside & HAS_SCALE, other=0.0).to(tl.float32)
-    norm_scale = tl.load(weight + column, mask=inside, other=0.0)
-    for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=AHEAD):
-        place = tl.cast(row, tl.int64) * K + column
-        values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        values *= tl.rsqrt(tl.sum(values * values, 0) / K + eps)
-        # rounded twice, as Llama's norm does
-        result = (values.to(half).to(tl.float32) * norm_scale.to(tl.float32)).to(half)
-        tl.store(normed + place, result, mask=inside)
-        _store_codes(result.to(tl.float32), across, codes, scales, row, place, inside, HAS_SCALE)
-
-
-@triton.jit(do_not_specialize=["M"])
-def swiglu_quantize_kernel(
-    gate, up, column_scale, product, codes, scales, M, K,
-    HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    half = product.dtype.element_ty
-    column = tl.arange(0, BLOCK)
-    inside = column < K
-    across = tl.load(column_scale + column, mask=inside & HAS_SCALE, other=0.0).to(tl.float32)
-    for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=AHEAD):
-        place = tl.cast(row, tl.int64) * K + column
-        value = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
-        factor = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
-        silu = (
-            (value * tl.sigmoid(value)).to(half).to(tl.float32)
-        )  # rounded twice, as torch's two operators do
-        result = (silu * factor).to(half)
-        tl.store(product + place, result, mask=inside)
-        _store_codes(result.to(tl.float32), across, codes, scales, row, place, inside, HAS_SCALE)
-
-
 @triton.jit
 def transpose_kernel(codes, turned, N, K, BLOCK: tl.constexpr):
     """Transpose codes in words of four: single bytes would go through shared memory one by one.
@@ -203,27 +162,6 @@ def _contiguous(*tensors):
     return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def _make_codes(kernel, read, fixed, column_scale, results, eps=()):
-    """Run a kernel that makes codes of the rows of ``read``, and may write another result of them first."""
-    read, fixed = _contiguous(*read), _contiguous(*fixed, column_scale)
-    column_scale = fixed.pop()
-    (rows, columns), device = read[0].shape, read[0].device
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=device)
-    scales = torch.empty(rows, dtype=torch.float32, device=device)
-    block = triton.next_power_of_2(columns)
-    warps = min(16, max(1, block // 1024))
-    # of 227 KiB of shared memory on Hopper, and 99 on the smallest of the other cards
-    room = 2**17 if _capability(device) == (9, 0) else 2**16
-    ahead = 1 + min(2, room // (block * read[0].itemsize * len(read)))
-    scale = scales if column_scale is None else column_scale  # a tensor that is not read
-    args = (*read, *fixed, scale, *results, codes, scales, rows, columns, *eps)
-    grid = (min(rows, multiprocessors(device) * max(1, 12 // warps)), 1, 1)
-    if rows:
-        constants = column_scale is not None, block, ahead
-        start(kernel, grid, (*args, *constants), (columns, constants), num_warps=warps)
-    return *results, codes, scales
-
-
 @functools.cache
 def _capability(device):
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -236,24 +174,22 @@ def multiprocessors(device):
 
 def quantize_rows(x, column_scale=None):
     """See ``int8_kernels``, as for all functions below."""
-    return _make_codes(quantize_kernel, (x,), (), column_scale, ())
-
-
-def rmsnorm_quantize_rows(x, weight, eps, column_scale=None):
-    """One pass over ``x``."""
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return _make_codes(rmsnorm_quantize_kernel, (x,), (weight,), column_scale, (normed,), (eps,))
-
-
-def swiglu_quantize_rows(gate, up, column_scale=None):
-    """One pass over both."""
-    return _make_codes(
-        swiglu_quantize_kernel,
-        (gate, up),
-        (),
-        column_scale,
-        (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device),),
-    )
+    x, column_scale = _contiguous(x, column_scale)
+    (rows, columns), device = x.shape, x.device
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=device)
+    scales = torch.empty(rows, dtype=torch.float32, device=device)
+    block = triton.next_power_of_2(columns)
+    warps = min(16, max(1, block // 1024))
+    # of 227 KiB of shared memory on Hopper, and 99 on the smallest of the other cards
+    room = 2**17 if _capability(device) == (9, 0) else 2**16
+    ahead = 1 + min(2, room // (block * x.itemsize))
+    scale = scales if column_scale is None else column_scale  # a tensor that is not read
+    grid = (min(rows, multiprocessors(device) * max(1, 12 // warps)), 1, 1)
+    if rows:
+        constants = column_scale is not None, block, ahead
+        args = (x, scale, codes, scales, rows, columns, *constants)
+        start(quantize_kernel, grid, args, (columns, constants), num_warps=warps)
+    return codes, scales
 
 
 def transpose_codes(codes):

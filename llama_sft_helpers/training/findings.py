@@ -48,12 +48,10 @@ def summarize_training_result(
     if lowest < end:
         kept = f"Its checkpoint is kept: {best_checkpoint}." if best_checkpoint else ""
         kept = f"The adapter of step {step} is saved." if best_is_saved else kept
-        name = "Overfitted" if rose(lowest, end) else f"Level in the end, within {LEVEL:.0%}"
-        enough = f"; max_steps={step} would do" if rose(lowest, end) else ""
-        advice.append(
-            f"{name}: the loss was lowest after step {step} ({lowest:.4f}) and {end:.4f} by step "
-            f"{last}{enough}. {kept}".rstrip()
-        )
+        told = f"The loss was lowest after step {step} ({lowest:.4f}). By step {last} it was {end:.4f}"
+        level = f"{told}, which is within {LEVEL:.0%} of that."
+        told = f"Overfitted. {told}; max_steps={step} would do." if rose(lowest, end) else level
+        advice.append(f"{told} {kept}".rstrip())
     if eval_rows < FEW_ROWS:
         advice.append(f"Rows held out: {eval_rows}. With so few, either direction may be luck.")
     verdict = "as hoped" if after < before else "not as hoped"

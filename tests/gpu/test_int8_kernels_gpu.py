@@ -51,20 +51,13 @@ def test_product_of_codes(shape, rank, dtype):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("columns", [1000, 4096, 14336])
-@pytest.mark.parametrize("name", ["quantize_rows", "rmsnorm_quantize_rows", "swiglu_quantize_rows"])
-def test_codes_of_rows(name, columns, dtype, scaled):
+def test_codes_of_rows(columns, dtype, scaled):
     torch.manual_seed(0)
     x = torch.randn(37, columns, device="cuda").to(dtype)
     x[5] = 0
     keep = torch.ones(columns, device="cuda").index_fill_(0, torch.tensor([3, 9], device="cuda"), 0)
-    weight = torch.rand(columns, device="cuda").to(dtype)
-    before = {"quantize_rows": (), "rmsnorm_quantize_rows": (weight, 1e-5), "swiglu_quantize_rows": (x * 2,)}
-    args = (x, *before[name], keep if scaled else None)
-    *result, codes, scales = getattr(int8_kernels, name)(*args)
-    *expected, _, _ = getattr(int8_kernels, name)(*(a.cpu() if hasattr(a, "cpu") else a for a in args))
-    for ours, theirs in zip(result, expected, strict=True):
-        assert relative(ours.cpu(), theirs) < {torch.float32: 1e-6}.get(dtype, 3e-3)
-    wanted = (result or [x])[0].double() * (keep.double() if scaled else 1)
+    codes, scales = int8_kernels.quantize_rows(x, keep if scaled else None)
+    wanted = x.double() * (keep.double() if scaled else 1)
     torch.testing.assert_close(scales.double(), wanted.abs().amax(1) / 127, rtol=1e-6, atol=0)
     assert ((codes * scales.double()[:, None] - wanted).abs() <= scales.double()[:, None] * 0.5001).all()
 

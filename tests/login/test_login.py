@@ -188,7 +188,7 @@ class TestAccess:
     def test_every_reason_names_page_and_action(self):
         for row in summarize_reasons(MODEL).itertuples():
             assert row.page.startswith("https://")
-            error = str(AccessError(row.reason, MODEL, "here: the hub's message"))
+            error = str(AccessError(row.reason, MODEL, "… the hub's message …"))
             assert error == f"{row.reason}: {row.case}.\nPage: {row.page}\nNext: {row.action}."
             assert "{" not in error
 
@@ -275,10 +275,16 @@ class TestUseToken:
         monkeypatch.setenv("HF_TOKEN", GOOD)
         assert "hub-unreachable" in use_token(MODEL)
 
-    @pytest.mark.parametrize("model", ["local:tiny-llama", str(Path(__file__).parent)])
-    def test_a_folder_asks_nobody(self, secret, hub, model):
+    @pytest.mark.parametrize(
+        ("model", "what"),
+        [
+            ("local:tiny-llama", "built on this machine"),
+            (str(Path(__file__).parent), "a folder on this machine"),
+        ],
+    )
+    def test_a_folder_asks_nobody(self, secret, hub, model, what):
         asked = secret(TOKEN)
-        assert "no token is needed" in use_token(model)
+        assert use_token(model) == f"The model is {what}: no token is needed."
         assert asked == hub.requests == []
         assert not os.environ["HF_TOKEN"]
 

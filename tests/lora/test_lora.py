@@ -289,8 +289,7 @@ def test_spectrum_is_drawn_from_the_singular_values(trained):
     layers = [lora_layer(trained, f"{number}.mlp.up_proj") for number in (0, 1)]
     values = [np.linalg.svd(dense_update(layer), compute_uv=False)[:16] for layer in layers]
     drawn = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
-    assert np.allclose(drawn["up_proj"][:16], np.mean(values, axis=0), rtol=1e-5)  # the median of two
-    assert (drawn["up_proj"][16:] == 0).all()
+    assert np.allclose(drawn["up_proj"], np.mean(values, axis=0), rtol=1e-5)  # the median of two
     assert axes.get_xlabel()
     assert "update" in axes.get_ylabel()
 

@@ -293,11 +293,11 @@ def test_forward_memory_holds_weights_and_logits(tiny_model, tiny_model_int8, ba
     )
     logits = batch["input_ids"].numel() * 1024 * 4
     assert plain["weights_gib"] * 2**30 == sum(p.nbytes for p in tiny_model.parameters())
-    assert logits <= plain["working_gib"] * 2**30 < 3 * logits
-    assert 0 < plain["layers_gib"] <= plain["working_gib"]
-    assert plain["total_gib"] == pytest.approx(plain["weights_gib"] + plain["working_gib"])
+    assert logits <= plain["peak_gib"] * 2**30 < 3 * logits
+    assert 0 < plain["peak_without_logits_gib"] <= plain["peak_gib"]
+    assert plain["total_gib"] == pytest.approx(plain["weights_gib"] + plain["peak_gib"])
     assert int8["weights_gib"] < plain["weights_gib"]
-    assert int8["layers_gib"] > plain["layers_gib"]
+    assert int8["peak_without_logits_gib"] > plain["peak_without_logits_gib"]
 
 
 def test_forward_memory_prints_nothing(tiny_model_int8, batch, capfd):
@@ -380,7 +380,7 @@ def test_forward_memory_on_a_gpu_holds_the_logits(tiny_model, batch):
     model = tiny_model.cuda()
     on_gpu = batch.to("cuda")
     row = quantization.summarize_forward_memory(model, on_gpu).iloc[0]
-    assert row["working_gib"] * 2**30 >= on_gpu["input_ids"].numel() * 1024 * 4
+    assert row["peak_gib"] * 2**30 >= on_gpu["input_ids"].numel() * 1024 * 4
 
 
 @pytest.mark.gpu

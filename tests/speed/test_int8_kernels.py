@@ -90,26 +90,6 @@ def interleave(left, right):
     return left[0], right[0], left[1], right[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_and_codes_in_one(dtype):
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    x, norm = values(9, 96).to(dtype), LlamaRMSNorm(96, eps=1e-5).to(dtype)
-    norm.weight.data.copy_(values(96, seed=1).abs())
-    keep = torch.ones(96).index_fill_(0, torch.tensor([3, 50]), 0)
-    normed, codes, scales = int8_kernels.rmsnorm_quantize_rows(x, norm.weight.detach(), 1e-5, keep)
-    torch.testing.assert_close(normed, norm(x).detach())
-    check_codes(codes, scales, normed * keep)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swiglu_and_codes_in_one(dtype):
-    gate, up = values(9, 96).to(dtype), values(9, 96, seed=1).to(dtype)
-    product, codes, scales = int8_kernels.swiglu_quantize_rows(gate, up)
-    torch.testing.assert_close(product, torch.nn.functional.silu(gate) * up)
-    check_codes(codes, scales, product)
-
-
 def test_transposed_codes_are_contiguous():
     codes = codes_of(40, 24)
     turned = int8_kernels.transpose_codes(codes)

@@ -7,6 +7,7 @@ import torch
 from test_speed import add_lora, plain_logits, quantized, relative, run
 
 from llama_sft_helpers import speed
+from llama_sft_helpers.speed import int8_units
 from llama_sft_helpers.speed.int8_units import Int8Units
 from llama_sft_helpers.training import check_base_unchanged, checksum_base
 
@@ -204,3 +205,10 @@ def test_wrong_options_are_said(tiny_model_int8, batch, options, words):
 def test_a_model_without_int8_layers_is_refused(tiny_model):
     with pytest.raises(ValueError, match="load_in_8bit=True"):
         speed.use_int8_units(tiny_model)
+
+
+def test_a_gpu_without_reachable_int8_units_keeps_the_16_bit_product_and_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.warns(UserWarning, match="changes nothing on Tesla T4.*8.0 or newer"):
+        assert not int8_units._reachable(torch.device("cuda", 0))

@@ -31,15 +31,12 @@ def codes_of(*shape):
 
 @interpreted
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("name", ["quantize_rows", "rmsnorm_quantize_rows", "swiglu_quantize_rows"])
-def test_rows_equal_those_of_pytorch(name, scaled):
+def test_rows_equal_those_of_pytorch(scaled):
     torch.manual_seed(0)
     x = torch.randn(7, 200).to(HALF)
     x[3] = 0
-    before = {"rmsnorm_quantize_rows": (torch.rand(200).to(HALF), 1e-5), "quantize_rows": ()}
-    args = (x, *before.get(name, (torch.randn(7, 200).to(HALF),)), torch.rand(200) if scaled else None)
-    expected = getattr(int8_kernels, name)(*args)
-    for ours, theirs in zip(getattr(triton_int8, name)(*args), expected, strict=True):
+    args = x, torch.rand(200) if scaled else None
+    for ours, theirs in zip(triton_int8.quantize_rows(*args), int8_kernels.quantize_rows(*args), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -69,12 +66,9 @@ def test_thin_products_of_any_rank(rank, dtype):
 
 @interpreted
 def test_strided_inputs():
-    x, other = torch.randn(2, 48, 64).to(HALF)
-    scale = torch.rand(2, 48)[0].expand(48)
-    for name, args in {"quantize_rows": (), "swiglu_quantize_rows": (other.T,)}.items():
-        expected = getattr(int8_kernels, name)(x.T, *args, scale)
-        for ours, theirs in zip(getattr(triton_int8, name)(x.T, *args, scale), expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
+    args = torch.randn(48, 64).to(HALF).T, torch.rand(48, 2)[:, 0]
+    for ours, theirs in zip(triton_int8.quantize_rows(*args), int8_kernels.quantize_rows(*args), strict=True):
+        torch.testing.assert_close(ours, theirs)
     codes = codes_of(64, 48)
     thin = torch.randn(4, 48).to(HALF).T, torch.randn(4, 40).to(HALF).T
     args = codes.T, codes_of(64, 40).T, torch.ones(48), None, None, torch.float32, thin
@@ -102,7 +96,7 @@ def compile_for(card, kernel, pointers, constants, **options):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {"eps": "fp32"} | {name: f"*{kind}" for name, kind in pointers.items()}
+    signature = {name: f"*{kind}" for name, kind in pointers.items()}
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else signature.get(n, "i32") for n in names}
     sized = [i for i, n in enumerate(names) if signature[n].startswith("*") or n in {"N", "K"}]
@@ -120,12 +114,10 @@ BESIDE = {"HAS_SCALE": True, "HAS_ADD": False, "RANK": 32, "GROUP": 8}
 
 @compiled
 @pytest.mark.parametrize("card", [75, 80, 89, 90])
-@pytest.mark.parametrize("name", ["quantize", "rmsnorm_quantize", "swiglu_quantize"])
-def test_rows_compile(name, card):
-    kernel = getattr(triton_int8, f"{name}_kernel")
-    halves = ("x", "weight", "normed", "gate", "up", "product")
-    pointers = ROWS | {n: "bf16" if card >= 80 else "fp16" for n in halves if n in kernel.arg_names}
-    assert compile_for(card, kernel, pointers, {"HAS_SCALE": True, "BLOCK": 4096, "AHEAD": 2}, num_warps=4)
+def test_rows_compile(card):
+    pointers = ROWS | {"x": "bf16" if card >= 80 else "fp16"}
+    constants = {"HAS_SCALE": True, "BLOCK": 4096, "AHEAD": 2}
+    assert compile_for(card, triton_int8.quantize_kernel, pointers, constants, num_warps=4)
 
 
 @compiled

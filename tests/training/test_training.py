@@ -332,7 +332,7 @@ def test_a_full_disk_is_told_in_a_folder_that_is_not_there_yet_and_other_errors_
     ("eval_losses", "step", "ending"),
     [
         ([2.0, 1.0, 1.5], 4, "overfitting"),
-        ([2.0, 1.0, 1.005], 4, "level since"),
+        ([2.0, 1.0, 1.005], 4, "at the end within 1% of that"),
         ([2.0, 1.0, 0.5], 6, "the last one measured"),
     ],
 )

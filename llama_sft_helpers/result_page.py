@@ -1,0 +1,140 @@
+"""``index.html`` of ``llama-sft run``: what a run has found so far, on one page that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shlex
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_sft_helpers.core.files import FilesError, write_text
+from llama_sft_helpers.core.progress import clock
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_result_page(
+    folder: Path,
+    profile: str,
+    model: str,
+    seconds: Mapping[str, float | None],
+    at_work: Collection[str] = (),
+) -> Path:
+    """Write the page from what lies in the folder; until all is done, a browser reads it anew by itself.
+
+    Args:
+        folder: The run's output folder, with what notebooks have left there: 06 its summary and log, 07 its
+            answers. What is missing or damaged is left out.
+        profile: Its name.
+        model: The model's id or folder.
+        seconds: Name of each notebook, as ``06_training`` -> how long it took, None where it is not done.
+        at_work: Those that are being executed.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(_TEMPLATES)
+    page = jinja2.Environment(loader=loader, autoescape=True).get_template("result_page.html.jinja")
+    summary = _read_summary(folder)
+    done = [took for took in seconds.values() if took is not None]
+    running = len(done) < len(seconds)
+    text = page.render(
+        title=_title(summary, running),
+        profile=profile,
+        model=model,
+        state=f"{len(done)} of {len(seconds)} notebooks are done." if running else "All notebooks are done.",
+        running=running,
+        tiles=_tiles(summary),
+        curve=_curve(folder, summary),
+        answers=_answers(folder),
+        notebooks=[_card(stem, took, stem in at_work) for stem, took in seconds.items()],
+        commands=_commands(folder),
+        folder=str(folder),
+    )
+    path = folder / "index.html"
+    write_text(path, text)
+    return path
+
+
+def _title(summary: Mapping[str, Any] | None, running: bool) -> str:
+    if not summary:
+        return "The series is running" if running else "The series has run"
+    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+    return f"Held-out loss: {before:.2f} before training, {after:.2f} after"
+
+
+def _read_summary(folder: Path) -> dict[str, Any] | None:
+    from llama_sft_helpers.training import read_training_summary
+
+    try:
+        return read_training_summary(folder / "training_summary.json")
+    except FilesError:
+        return None  # 06 has not come so far
+
+
+def _tiles(summary: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
+    """Name, value and remark of each number."""
+    if not summary:
+        return []
+    before, after = summary["eval_loss_before"], summary["eval_loss_after"]
+    tokens = f"{summary['train_tokens']:,.0f} tokens, {summary['tokens_per_second']:,.0f} a second"
+    return [
+        ("Held-out loss", f"{before:.3f} → {after:.3f}", f"{after / before - 1:+.1%}, nats per token"),
+        ("Training", clock(summary["train_seconds"]), tokens),
+        ("Memory", f"{summary['peak_gib']:.1f} GiB", f"at most, while training on {summary['device']}"),
+    ]
+
+
+def _curve(folder: Path, summary: Mapping[str, Any] | None) -> str:
+    """06's losses as an SVG picture in base64, or nothing."""
+    log = folder / "training_log.csv"
+    if not summary or not log.is_file():
+        return ""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    from llama_sft_helpers.training import plot_loss
+
+    rows = [row.dropna().to_dict() for _, row in pd.read_csv(log).iterrows()]
+    figure = plot_loss(rows, before=summary["eval_loss_before"]).figure
+    with io.BytesIO() as picture:
+        figure.savefig(picture, format="svg")  # type: ignore[union-attr]
+        plt.close("all")
+        return base64.b64encode(picture.getvalue()).decode()
+
+
+def _answers(folder: Path) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Each question with its answers, as 07 saved them: model, how the answer ended, text."""
+    if not (path := folder / "answers.csv").is_file():
+        return []
+    import pandas as pd
+
+    from llama_sft_helpers.evaluation.answers import list_answers
+
+    return list_answers(pd.read_csv(path, keep_default_na=False))
+
+
+def _card(stem: str, took: float | None, at_work: bool) -> tuple[str, str, str]:
+    """The page to link to, where there is one, the notebook's name, and its state."""
+    number, _, word = stem.partition("_")
+    words = word.replace("_", " ").capitalize().replace("Lora", "LoRA")
+    name = f"{number} · {words}"
+    if took is None:
+        return "", name, "running now" if at_work else "waiting"
+    return stem, name, f"done in {clock(took)}"
+
+
+def _commands(folder: Path) -> list[tuple[str, str]]:
+    """Sentences, each with the command it speaks of."""
+    own = "llama-sft train --data my.csv --columns question=instruction,answer=output"
+    commands = [("Train on rows of your own:", own)]
+    if (adapter := folder / "adapter").is_dir():
+        commands.insert(0, ("Talk to the trained model:", f"llama-sft chat {shlex.quote(str(adapter))}"))
+    return commands
