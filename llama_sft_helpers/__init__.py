@@ -6,8 +6,13 @@ and ``cli`` beside them. Importing this package imports nothing heavy; import fr
 name of your notebook.
 """
 
+from __future__ import annotations
+
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
 
 try:
     __version__ = version("llama-sft-helpers")
@@ -15,14 +20,14 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 
-def load_ipython_extension(shell: Any) -> None:
+def load_ipython_extension(shell: InteractiveShell) -> None:
     """``%load_ext llama_sft_helpers``: cause and fix under every traceback that the doctor knows."""
     from llama_sft_helpers.doctor.notebook import attach
 
     attach(shell)
 
 
-def unload_ipython_extension(shell: Any) -> None:
+def unload_ipython_extension(shell: InteractiveShell) -> None:
     """``%unload_ext llama_sft_helpers``: tracebacks alone again."""
     from llama_sft_helpers.doctor.notebook import detach
 

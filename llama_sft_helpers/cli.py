@@ -16,6 +16,7 @@ from llama_sft_helpers.profiles import EXPORTS
 if TYPE_CHECKING:
     import pandas as pd
 
+    from llama_sft_helpers.core.llama import ModelConfig
     from llama_sft_helpers.profiles import Profile
 
 app = typer.Typer(
@@ -211,7 +212,7 @@ def plan(
 
 
 def _print_plan(
-    config: Any, profile: Profile, quantization: str, gpu_gib: float | None, as_json: bool
+    config: ModelConfig, profile: Profile, quantization: str, gpu_gib: float | None, as_json: bool
 ) -> bool:
     """Print the plan and its verdict on cards; whether it fits every card asked about."""
     from llama_sft_helpers.memory.plan import CARDS_GIB, plan_fit, plan_memory
@@ -229,7 +230,7 @@ def _print_plan(
     return bool((fit["verdict"] != "does not fit").all())
 
 
-def _model_config(model_id: str) -> Any:
+def _model_config(model_id: str) -> ModelConfig:
     """A model's configuration; Llama 3 8B's comes with this package, as the hub's needs a token."""
     from transformers import AutoConfig
 

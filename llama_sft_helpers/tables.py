@@ -30,7 +30,7 @@ def in_words(table: pd.DataFrame, decimals: int = 2, **formats: str) -> pd.DataF
     return pd.DataFrame(shown, index=table.index).rename(columns=_name).rename_axis(index=_name)
 
 
-def _usual(name: Any, decimals: int) -> str:
+def _usual(name: object, decimals: int) -> str:
     return "{:.1%}" if "share" in str(name).split("_") else f"{{:.{decimals}f}}"
 
 

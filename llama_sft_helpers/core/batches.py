@@ -31,7 +31,7 @@ def rows_without_eos(labels: Iterable[Sequence[int]], eos_token_id: int) -> list
     return [index for index, row in enumerate(labels) if not len(row) or int(row[-1]) != eos_token_id]
 
 
-def checked_inputs(model: Any, batch: Any, least_tokens: int = 1) -> dict[str, torch.Tensor]:
+def checked_inputs(model: Any, batch: Mapping[str, Any], least_tokens: int = 1) -> dict[str, torch.Tensor]:
     """The parts of a batch that a forward pass takes, after telling what is wrong with them.
 
     Args:
@@ -66,7 +66,7 @@ def checked_inputs(model: Any, batch: Any, least_tokens: int = 1) -> dict[str, t
     return inputs
 
 
-def _require_ids(batch: Any, ids: Any, least_tokens: int) -> None:
+def _require_ids(batch: object, ids: object, least_tokens: int) -> None:
     import torch
 
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
@@ -82,7 +82,7 @@ def _require_ids(batch: Any, ids: Any, least_tokens: int) -> None:
         )
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     import torch
 
     if isinstance(value, torch.Tensor):

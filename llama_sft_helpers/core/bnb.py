@@ -46,7 +46,7 @@ def scale_tensors(module: Any) -> Iterator[torch.Tensor]:
         yield from tables
 
 
-def count_weights(parameter: Any) -> int:
+def count_weights(parameter: torch.Tensor) -> int:
     """Weights that a parameter stands for: nf4 packs two into a byte."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state is not None else parameter.numel()

@@ -8,7 +8,12 @@ import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    ModelConfig = PretrainedConfig | SimpleNamespace  # the second is what load_llama3_config gives
 
 # Their decoder layers have Llama's seven linears: Llama 3 and its successors, Mistral, and Qwen.
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
@@ -33,7 +38,7 @@ class UnsupportedModelError(ValueError):
     """A model whose architecture is not Llama's; the message names it and what is supported."""
 
 
-def check_supported(config: Any) -> None:
+def check_supported(config: ModelConfig) -> None:
     """Check that a configuration is of a model that the series can quantize, adapt, plan and merge.
 
     Raises:
@@ -77,7 +82,7 @@ class Shape:
     beside: int  # A layer's parameters beside its linears' weights and two norms: biases, q_norm, k_norm.
 
     @classmethod
-    def of(cls, config: Any) -> Shape:
+    def of(cls, config: ModelConfig) -> Shape:
         """Read a configuration.
 
         Raises:
@@ -127,7 +132,7 @@ class Shape:
         return tables + self.hidden * (2 * self.layers + 1) + self.layers * self.beside
 
 
-def _beside(config: Any, q_k_v: int, head_dim: int) -> int:
+def _beside(config: ModelConfig, q_k_v: int, head_dim: int) -> int:
     """Biases of a layer's linears, and Qwen 3's norms of query and key."""
     kind = getattr(config, "model_type", "llama")
     q_k_v_o = (q_k_v + config.hidden_size) * bool(getattr(config, "attention_bias", False))

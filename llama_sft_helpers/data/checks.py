@@ -22,11 +22,13 @@ from llama_sft_helpers.data.rows import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from llama_sft_helpers.data.rows import Rows
+
 _CHUNK_ROWS = 1000
 
 
 def summarize_rows(
-    dataset: Any,
+    dataset: Rows,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
     prompt_format: str = "alpaca",
@@ -64,7 +66,7 @@ def summarize_rows(
 
 
 def check_rows(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase | None = None, max_length: int | None = None
+    dataset: Rows, tokenizer: PreTrainedTokenizerBase | None = None, max_length: int | None = None
 ) -> None:
     """Raise ``DataError`` with count and first indices of every problem that ``summarize_rows`` finds."""
     table = summarize_rows(dataset, tokenizer, max_length)
@@ -98,7 +100,7 @@ def _require_rows(dataset: Any) -> None:
 
 
 def _find_problems(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None, prompt_format: str
+    dataset: Rows, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None, prompt_format: str
 ) -> Iterator[tuple[str, int, str]]:
     """A problem, the number of the row that has it, and what that row shows."""
     layout = find_layout(dataset[0])

@@ -141,7 +141,11 @@ def count_row_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: Any, *, ask: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    *,
+    ask: bool = False,
 ) -> str:
     return str(
         tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
@@ -149,7 +153,7 @@ def _render(
 
 
 def _answer_span(
-    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], tools: Any, text: str
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], tools: list[Any] | None, text: str
 ) -> tuple[int, int]:
     """Where the last turn's answer begins in the text, and where its EOS ends."""
     before = _render(tokenizer, turns[:-1], tools, ask=True) if turns[:-1] else ""

@@ -20,6 +20,8 @@ from llama_sft_helpers.core.plots import BLUE, GREEN, ORANGE, RED, SKY, new_axes
 if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 Batch = Mapping[str, Any]
 _WHOLE_SHARE = 0.995  # of the rows that the recommended length leaves whole
@@ -187,7 +189,7 @@ def plot_packing_mask(lengths: Sequence[int]) -> Axes:
     return ax
 
 
-def summarize_isolation(model: Any, batch: Batch) -> pd.DataFrame:
+def summarize_isolation(model: PreTrainedModel | PeftModel, batch: Batch) -> pd.DataFrame:
     """Compare each document's loss in a packed batch with its loss alone, in evaluation mode.
 
     The batch has ``input_ids``, ``labels`` and ``position_ids`` of shape (1, tokens), and no mask. The third
@@ -236,7 +238,7 @@ def _hidden_states(model: Any, ids: torch.Tensor, positions: torch.Tensor | None
     return causal.base_model(input_ids=ids, position_ids=positions, use_cache=False)[0]
 
 
-def _loss(model: Any, states: torch.Tensor, labels: torch.Tensor) -> float:
+def _loss(model: PreTrainedModel | PeftModel, states: torch.Tensor, labels: torch.Tensor) -> float:
     """Mean cross-entropy of one document: the state at t predicts the label at t + 1."""
     import torch
 

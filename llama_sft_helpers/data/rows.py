@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    Rows = Dataset | Sequence[Mapping[str, Any]]  # what checks and counts take
 
 Row = Mapping[str, Any]
 
@@ -137,7 +140,7 @@ def row_problems(row: Row, layout: str, prompt_format: str = "alpaca") -> Iterat
             yield "empty-output", f"{name} is empty"
 
 
-def _dialogue_fault(messages: Any, prompt_format: str) -> tuple[str, str] | None:
+def _dialogue_fault(messages: object, prompt_format: str) -> tuple[str, str] | None:
     """What is wrong with the shape of a chat; its texts are looked at as cells."""
     if messages is None:
         return "null-cell", "messages is null, expected a list"

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from IPython.display import HTML
     from transformers import PreTrainedTokenizerBase
 
+    from llama_sft_helpers.data.rows import Rows
+
 Batch = Mapping[str, Any]
 
 _CHUNK_ROWS = 1000
@@ -108,7 +110,7 @@ def render_tokens(tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str]) 
     return _page(lines)
 
 
-def check_boundary(rows: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_boundary(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
     """Prove that prompt tokens + completion tokens = tokens of the whole, for every row.
 
     A row of a ``Dataset`` or list has ``prompt`` and ``completion``. EOS is put behind the completion, as

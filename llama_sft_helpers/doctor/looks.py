@@ -129,7 +129,7 @@ def _planned(case: Case) -> Values:
     from llama_sft_helpers.profiles import read_profile
 
     profile = read_profile()
-    config = _config_in(case) or (load_llama3_config() if is_llama3(profile.model_id, "8B") else None)
+    config: Any = _config_in(case) or (load_llama3_config() if is_llama3(profile.model_id, "8B") else None)
     plan = plan_memory(config, profile)
     largest, total = plan.loc[plan["gib"].idxmax()], plan["gib"].sum()
     text = (

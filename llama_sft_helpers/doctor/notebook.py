@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llama_sft_helpers.doctor.explanation import explain
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import ExecutionResult, InteractiveShell
 
 _showwarning_before: Callable[..., None] | None = None
 
 
-def attach(shell: Any) -> None:
+def attach(shell: InteractiveShell) -> None:
     """Show cause and fix under tracebacks and warnings that are known; the traceback itself stays.
 
     Args:
@@ -25,7 +28,7 @@ def attach(shell: Any) -> None:
     warnings.showwarning = _show_warning  # type: ignore[assignment]
 
 
-def detach(shell: Any) -> None:
+def detach(shell: InteractiveShell) -> None:
     """Undo ``attach``."""
     global _showwarning_before  # noqa: PLW0603
     with contextlib.suppress(ValueError):  # not registered
@@ -35,11 +38,11 @@ def detach(shell: Any) -> None:
     _showwarning_before = None
 
 
-def _after_cell(result: Any) -> None:
+def _after_cell(result: ExecutionResult) -> None:
     _show(getattr(result, "error_in_exec", None) or getattr(result, "error_before_exec", None))
 
 
-def _show_warning(message: Warning | str, *arguments: Any, **keywords: Any) -> None:
+def _show_warning(message: Warning | str, *arguments: object, **keywords: object) -> None:
     if _showwarning_before:
         _showwarning_before(message, *arguments, **keywords)
     _show(message)

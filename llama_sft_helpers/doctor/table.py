@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from pathlib import Path
-from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Failure:
     link: str
 
 
-def _failure(signs: list[dict[str, str]], **texts: Any) -> Failure:
+def _failure(signs: list[dict[str, str]], **texts: str) -> Failure:
     one_line = {name: " ".join(text.split()) for name, text in texts.items()}
     return Failure(signs=tuple(Sign(**sign) for sign in signs), **one_line)
 

@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
 _PACKAGE = "llama-sft-helpers"
@@ -101,7 +102,7 @@ def bounds_of_packages() -> dict[str, SpecifierSet]:
 
 
 @functools.cache
-def _requirements_of(package: str) -> list[Any]:
+def _requirements_of(package: str) -> list[Requirement]:
     from packaging.requirements import Requirement
 
     return [Requirement(line) for line in _metadata_of(package).get_all("Requires-Dist", [])]
@@ -115,7 +116,7 @@ def _metadata_of(package: str) -> Any:
         return email.message.Message()
 
 
-def _applies(requirement: Any, extra: str = "") -> bool:
+def _applies(requirement: Requirement, extra: str = "") -> bool:
     return requirement.marker is None or bool(requirement.marker.evaluate({"extra": extra}))
 
 

@@ -10,10 +10,11 @@ import contextlib
 import html
 import re
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
@@ -30,7 +31,7 @@ class ChatError(RuntimeError):
 
 
 def stream_answer(
-    model: Any,
+    model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
@@ -139,7 +140,7 @@ def chat_box(answer: Answer) -> Any:
     send = widgets.Button(description="Send", button_style="primary")
     page = widgets.HTML()
 
-    def respond(*_: Any) -> None:
+    def respond(*_: object) -> None:
         text = message.value.strip()
         if not text or send.disabled:
             return
@@ -156,7 +157,7 @@ def chat_box(answer: Answer) -> Any:
             page.value = f"{said}{_as_html(reply)}</p>"
             send.disabled = False
 
-    def on_enter(_widget: Any, content: Any, _buffers: Any) -> None:
+    def on_enter(_widget: object, content: Mapping[str, Any], _buffers: object) -> None:
         # Enter is reported just before the text that it ends, so the answer waits a moment for that.
         if content.get("event") == "submit":
             asyncio.get_running_loop().call_later(0.2, respond)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from llama_sft_helpers.profiles import Profile
 
 
@@ -22,7 +24,7 @@ def write_engine_configs(
     folder: str | Path,
     *,
     profile: Profile,
-    model: Any,
+    model: PeftModel,
     train_rows: Iterable[Mapping[str, str]],
     eval_rows: Iterable[Mapping[str, str]],
     processes: int | None = None,
@@ -57,7 +59,7 @@ def write_engine_configs(
     if not _write_rows(folder / "data" / "train.jsonl", train_rows):
         raise ValueError("There are no training rows to write; pass the rows that notebook 06 trained on.")
     _write_rows(folder / "data" / "test.jsonl", eval_rows)
-    layer = type(model.get_base_model().get_decoder().layers[0]).__name__
+    layer = type(model.get_decoder().layers[0]).__name__
     ddp = _ddp(profile, processes)
     pairs = {"ddp-int8": (_INT8, ddp), "fsdp-nf4": (_NF4, ddp | _fsdp(layer))}
     rows = shared["per_device_train_batch_size"] * shared["gradient_accumulation_steps"] * processes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -15,13 +15,14 @@ from llama_sft_helpers.evaluation.losses import next_token_log_probs, summarize_
 from llama_sft_helpers.evaluation.merging import summarize_merge_fidelity
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 _TEXTS = Path(__file__).with_name("plain_text.txt")
 
 
 def measure_forgetting(
-    model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None = None
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None = None
 ) -> pd.DataFrame:
     """The loss on plain text without and with the adapter, and how far the predictions moved.
 

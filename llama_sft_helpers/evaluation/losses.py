@@ -19,7 +19,8 @@ from llama_sft_helpers.core.batches import IGNORED
 from llama_sft_helpers.core.modes import evaluation_mode
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     EncodedRow = Mapping[str, Sequence[int]]
 
@@ -58,7 +59,9 @@ def encode_rows(
     return encoded
 
 
-def summarize_row_losses(model: Any, encoded: Sequence[EncodedRow], batch_size: int = 4) -> pd.DataFrame:
+def summarize_row_losses(
+    model: PreTrainedModel | PeftModel, encoded: Sequence[EncodedRow], batch_size: int = 4
+) -> pd.DataFrame:
     """Summed loss and the probability of EOS of each row, in one pass in ``eval()`` mode.
 
     Rows are taken in order and padded with EOS, as ``SFTTrainer`` does: LLM.int8() picks its outlier columns
@@ -78,7 +81,7 @@ def summarize_row_losses(model: Any, encoded: Sequence[EncodedRow], batch_size: 
     return pd.DataFrame(found, columns=["tokens", "loss_nats", "eos_probability"])
 
 
-def _eos_ids(model: Any) -> list[int]:
+def _eos_ids(model: PreTrainedModel | PeftModel) -> list[int]:
     found = model.config.eos_token_id
     if found is None:  # Some checkpoints name it for generation only.
         found = model.generation_config.eos_token_id
@@ -86,7 +89,9 @@ def _eos_ids(model: Any) -> list[int]:
 
 
 @torch.inference_mode()
-def _scored_logits(model: Any, rows: Sequence[EncodedRow]) -> tuple[torch.Tensor, torch.Tensor]:
+def _scored_logits(
+    model: PreTrainedModel | PeftModel, rows: Sequence[EncodedRow]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [rows, tokens - 1, vocabulary] and the labels they predict [rows, tokens - 1]."""
     texts, labels = ([torch.tensor(row[key]) for row in rows] for key in ("input_ids", "labels"))
     input_ids = pad_sequence(texts, batch_first=True, padding_value=(_eos_ids(model) or [0])[0])
@@ -145,7 +150,7 @@ def summarize_perplexity(rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return table.assign(rows=len(tokens), tokens=int(tokens.sum())).rename_axis("model")
 
 
-def next_token_log_probs(model: Any, encoded: Sequence[EncodedRow]) -> torch.Tensor:
+def next_token_log_probs(model: PreTrainedModel | PeftModel, encoded: Sequence[EncodedRow]) -> torch.Tensor:
     """Log-probabilities of the scored tokens over the vocabulary, kept on the CPU to compare models in turn.
 
     Returns:

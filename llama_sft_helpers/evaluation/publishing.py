@@ -19,6 +19,7 @@ from llama_sft_helpers.evaluation.serving import MESSAGE
 if TYPE_CHECKING:
     import pandas as pd
     from huggingface_hub import ModelCardData
+    from peft import LoraConfig, PeftModel
 
     from llama_sft_helpers.profiles import Profile
 
@@ -40,7 +41,7 @@ def write_model_card(
     folder: str | Path,
     *,
     profile: Profile,
-    peft_config: Any,
+    peft_config: LoraConfig,
     prompt: str,
     training_summary: Mapping[str, Any],
     data_sha256: str,
@@ -203,18 +204,18 @@ def _settings(profile: Profile) -> dict[str, Any]:
     return {str(key): _shown(str(value)) if str(key).endswith("_id") else value for key, value in values}
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
-def _fenced(text: Any) -> str:
+def _fenced(text: object) -> str:
     """Text as a code block whose fence is longer than any run of backticks in it."""
     text = str(text).strip()
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
 
 
-def check_repo_id(repo_id: str, model: Any) -> None:
+def check_repo_id(repo_id: str, model: PeftModel) -> None:
     """Check the names that an upload would carry, before a repository is made.
 
     Args:
@@ -235,7 +236,7 @@ def check_repo_id(repo_id: str, model: Any) -> None:
         owner = ""
     if not owner:
         raise PublishError(f"{repo_id!r} is no repository name; expected your-name/model-name.")
-    bases = [str(model.active_peft_config.base_model_name_or_path), model.get_base_model().name_or_path]
+    bases = [str(model.active_peft_config.base_model_name_or_path), str(model.get_base_model().name_or_path)]
     for base in bases:
         if not _is_hub_id(base):
             raise PublishError(

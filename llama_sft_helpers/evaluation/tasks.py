@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TASKS = Path(__file__).with_name("tasks.jsonl")
 _BATCH = 32  # prompts at a time; LLM.int8() depends on it, so that before and after are scored alike
@@ -36,7 +37,7 @@ def read_tasks() -> list[dict[str, str]]:
 
 
 def score_tasks(
-    model: Any,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Mapping[str, str]],
     prompt_of: Callable[[str], str],

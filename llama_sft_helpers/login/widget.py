@@ -34,7 +34,7 @@ def login_widget(repo_id: str, login: Callable[..., None] | None = None) -> Any:
     button = widgets.Button(description="Log in", button_style="primary")
     status = widgets.HTML(_status(_describe(find_token()), "idle"))
 
-    def submit(*_: Any) -> None:
+    def submit(*_: object) -> None:
         token, field.value = field.value.strip(), ""
         field.disabled = button.disabled = True
         status.value = _status("Asking the hub …", "busy")

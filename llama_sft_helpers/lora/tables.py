@@ -23,13 +23,16 @@ from llama_sft_helpers.core.plots import COLOURS, MARKERS, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from peft import PeftModel
+
+    from llama_sft_helpers.core.llama import ModelConfig
 
 
 class AdapterNotNoopError(AssertionError):
     """An adapter that has to change nothing changes the logits; the message says where and by how much."""
 
 
-def plan_adapters(config: Any, r: int, target_modules: Collection[str]) -> pd.DataFrame:
+def plan_adapters(config: ModelConfig, r: int, target_modules: Collection[str]) -> pd.DataFrame:
     """Predict A, B and the trainable parameters from a ``LlamaConfig`` alone: r * (d_in + d_out) a linear.
 
     Returns:
@@ -56,7 +59,7 @@ def plan_adapters(config: Any, r: int, target_modules: Collection[str]) -> pd.Da
     return pd.DataFrame(rows, columns=columns).set_index("projection")
 
 
-def summarize_adapters(model: Any) -> pd.DataFrame:
+def summarize_adapters(model: torch.nn.Module) -> pd.DataFrame:
     """The active adapter (https://huggingface.co/docs/peft/package_reference/lora), one row a projection.
 
     Returns:
@@ -71,7 +74,7 @@ def summarize_adapters(model: Any) -> pd.DataFrame:
     return summary.reset_index().set_index("projection")
 
 
-def summarize_gradients(model: Any) -> pd.DataFrame:
+def summarize_gradients(model: torch.nn.Module) -> pd.DataFrame:
     """Which A and B the last backward pass reached; call it after ``backward`` and before ``zero_grad``.
 
     Returns:
@@ -89,7 +92,7 @@ def summarize_gradients(model: Any) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).set_index("matrix")
 
 
-def summarize_frozen(model: Any) -> pd.DataFrame:
+def summarize_frozen(model: torch.nn.Module) -> pd.DataFrame:
     """A checksum of every tensor that is not trained, int8 scales included: equal tables, equal base model.
 
     Each checksum is computed where its tensor lies, so nothing is copied from a GPU. The index ``tensor`` is
@@ -102,7 +105,7 @@ def summarize_frozen(model: Any) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["tensor", "dtype", "bytes", "checksum"]).set_index("tensor")
 
 
-def summarize_training_state(model: Any, optimizer: torch.optim.Optimizer) -> pd.DataFrame:
+def summarize_training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> pd.DataFrame:
     """What training keeps for the trainable parameters: their values, gradients and Adam's two averages.
 
     Call it after ``optimizer.step`` and before ``zero_grad``; without a step it raises ``ValueError``. In
@@ -128,7 +131,7 @@ def summarize_training_state(model: Any, optimizer: torch.optim.Optimizer) -> pd
     return table.assign(bytes_per_parameter=table["bytes"] / sum(p.numel() for p in trained))
 
 
-def check_adapter_is_noop(model: Any, batch: Mapping[str, Any]) -> None:
+def check_adapter_is_noop(model: PeftModel, batch: Mapping[str, Any]) -> None:
     """Check that the adapter changes no logit: with it and without it, bit for bit, in the same mode.
 
     True right after ``get_peft_model``, as B is 0. Both passes run in evaluation mode, since int8 on a CPU
@@ -161,7 +164,7 @@ def check_adapter_is_noop(model: Any, batch: Mapping[str, Any]) -> None:
     )
 
 
-def summarize_update(model: Any) -> pd.DataFrame:
+def summarize_update(model: torch.nn.Module) -> pd.DataFrame:
     """The learned update (alpha / r) * B @ A of every adapted module, and its size beside W.
 
     The singular values are exact and cheap: two QR decompositions bring them down to an r x r matrix. All in
@@ -177,7 +180,7 @@ def summarize_update(model: Any) -> pd.DataFrame:
     return pd.DataFrame([_update_row(*found) for found in _lora_layers(model)]).set_index("module")
 
 
-def plot_update_spectrum(model: Any) -> Axes:
+def plot_update_spectrum(model: torch.nn.Module) -> Axes:
     """Singular values of the update, for each projection the median over the layers: at most r."""
     _refuse_meta(model)
     spectra: dict[str, list[torch.Tensor]] = {}
@@ -197,7 +200,7 @@ def plot_update_spectrum(model: Any) -> Axes:
     return axes
 
 
-def _lora_layers(model: Any) -> Iterator[tuple[str, Any, str]]:
+def _lora_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any, str]]:
     """Name, PEFT layer and active adapter of every adapted module."""
     from peft.tuners.lora import LoraLayer
 
@@ -262,12 +265,12 @@ def _update_row(name: str, layer: Any, adapter: str) -> dict[str, Any]:
     }
 
 
-def _weight_norm(name: str, linear: Any) -> float:
+def _weight_norm(name: str, linear: torch.nn.Linear) -> float:
     # Not by PEFT's dequantize_module_weight: on a CPU, an int8 layer that has run once cannot run after it.
     values = dequantize(name, linear) if is_quantized(linear) else linear.weight.detach()
     return torch.linalg.vector_norm(values, dtype=torch.float64).item()
 
 
-def _refuse_meta(model: Any) -> None:
+def _refuse_meta(model: torch.nn.Module) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("The model is on the meta device and has no values; load it with from_pretrained.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llama_sft_helpers.core.llama import Shape
 from llama_sft_helpers.core.plots import BLUE, new_axes
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+    from llama_sft_helpers.core.llama import ModelConfig
     from llama_sft_helpers.profiles import Profile
 
 GIB = 2**30
@@ -35,7 +36,7 @@ _CONTEXT_GIB = 0.6  # driver, kernels and cuBLAS handles: what nvidia-smi shows 
 _SLACK = 0.06  # share of the peak that the caching allocator holds but does not use (measured: 2 to 9 %)
 
 
-def plan_memory(config: Any, profile: Profile, *, quantization: str = "int8") -> pd.DataFrame:
+def plan_memory(config: ModelConfig, profile: Profile, *, quantization: str = "int8") -> pd.DataFrame:
     """Predict the memory of a LoRA training step (rank 16, all seven linears), component by component.
 
     A micro-batch is taken as full: ``per_device_train_batch_size * max_length`` tokens.
@@ -72,7 +73,11 @@ def planned_peak_gib(plan: pd.DataFrame) -> float:
 
 
 def plan_fit(
-    config: Any, profile: Profile, *, quantization: str = "int8", cards_gib: Mapping[str, float] = CARDS_GIB
+    config: ModelConfig,
+    profile: Profile,
+    *,
+    quantization: str = "int8",
+    cards_gib: Mapping[str, float] = CARDS_GIB,
 ) -> pd.DataFrame:
     """Hold ``plan_memory`` against cards: does it fit, and if not, the first change that would make it fit.
 
@@ -155,7 +160,7 @@ def _shrink(profile: Profile) -> Iterator[Profile]:
         yield (profile := dataclasses.replace(profile, max_length=profile.max_length // 2))
 
 
-def explain_oom(config: Any, profile: Profile) -> str:
+def explain_oom(config: ModelConfig, profile: Profile) -> str:
     """Say what filled the card, by the plan's largest item, and what the next try changes or is left."""
     plan = plan_memory(config, profile)
     largest = plan.loc[plan["gib"].idxmax()]
@@ -199,7 +204,7 @@ def _what_is_left(profile: Profile) -> str:
     return f"{rest[0] if rest else 'a smaller model'}, or 4-bit weights"
 
 
-def _check_profile(profile: Any) -> None:
+def _check_profile(profile: object) -> None:
     if not hasattr(profile, "per_device_train_batch_size"):
         hint = f"load_profile({profile!r})" if isinstance(profile, str) else "load_profile()"
         raise ValueError(
@@ -207,7 +212,7 @@ def _check_profile(profile: Any) -> None:
         )
 
 
-def _change_that_fits(config: Any, profile: Profile, quantization: str, card_gib: float) -> str:
+def _change_that_fits(config: ModelConfig, profile: Profile, quantization: str, card_gib: float) -> str:
     """The mildest change with room to spare, else the mildest that just fits, else another model."""
     changes = [
         (", ".join(filter(None, (bits, change))), smaller, kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -12,6 +12,9 @@ from torch import nn
 
 from llama_sft_helpers.core.bnb import storage_format
 from llama_sft_helpers.core.llama import Shape, linear_bytes
+
+if TYPE_CHECKING:
+    from llama_sft_helpers.core.llama import ModelConfig
 
 _GIB = 2**30
 
@@ -49,7 +52,7 @@ def quantize_absmax(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, absmax
 
 
-def summarize_memory(config: Any, dtype: torch.dtype = torch.bfloat16) -> pd.DataFrame:
+def summarize_memory(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> pd.DataFrame:
     """Predict a Llama model's bytes from its ``LlamaConfig`` alone, in five formats.
 
     bitsandbytes quantizes the seven projections of each decoder layer, and keeps scales beside their codes.

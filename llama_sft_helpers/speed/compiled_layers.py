@@ -44,7 +44,7 @@ class CompiledLayers:
         while self._undo:
             self._undo.pop()()
 
-    def _compile(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         """Backend of ``torch.compile``: inductor with this budget, or the graph itself if that fails."""
         import torch._functorch.config as functorch_config
         from torch._inductor.compile_fx import compile_fx
@@ -83,10 +83,10 @@ class CompiledLayers:
 
         started: list[float] = []
 
-        def begin(*_: Any) -> None:
+        def begin(*_: object) -> None:
             started.append(time.perf_counter())
 
-        def end(*_: Any) -> None:
+        def end(*_: object) -> None:
             if started:
                 self.seconds += time.perf_counter() - started.pop()
 
@@ -137,7 +137,9 @@ def compile_decoder_layers(model: torch.nn.Module, activation_memory_budget: flo
     return report
 
 
-def _call_layer(compiled: Callable[..., Any], layer: Any, hidden: torch.Tensor, **kwargs: Any) -> Any:
+def _call_layer(
+    compiled: Callable[..., Any], layer: torch.nn.Module, hidden: torch.Tensor, **kwargs: Any
+) -> Any:
     """Run one layer compiled, with everything that changes between batches marked as a changing shape."""
     # generation: the cache grows with every token; newer versions of transformers call it `cache`
     if kwargs.get("past_key_values") is not None or kwargs.get("cache") is not None:
@@ -166,7 +168,7 @@ def _round_up(longest: int) -> int:
     return max(1024, 1 << (longest - 1).bit_length())
 
 
-def _mark(tensor: Any, dim: int) -> None:
+def _mark(tensor: object, dim: int) -> None:
     if isinstance(tensor, torch.Tensor) and tensor.dim() > dim and tensor.shape[dim] > 1:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)
 

@@ -228,7 +228,11 @@ def in_autocast(x: torch.Tensor) -> torch.Tensor:
 
 
 def _run_fast(
-    linear: Any, x: torch.Tensor, lora_a: Any = None, lora_b: Any = None, scaling: float = 1.0
+    linear: Any,
+    x: torch.Tensor,
+    lora_a: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
+    scaling: float = 1.0,
 ) -> Any:
     if linear.state.CB is None:  # after a merge PEFT puts new codes on the weight
         linear.init_8bit_state()

@@ -256,7 +256,7 @@ def _leave(linears: Mapping[str, Any], unwanted: Collection[str]) -> dict[str, A
 
 @torch.no_grad()
 def _find_columns(
-    model: Any, linears: Mapping[str, Any], batch: Mapping[str, torch.Tensor], count: int
+    model: torch.nn.Module, linears: Mapping[str, Any], batch: Mapping[str, torch.Tensor], count: int
 ) -> dict[str, torch.Tensor]:
     """Name of a layer -> its input's ``count`` columns with the largest magnitudes in the batch."""
     narrowest = min(linear.in_features for linear in linears.values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -18,7 +17,7 @@ _SAFETY = 3.0  # standard errors, as for any estimate of chance
 _LEAST = 1e-4  # nats; float32 sums of some hundred losses and of exponentials differ by up to 1e-5
 
 
-def row_losses(model: Any, batch: Mapping[str, torch.Tensor]) -> list[float]:
+def row_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> list[float]:
     """Mean loss of each row's scored tokens in nats, in evaluation mode and without gradients.
 
     In evaluation mode an int8 model runs LLM.int8 on a CPU as on a GPU; in training mode bitsandbytes

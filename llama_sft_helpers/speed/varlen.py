@@ -114,7 +114,7 @@ def _varlen_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     return mask
 
 
-def _runs(device: Any, dtype: Any) -> bool:
+def _runs(device: Any, dtype: torch.dtype | None) -> bool:
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") in _HALF_TYPES
     return torch.device(device).type == "cuda" and (dtype in _HALF_TYPES or autocast)
 

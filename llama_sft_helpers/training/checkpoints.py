@@ -14,13 +14,18 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from llama_sft_helpers.core.files import free_bytes, is_full_disk, write_text
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerControl, TrainerState
 
 RUN_FILE = "run.json"
 CHECKSUMS_FILE = "checksums.json"
@@ -56,14 +61,14 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     }
 
 
-def _describe(target_modules: Any) -> str:
+def _describe(target_modules: str | Collection[str]) -> str:
     """The names of LoRA's target modules, or the one pattern that a text is to PEFT."""
     if isinstance(target_modules, str):
         return f"modules matching {target_modules!r}"
     return ", ".join(sorted(target_modules))
 
 
-def _data_checksum(dataset: Any) -> str:
+def _data_checksum(dataset: Dataset) -> str:
     rows = range(0, len(dataset), max(1, len(dataset) // 64))
     sample = [list(dataset[row]["input_ids"]) for row in rows]
     return hashlib.sha256(json.dumps(sample).encode()).hexdigest()[:16]
@@ -75,7 +80,7 @@ class RunGuardCallback(TrainerCallback):
     def __init__(self, run: Mapping[str, Any]) -> None:
         self._run = dict(run)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse a folder of another run, else write ``run.json``."""
         folder = Path(args.output_dir)
         if _checkpoints(folder):
@@ -83,7 +88,14 @@ class RunGuardCallback(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RUN_FILE, json.dumps(self._run, indent=1))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Before a checkpoint is written: make its place free, and is there room for it?"""
         if not control.should_save or model is None:
             return
@@ -94,7 +106,7 @@ class RunGuardCallback(TrainerCallback):
         if free_bytes(args.output_dir) < needed:
             raise CheckpointWriteError(_no_room(args.output_dir, f"{needed / 2**20:,.0f} MiB are needed"))
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Seal the checkpoint, whose files hold no checksum of their own, without PEFT's empty model card."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (folder / "README.md").unlink(missing_ok=True)  # PEFT has no option to leave it out
