@@ -106,6 +106,9 @@ def run(
     only: Annotated[str | None, typer.Option(help="Notebook numbers, comma-separated: 03,04.")] = None,
     out: OutOption = Path("outputs"),
     notebooks: Annotated[Path | None, typer.Option(help="Folder of the notebooks.")] = None,
+    jobs: Annotated[
+        int, typer.Option(min=0, help="Notebooks at a time; 0 for two on a CPU with room for both, else one.")
+    ] = 0,
     cell_timeout: TimeoutOption = 0,
     data: DataOption = None,
     columns: ColumnsOption = None,
@@ -114,13 +117,20 @@ def run(
 ) -> None:
     """Execute the notebooks in order into a folder (.ipynb and .html); stops at the first failing cell."""
     named = {"dataset_id": data, "columns": columns, "model_id": model}
-    choices = {"profile_name": profile, "only": only, "out": out, "notebooks": notebooks}
+    choices = {
+        "profile_name": profile,
+        "only": only,
+        "out": out,
+        "notebooks": notebooks,
+        "jobs": jobs or None,
+    }
     _run(changes or [], named, cell_timeout, **choices)
 
 
 def _run(changes: list[str], named: Mapping[str, str | None], cell_timeout: int, **choices: Any) -> None:
     from llama_sft_helpers.demo_model import ModelBuildError
-    from llama_sft_helpers.run import RunError, run_notebooks
+    from llama_sft_helpers.execution import RunError
+    from llama_sft_helpers.run import run_notebooks
     from llama_sft_helpers.settings import SettingsError, parse_settings
 
     try:

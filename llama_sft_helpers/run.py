@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-import asyncio
 import html
 import json
 import os
-import re
 import signal
-import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
-from llama_sft_helpers.core.files import FilesError, write_text
-from llama_sft_helpers.core.progress import PROGRESS_FILE, ProgressLines, clock
+from llama_sft_helpers.core.files import FilesError
+from llama_sft_helpers.core.progress import clock
+from llama_sft_helpers.execution import Run, RunError, execute, say, tell, write
 from llama_sft_helpers.settings import environment_settings
 from llama_sft_helpers.training.summary import read_training_summary
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 _IN_CHECKOUT = Path(__file__).parent.parent / "notebooks"
 
 # notebooks that train -> where in the output folder they leave their summary
 _RESULTS = {"06_training": ".", "09_your_run": "your_run"}
 
-_NO_DESCRIPTION = "No description has been provided for this image"  # nbconvert's words
+# notebooks of the series -> those whose results they read; any other notebook waits for all before it
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "01_environment": (),
+    "02_login": (),
+    "03_quantization": (),
+    "04_lora": (),
+    "05_data": (),
+    "06_training": (),
+    "07_evaluation": ("06_training",),
+    "08_speed": (),
+    "09_your_run": (),
+}
+_GIB_FOR_TWO = 6.0  # of free memory: what two of the series' notebooks take on a CPU, and some room
 
 _INDEX_PAGE = """<!doctype html>
 <html lang="en">
@@ -41,10 +47,6 @@ _INDEX_PAGE = """<!doctype html>
 <body style="font-family:sans-serif;max-width:40em;margin:2em auto"><h1>{title}</h1><ol>{rows}</ol></body>
 </html>
 """
-
-
-class RunError(RuntimeError):
-    """A run could not start, or a cell failed."""
 
 
 def run_notebooks(
@@ -55,10 +57,12 @@ def run_notebooks(
     notebooks: Path | None = None,
     cell_timeout_seconds: int | None = None,
     settings: Mapping[str, Any] | None = None,
+    jobs: int | None = None,
 ) -> dict[str, float]:
     """Execute notebooks for a profile, and write each as .ipynb and .html, and an index.
 
-    The originals are read, never written. A failing notebook is written too, up to its failing cell.
+    The originals are read, never written. A failing notebook is written too, up to its failing cell. Two at a
+    time share the cores: one begins before those above it are done if it reads nothing of theirs.
 
     Args:
         profile_name: Profile or a TOML file of one's own; None picks by the GPU that is there.
@@ -67,6 +71,7 @@ def run_notebooks(
         notebooks: Folder of the originals; None as for ``find_notebooks``.
         cell_timeout_seconds: Limit for one cell; None for none.
         settings: What to change of the profile, for every notebook alike.
+        jobs: How many run at a time; None for two where no GPU is used and cores and memory allow it.
 
     Returns:
         Seconds that each notebook took, its kernel's start included.
@@ -93,12 +98,15 @@ def run_notebooks(
             os.environ, SFT_PROFILE=picked, SFT_SETTINGS=json.dumps(changes), SFT_OUTPUT_DIR=str(out)
         )
         environment.pop("MPLBACKEND", None)  # figures belong in the notebooks
-        _say(f"profile {profile.name}, model {profile.model_id}, data {profile.dataset_id}, into {out}")
-        pages = _execute_all(paths, out, cell_timeout_seconds, environment)
-        _write(out / "index.html", _index_page(profile.name, pages))
+        jobs = min(len(paths), jobs or (2 if profile.gpu_gib == 0 and _two_fit() else 1))
+        if jobs > 1:  # threads that wait for threads without a core wait long
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // jobs)))
+        say(f"profile {profile.name}, model {profile.model_id}, data {profile.dataset_id}, into {out}")
+        pages = _execute_all(paths, out, cell_timeout_seconds, environment, jobs)
+        write(out / "index.html", _index_page(profile.name, pages))
     for folder in [out / _RESULTS[path.stem] for path in paths if path.stem in _RESULTS]:
         _report(folder)
-    _say(f"open:          {out / 'index.html'}")
+    say(f"open:          {out / 'index.html'}")
     return dict(pages)
 
 
@@ -165,146 +173,50 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _cores() -> int:
+    import psutil
+
+    return psutil.cpu_count(logical=False) or 1
+
+
+def _two_fit() -> bool:
+    import psutil
+
+    return _cores() > 1 and psutil.virtual_memory().available > _GIB_FOR_TWO * 2**30
+
+
 def _execute_all(
-    paths: list[Path], out: Path, timeout: int | None, environment: dict[str, str]
+    paths: list[Path], out: Path, timeout: int | None, environment: dict[str, str], jobs: int
 ) -> list[tuple[str, float]]:
+    """Execute as many notebooks at a time as there are jobs; one that fails, or Ctrl-C, stops them all."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
     columns = ("{task.description:<18}", BarColumn(), MofNCompleteColumn(), "cells", TimeElapsedColumn())
-    pages = []
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as progress:
-        for path in paths:
-            start = time.monotonic()
-            _execute(path, out, timeout, environment, progress)
-            pages.append((path.stem, time.monotonic() - start))
-            _tell(f"{path.stem}: done in {clock(pages[-1][1])}")
-    return pages
-
-
-def _execute(
-    path: Path, out: Path, timeout: int | None, environment: dict[str, str], progress: Progress
-) -> None:
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-
-    notebook = _read_without_outputs(path)
-    code_cells = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in notebook.cells)
-    task = progress.add_task(path.stem, total=code_cells)
-    with tempfile.TemporaryFile() as kernel_log, tempfile.TemporaryDirectory() as scratch:
-        step = Path(scratch, "step")  # kept closed here, as Windows lets no second process open an open file
-        step.write_text("")
-        lines = ProgressLines(path.stem, code_cells, step)
-
-        def cell_done(**_: Any) -> None:
-            progress.advance(task)
-            lines.cell_done()
-
-        client = NotebookClient(
-            notebook,
-            timeout=timeout,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(out)}},
-            on_cell_executed=cell_done,
-        )
-        kernel = {"env": {**environment, PROGRESS_FILE: str(step)}, "stderr": kernel_log}
+    bars = Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
+    waiting, stop = list(paths), threading.Event()
+    running: dict[Future[float], Path] = {}
+    seconds: dict[str, float] = {}
+    with bars as progress, ThreadPoolExecutor(jobs) as pool:
+        shared = Run(out, timeout, environment, progress, stop)
         try:
-            _execute_interruptibly(client, lambda: _tell(lines.news()), **kernel)
-        except DeadKernelError as error:
-            death = "the kernel died; most often the machine ran out of memory."
-            raise RunError(f"{path.name}: {death}{_last_words(kernel_log)}") from error
-        except CellExecutionError as error:
-            failure = f"a cell failed with {error.ename}: {error.evalue}\n(see {out / path.name})"
-            raise RunError(f"{path.name}: {failure}{_explained(error)}") from error
-        except CellTimeoutError as error:
-            raise RunError(f"{path.name}: a cell took longer than {timeout} seconds.") from error
+            while waiting or running:
+                for path in _ready(paths, seconds, waiting)[: jobs - len(running)]:
+                    waiting.remove(path)
+                    running[pool.submit(execute, path, shared)] = path
+                for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
+                    path = running.pop(future)
+                    seconds[path.stem] = future.result()
+                    tell(f"{path.stem}: done in {clock(seconds[path.stem])}")
         finally:
-            _write_notebook(notebook, out / path.name)
+            stop.set()
+    return [(path.stem, seconds[path.stem]) for path in paths]
 
 
-def _read_without_outputs(path: Path) -> Any:
-    """A notebook whose saved outputs are gone: those of a run that stops early would pass for its own."""
-    import nbformat
-
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    return notebook
-
-
-def _execute_interruptibly(client: Any, meanwhile: Callable[[], None], **kernel: Any) -> None:
-    """Execute in a second thread: in the main one, nbclient takes a Ctrl-C for the kernel's death."""
-    started: Future[Any] = Future()
-    with ThreadPoolExecutor(1) as pool:
-        execution = pool.submit(asyncio.run, _execute_and_stop(client, started, **kernel))
-        try:
-            while not wait([execution], timeout=0.2).done:  # with a timeout, so that signals are seen
-                meanwhile()
-        except BaseException:  # Ctrl-C or SIGTERM
-            client.shutdown_kernel = "immediate"
-            task = started.result()
-            with suppress(RuntimeError):  # its loop has just ended by itself
-                task.get_loop().call_soon_threadsafe(task.cancel)
-            raise
-    execution.result()
-
-
-async def _execute_and_stop(client: Any, started: Future[Any], **kernel: Any) -> None:
-    started.set_result(asyncio.current_task())
-    try:
-        await client.async_execute(**kernel)
-    finally:
-        manager = client.km  # nbclient has stopped it, unless this was cancelled while it started
-        if manager is not None and manager.has_kernel:
-            await manager.shutdown_kernel(now=True)
-
-
-def _last_words(kernel_log: IO[bytes]) -> str:
-    """What the kernel's process printed at last, outside any cell: a crash's own message."""
-    kernel_log.seek(0)
-    lines = kernel_log.read().decode("utf-8", errors="replace").splitlines()
-    told = [line for line in lines if line.strip() and "[IPKernelApp]" not in line]
-    return "".join(f"\n  {line}" for line in told[-5:])
-
-
-def _explained(error: Exception) -> str:
-    """Cause and fix, if the doctor knows the failure."""
-    from llama_sft_helpers.doctor.explanation import explain
-
-    found = explain(error)
-    return f"\n{found}" if found else ""
-
-
-def _write_notebook(notebook: Any, path: Path) -> None:
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    _write(path, nbformat.writes(notebook))
-    page, _ = HTMLExporter().from_notebook_node(notebook, resources={"metadata": {"name": path.stem}})
-    _write(path.with_suffix(".html"), describe_figures(page, notebook))
-
-
-def describe_figures(page: str, notebook: Any) -> str:
-    """Give a page's figures the text alternatives that their cells carry as ``alt`` in their metadata.
-
-    nbconvert's own template says of every figure that it has no description.
-    """
-    texts = iter(
-        cell.metadata.get("alt", _NO_DESCRIPTION)
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    )
-    pattern = f'alt="{_NO_DESCRIPTION}"'
-    return re.sub(pattern, lambda _: f'alt="{html.escape(next(texts, _NO_DESCRIPTION))}"', page)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise RunError(f"Cannot write {path}: {error.strerror}.{_explained(error)}") from error
+def _ready(paths: list[Path], done: Mapping[str, float], waiting: list[Path]) -> list[Path]:
+    """Those of the waiting notebooks that need none that is still to be done."""
+    stems = [path.stem for path in paths]
+    needs = {stem: _NEEDS.get(stem, stems[:place]) for place, stem in enumerate(stems)}
+    return [p for p in waiting if all(stem in done or stem not in stems for stem in needs[p.stem])]
 
 
 def _index_page(profile_name: str, pages: list[tuple[str, float]]) -> str:
@@ -324,16 +236,5 @@ def _report(folder: Path) -> None:
     except FilesError as error:
         raise RunError(str(error)) from error
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
-    _say(f"held-out loss: {before:.4f} before, {after:.4f} after training")
-    _say(f"adapter:       {folder / 'adapter'}")
-
-
-def _tell(line: str) -> None:
-    """Print a line about the run's progress, where no terminal shows the bar."""
-    if line and not sys.stdout.isatty():
-        with suppress(OSError):  # a full disk must not end the run
-            _say(line)
-
-
-def _say(line: str) -> None:
-    Console(soft_wrap=True, highlight=False).print(line)
+    say(f"held-out loss: {before:.4f} before, {after:.4f} after training")
+    say(f"adapter:       {folder / 'adapter'}")

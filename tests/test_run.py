@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 
 from llama_sft_helpers.cli import app
 from llama_sft_helpers.core import progress
-from llama_sft_helpers.run import RunError, describe_figures, find_notebooks, run_notebooks
+from llama_sft_helpers.execution import RunError, describe_figures
+from llama_sft_helpers.run import find_notebooks, run_notebooks
 
 COMMAND = [sys.executable, "-m", "llama_sft_helpers.cli"]
 FIGURE = "import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.show()"
@@ -61,6 +63,46 @@ def test_the_first_failing_cell_stops_the_run_with_its_own_message(write_noteboo
     assert "of an earlier run" not in (out / "01_bad.ipynb").read_text(encoding="utf-8")
     assert result.stdout.startswith("profile ci-tiny, model ")
     assert not (out / "02_next.ipynb").exists()
+    assert not (out / "index.html").exists()
+
+
+MEET = """
+import os, time
+open("{mine}", "w").close()
+while not os.path.exists("{other}"):
+    time.sleep(0.1)
+print(os.environ["OMP_NUM_THREADS"])
+"""
+
+
+def test_two_notebooks_of_the_series_share_the_cores_and_07_waits_for_06(
+    write_notebooks, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 4)
+    originals = write_notebooks(
+        n06_training=[MEET.format(mine="a", other="b"), "open('adapter', 'w').close()"],
+        n07_evaluation=["import os; print(os.path.exists('adapter'))"],
+        n08_speed=[MEET.format(mine="b", other="a")],
+    )
+    out = tmp_path / "out"
+    run_notebooks("ci-tiny", only=None, out=out, notebooks=originals, cell_timeout_seconds=60, jobs=2)
+    printed = [
+        nbformat.read(path, as_version=4).cells[0].outputs[0].text for path in sorted(out.glob("0*.ipynb"))
+    ]
+    assert printed == ["2\n", "True\n", "2\n"]
+
+
+def test_a_failing_notebook_stops_the_one_beside_it(write_notebooks, tmp_path):
+    originals = write_notebooks(
+        n03_quantization=["import time; time.sleep(300); print('never')"], n04_lora=["1 / 0"], n05_data=["1"]
+    )
+    out = tmp_path / "out"
+    start = time.monotonic()
+    with pytest.raises(RunError, match=r"04_lora.ipynb: a cell failed with ZeroDivisionError"):
+        run_notebooks("ci-tiny", only=None, out=out, notebooks=originals, jobs=2)
+    assert time.monotonic() - start < 200
+    assert not (out / "05_data.ipynb").exists()
     assert not (out / "index.html").exists()
 
 

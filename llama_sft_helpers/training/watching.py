@@ -32,6 +32,10 @@ def peak_memory_gib() -> float:
     """The peak so far, in GiB: PyTorch's allocations on the GPU, or this process's memory without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "win32":  # where the standard library has no module resource
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset) / 2**30
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB

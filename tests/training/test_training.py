@@ -5,7 +5,9 @@ import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -116,6 +118,15 @@ def test_peak_memory_is_this_process_without_a_gpu():
     block = bytearray(64 * 2**20)
     block[::4096] = b"x" * len(block[::4096])
     assert 0.06 < training.peak_memory_gib() < 64
+
+
+def test_peak_memory_on_windows_comes_from_psutil(monkeypatch):
+    memory = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=3 * 2**30))
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("psutil.Process", lambda: memory)
+    monkeypatch.setitem(sys.modules, "resource", None)  # importing it fails, as there
+    assert training.peak_memory_gib() == 3
 
 
 # --- The proofs ---
