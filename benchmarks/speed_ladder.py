@@ -1,6 +1,6 @@
 """From the plain recipe to the fast one, one change at a time, on one GPU.
 
-    python benchmarks/speed_ladder.py --cap-gib 40 --out benchmarks/results/speed_h100_40gib.json
+    python benchmarks/speed_ladder.py --cap-gib 40 --out benchmarks/results/speed_h200_40gib.json
 
 Builds Llama 3 8B's shape with random weights (some outlier channels, as real models have) in 8 bits, and
 rows of an Alpaca-like length distribution out of the shipped rows' tokens (Llama 3's own tokenizer, package
@@ -81,12 +81,15 @@ RUNGS = [
     Rung("int8 units", "frozen products of int8 by int8, 16 outlier columns in 16 bits", **_UNITS),
     # not in the ladder unless asked for by name
     Rung("fast, budget 0.6", "as fast, fewer activations kept", budget=0.6, extra=True, **_KEPT_AT),
-    Rung("fast, 4 blocks", "as fast, 8704 tokens a step", extra=True, **{**_KEPT, "rows": 4}),
-    Rung("fast, small blocks", "as fast, blocks of 1024", extra=True, **{**_KEPT, "max_length": 1024}),
+    Rung("fast, 4 blocks", "as fast, 8704 tokens a step", extra=True,
+         **{**_KEPT, "rows": 4, "same_data_as": ""}),
+    Rung("fast, small blocks", "as fast, blocks of 1024", extra=True,
+         **{**_KEPT, "max_length": 1024, "same_data_as": ""}),
     Rung("fast, all kept", "as fast, nothing recomputed", budget=1.0, extra=True, **_KEPT_AT),
-    Rung("int8 units, 4 blocks", "as int8 units, 8704 tokens a step", extra=True, **{**_UNITS, "rows": 4}),
+    Rung("int8 units, 4 blocks", "as int8 units, 8704 tokens a step", extra=True,
+         **{**_UNITS, "rows": 4, "same_data_as": ""}),
     Rung("int8 units, small blocks", "as int8 units, blocks of 1024", extra=True,
-         **{**_UNITS, "max_length": 1024}),
+         **{**_UNITS, "max_length": 1024, "same_data_as": ""}),
     Rung("int8 units, none apart", "as int8 units, without outlier columns", extra=True,
          **{**_UNITS, "outlier_columns": 0}),
     Rung("int8 units, closer", "as int8 units, output of down_proj in 16 bits", extra=True,
@@ -95,14 +98,16 @@ RUNGS = [
     Rung("int8 units, checkpointing", "as int8 units, with checkpointing", extra=True,
          **{**_UNITS, "checkpointing": True, "budget": 1.0}),
     Rung("int8 units, checkpointing, 6 blocks", "twice the tokens", extra=True,
-         **{**_UNITS, "checkpointing": True, "budget": 1.0, "rows": 6}),
-    Rung("compiled, 6 blocks", "as compiled, twice the tokens", extra=True, **{**_COMPILED, "rows": 6}),
+         **{**_UNITS, "checkpointing": True, "budget": 1.0, "rows": 6, "same_data_as": ""}),
+    Rung("compiled, 6 blocks", "as compiled, twice the tokens", extra=True,
+         **{**_COMPILED, "rows": 6, "same_data_as": ""}),
     # without a compiler: what is best under the cap, for the fast rungs to be held against
     Rung("uncompiled, 1 block", "as fast int8, activations kept", extra=True,
-         **{**_FAST, "rows": 1, "checkpointing": False}),
+         **{**_FAST, "rows": 1, "checkpointing": False, "same_data_as": ""}),
     Rung("uncompiled, 2 blocks", "as fast int8, activations kept", extra=True,
-         **{**_FAST, "rows": 2, "checkpointing": False}),
-    Rung("uncompiled, 6 blocks", "as fast int8, twice the tokens", extra=True, **{**_FAST, "rows": 6}),
+         **{**_FAST, "rows": 2, "checkpointing": False, "same_data_as": ""}),
+    Rung("uncompiled, 6 blocks", "as fast int8, twice the tokens", extra=True,
+         **{**_FAST, "rows": 6, "same_data_as": ""}),
 ]  # fmt: skip
 # Data sheets, dense products of bf16 (T4: fp16), by a word of the card's name; the H100 with HBM3
 PEAKS = {"HBM3": 989.4e12, "H200": 989.4e12, "A100": 312e12, "L4": 121e12, "T4": 65e12}

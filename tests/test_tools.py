@@ -202,7 +202,7 @@ def test_the_wheel_installs_in_a_clean_venv_with_data_inside(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     carried = (
         "datasets/alpaca_mini.jsonl", "profiles/colab-a100.toml", "configs/llama3_8b.json",
-        "templates/model_card.md", "results/speed_h100_40gib.json", "models/tiny-llama/model.safetensors",
+        "templates/model_card.md", "results/speed_h200_40gib.json", "models/tiny-llama/model.safetensors",
     )  # fmt: skip
     assert {f"llama_sft_helpers/{name}" for name in carried} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "tools", "notebooks"))]

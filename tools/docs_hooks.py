@@ -130,7 +130,7 @@ def _figures() -> list[Path]:
 
 def _draw(name: str, result: Any) -> Any:
     """The figure of a result, or None for a kind that is shown as a table only."""
-    if name.startswith("speed_h100"):
+    if name.startswith("speed_h200"):
         ladder = summarize_ladder(result, epoch_tokens=1, price_per_hour=0)
         return plot_ladder(ladder, "tokens_per_second").figure
     if name.startswith("memory_"):

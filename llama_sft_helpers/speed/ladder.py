@@ -20,7 +20,7 @@ _ACROSS = {
 
 
 def read_results(name: str) -> dict[str, Any]:
-    """A file of ``benchmarks/results``, such as ``speed_h100_40gib``, with its card, versions and command.
+    """A file of ``benchmarks/results``, such as ``speed_h200_40gib``, with its card, versions and command.
 
     Raises:
         FileNotFoundError: No such file; the message lists those that are there.

@@ -514,8 +514,8 @@ def test_ladder_table_by_hand(results):
 
 
 def test_results_of_the_project_are_read_by_name_and_an_unknown_name_lists_them():
-    assert speed.read_results("speed_h100_40gib")["cap_gib"] == 40
-    with pytest.raises(FileNotFoundError, match=r"no results 'nonsense'; expected one of .*speed_h100_40gib"):
+    assert speed.read_results("speed_h200_40gib")["cap_gib"] == 40
+    with pytest.raises(FileNotFoundError, match=r"no results 'nonsense'; expected one of .*speed_h200_40gib"):
         speed.read_results("nonsense")
 
 
