@@ -63,7 +63,7 @@ def _dry_run(model_id: str) -> list[Any]:
     from huggingface_hub.utils import tqdm
 
     class Silent(tqdm):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
+        def __init__(self, *arguments: object, **options: object) -> None:
             super().__init__(*arguments, **{**options, "disable": True})
 
     return snapshot_download(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Hashable, Mapping
 
 import pandas as pd
 
@@ -28,18 +28,19 @@ def summarize_verdict(
     Returns:
         Index ``question``; ``verdict``, a sentence that begins with the answer; ``advice``.
     """
-    found = {"Did it learn what the data teach?": _of_losses(losses.loc["tuned - base"])}
+    found = {"Did it learn what the data teach?": _of_losses(losses.to_dict("index")["tuned - base"])}
     if stops is not None:
-        found["Does it know when to stop?"] = _of_stops(stops.loc["base"], stops.loc["tuned"])
+        of_models = stops.to_dict("index")
+        found["Does it know when to stop?"] = _of_stops(of_models["base"], of_models["tuned"])
     if tasks is not None:
-        found["Is it better at small tasks?"] = _of_tasks(tasks.loc["all"])
+        found["Is it better at small tasks?"] = _of_tasks(tasks.to_dict("index")["all"])
     if forgetting is not None:
-        found["Did it forget?"] = _of_forgetting(forgetting.loc["tuned - base"])
+        found["Did it forget?"] = _of_forgetting(forgetting.to_dict("index")["tuned - base"])
     table = pd.DataFrame(found, index=["verdict", "advice"]).T
     return table.rename_axis("question")
 
 
-def _of_losses(line: Any) -> tuple[str, str]:
+def _of_losses(line: Mapping[Hashable, float]) -> tuple[str, str]:
     better, worse = line["high"] < 0, line["low"] > 0
     advice = ["Lower the learning rate, take fewer steps, or add rows."] if not line["loss_nats"] < 0 else []
     if not (better or worse):
@@ -51,7 +52,7 @@ def _of_losses(line: Any) -> tuple[str, str]:
     return verdict, " ".join(advice)
 
 
-def _of_stops(base: Any, tuned: Any) -> tuple[str, str]:
+def _of_stops(base: Mapping[Hashable, float], tuned: Mapping[Hashable, float]) -> tuple[str, str]:
     better = tuned["eos_probability"] > base["eos_probability"]
     verdict = (
         f"{'Yes' if better else 'No'}: where a reference answer ends, the probability of EOS went from "
@@ -62,7 +63,7 @@ def _of_stops(base: Any, tuned: Any) -> tuple[str, str]:
     return verdict, "" if better else "If its labels end in EOS, it takes more steps or more rows."
 
 
-def _of_tasks(line: Any) -> tuple[str, str]:
+def _of_tasks(line: Mapping[Hashable, float]) -> tuple[str, str]:
     """By the sign test: without a difference each changed task is gained or lost with equal chance."""
     gained, lost = int(line["gained"]), int(line["lost"])
     changed, fewer = gained + lost, min(gained, lost)
@@ -77,7 +78,7 @@ def _of_tasks(line: Any) -> tuple[str, str]:
     return verdict, "Lower the learning rate, or take fewer steps." if answer.startswith("No") else ""
 
 
-def _of_forgetting(line: Any) -> tuple[str, str]:
+def _of_forgetting(line: Mapping[Hashable, float]) -> tuple[str, str]:
     forgot, kept = line["low"] > 0, line["high"] <= 0
     verdict = (
         f"{'Yes' if forgot else 'No' if kept else 'It cannot be told'}: the loss on plain text changed by "
@@ -87,7 +88,7 @@ def _of_forgetting(line: Any) -> tuple[str, str]:
     return verdict, advice if forgot else ""
 
 
-def _change(line: Any) -> str:
+def _change(line: Mapping[Hashable, float]) -> str:
     return f"{line['loss_nats']:+.3f} nats per token (95%: {line['low']:+.3f} to {line['high']:+.3f})"
 
 

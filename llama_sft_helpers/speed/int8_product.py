@@ -241,7 +241,7 @@ def _run_fast(
     return out if linear.bias is None else out + linear.bias.to(out.dtype)
 
 
-def _run_fast_lora(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _run_fast_lora(layer: Any, x: torch.Tensor, *args: object, **kwargs: object) -> Any:
     """Plain LoRA over an int8 layer: the update joins the weight inside the product."""
     name = _plain_adapter(layer)
     if args or kwargs or name is None:

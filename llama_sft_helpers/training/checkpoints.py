@@ -25,7 +25,7 @@ from llama_sft_helpers.core.files import free_bytes, is_full_disk, write_text
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from transformers import TrainerControl, TrainerState
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 RUN_FILE = "run.json"
 CHECKSUMS_FILE = "checksums.json"
@@ -80,9 +80,11 @@ class RunGuardCallback(TrainerCallback):
     def __init__(self, run: Mapping[str, Any]) -> None:
         self._run = dict(run)
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Refuse a folder of another run, else write ``run.json``."""
-        folder = Path(args.output_dir)
+        folder = Path(str(args.output_dir))
         if _checkpoints(folder):
             _check_same_run(folder, self._run)
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,25 +92,28 @@ class RunGuardCallback(TrainerCallback):
 
     def on_step_end(
         self,
-        args: Any,
+        args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
         model: torch.nn.Module | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Before a checkpoint is written: make its place free, and is there room for it?"""
         if not control.should_save or model is None:
             return
+        output_dir = str(args.output_dir)
         # A damaged checkpoint that was skipped may stand there; PEFT would read the README in it.
-        shutil.rmtree(Path(args.output_dir) / f"checkpoint-{state.global_step}", ignore_errors=True)
+        shutil.rmtree(Path(output_dir) / f"checkpoint-{state.global_step}", ignore_errors=True)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         needed = 3 * 4 * trainable * 1.1 + 2**24  # adapter and AdamW's two averages, tokenizer, small files
-        if free_bytes(args.output_dir) < needed:
-            raise CheckpointWriteError(_no_room(args.output_dir, f"{needed / 2**20:,.0f} MiB are needed"))
+        if free_bytes(output_dir) < needed:
+            raise CheckpointWriteError(_no_room(output_dir, f"{needed / 2**20:,.0f} MiB are needed"))
 
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Seal the checkpoint, whose files hold no checksum of their own, without PEFT's empty model card."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         (folder / "README.md").unlink(missing_ok=True)  # PEFT has no option to leave it out
         sums = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
         write_text(folder / CHECKSUMS_FILE, json.dumps(sums, indent=1))
