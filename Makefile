@@ -32,7 +32,7 @@ demo: $(VENV)/.installed  ## the whole series in 8-bit on SmolLM2-135M-Instruct,
 test: lint test-only  ## lint, types, unit tests and every notebook on the tiny model
 
 test-only: $(VENV)/.installed  ## the tests without lint and types
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # The tests on other CPUs than this one: sums are taken in another order there, so last digits differ. Each run
 # begins with an empty folder of models, so that nothing built under other limits is used.

@@ -99,7 +99,7 @@ def run_notebooks(
         )
         environment.pop("MPLBACKEND", None)  # figures belong in the notebooks
         jobs = min(len(paths), jobs or (2 if profile.gpu_gib == 0 and _two_fit() else 1))
-        if jobs > 1:  # threads that wait for threads without a core wait long
+        if profile.gpu_gib == 0:  # threads that wait for threads without a core wait long
             environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // jobs)))
         say(f"profile {profile.name}, model {profile.model_id}, data {profile.dataset_id}, into {out}")
         pages = _execute_all(paths, out, cell_timeout_seconds, environment, jobs)
@@ -174,9 +174,11 @@ def _terminable() -> Iterator[None]:
 
 
 def _cores() -> int:
+    """Physical cores that this process may use."""
     import psutil
 
-    return psutil.cpu_count(logical=False) or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or usable, usable)
 
 
 def _two_fit() -> bool:

@@ -24,6 +24,14 @@ if _limit := os.environ.get("ATEN_CPU_CAPABILITY"):
 if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
 
+# Files that run whole notebooks, the longest first: what takes minutes must not be what is begun last.
+LONG = ("test_notebooks", "test_small_data", "test_your_run", "test_speed", "test_doctor")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest; ``--no-loadscope-reorder`` keeps xdist from sorting again."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 @pytest.fixture(scope="session")
 def tiny_model_dir() -> Path:

@@ -80,6 +80,7 @@ def test_two_notebooks_of_the_series_share_the_cores_and_07_waits_for_06(
 ):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("psutil.cpu_count", lambda logical: 4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     originals = write_notebooks(
         n06_training=[MEET.format(mine="a", other="b"), "open('adapter', 'w').close()"],
         n07_evaluation=["import os; print(os.path.exists('adapter'))"],
