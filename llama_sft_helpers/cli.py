@@ -59,6 +59,9 @@ ProfileOption = Annotated[
 ]
 OutOption = Annotated[Path, typer.Option(help="Folder for executed notebooks, pages and the adapter.")]
 TimeoutOption = Annotated[int, typer.Option(min=0, help="Seconds a cell may take; 0 for no limit.")]
+OpenOption = Annotated[
+    bool, typer.Option("--open", help="Open the result page in the browser; it fills while notebooks run.")
+]
 DataOption = Annotated[
     str | None, typer.Option(help="CSV, JSONL, JSON or Parquet file, folder, or data set of the hub.")
 ]
@@ -83,6 +86,7 @@ def train(
     changes: SetOption = None,
     profile: ProfileOption = None,
     out: OutOption = Path("outputs"),
+    open_page: OpenOption = False,
     cell_timeout: TimeoutOption = 0,
 ) -> None:
     """Train on your own data, from a file to an adapter: executes notebook 09 with these settings.
@@ -96,7 +100,7 @@ def train(
     if data and not length_is_set and not pick_profile(profile).endswith(".toml"):
         settings.append("epochs=3")
     named = {"dataset_id": data, "columns": columns, "model_id": model, "export": export}
-    _run(settings, named, cell_timeout, profile_name=profile, only="09", out=out)
+    _run(settings, named, cell_timeout, profile_name=profile, only="09", out=out, open_page=open_page)
 
 
 @app.command()
@@ -109,6 +113,7 @@ def run(
     jobs: Annotated[
         int, typer.Option(min=0, help="Notebooks at a time; 0 for two on a CPU with room for both, else one.")
     ] = 0,
+    open_page: OpenOption = False,
     cell_timeout: TimeoutOption = 0,
     data: DataOption = None,
     columns: ColumnsOption = None,
@@ -123,6 +128,7 @@ def run(
         "out": out,
         "notebooks": notebooks,
         "jobs": jobs or None,
+        "open_page": open_page,
     }
     _run(changes or [], named, cell_timeout, **choices)
 

@@ -9,63 +9,65 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_sft_helpers.core.files import FilesError, write_text
+from llama_sft_helpers.core.files import FilesError
 from llama_sft_helpers.core.progress import clock
 
-_TEMPLATES = Path(__file__).parent / "templates"
+# notebooks that train -> where in the run's folder they leave their summary, log and adapter
+RESULTS = {"06_training": ".", "09_your_run": "your_run"}
 
 
-def write_result_page(
+def result_page(
     folder: Path,
     profile: str,
     model: str,
     seconds: Mapping[str, float | None],
-    at_work: Collection[str] = (),
-) -> Path:
-    """Write the page from what lies in the folder; until all is done, a browser reads it anew by itself.
+    at_work: Collection[str] | None,
+) -> str:
+    """The page, from what the run's notebooks have left in its folder; a browser reads it anew by itself.
 
     Args:
-        folder: The run's output folder, with what notebooks have left there: 06 its summary and log, 07 its
-            answers. What is missing or damaged is left out.
+        folder: The run's output folder. What is missing or damaged there is left out, and so is what an
+            earlier run left: a training's result is shown once its notebook is done in this run.
         profile: Its name.
         model: The model's id or folder.
         seconds: Name of each notebook, as ``06_training`` -> how long it took, None where it is not done.
-        at_work: Those that are being executed.
+        at_work: Those that are being executed; None once the run is over.
 
     Returns:
-        The page's path.
-
-    Raises:
-        OSError: The folder cannot be written.
+        HTML that fetches nothing.
     """
     import jinja2
 
-    loader = jinja2.FileSystemLoader(_TEMPLATES)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     page = jinja2.Environment(loader=loader, autoescape=True).get_template("result_page.html.jinja")
-    summary = _read_summary(folder)
-    done = [took for took in seconds.values() if took is not None]
-    running = len(done) < len(seconds)
-    text = page.render(
-        title=_title(summary, running),
+    trained = next((folder / RESULTS[stem] for stem in RESULTS if seconds.get(stem) is not None), None)
+    summary = _read_summary(trained) if trained else None
+    return page.render(
+        title=_title(summary, running=at_work is not None),
         profile=profile,
         model=model,
-        state=f"{len(done)} of {len(seconds)} notebooks are done." if running else "All notebooks are done.",
-        running=running,
+        state=_state(seconds, running=at_work is not None),
+        running=at_work is not None,
         tiles=_tiles(summary),
-        curve=_curve(folder, summary),
-        answers=_answers(folder),
-        notebooks=[_card(stem, took, stem in at_work) for stem, took in seconds.items()],
-        commands=_commands(folder),
+        curve=_curve(trained, summary) if trained else "",
+        answers=_answers(folder) if seconds.get("07_evaluation") is not None else [],
+        notebooks=[_card(stem, took, at_work) for stem, took in seconds.items()],
+        commands=_commands(trained),
         folder=str(folder),
     )
-    path = folder / "index.html"
-    write_text(path, text)
-    return path
+
+
+def _state(seconds: Mapping[str, float | None], running: bool) -> str:
+    done = sum(took is not None for took in seconds.values())
+    counted = f"{done} of {len(seconds)} notebooks are done"
+    if done == len(seconds):
+        return "All notebooks are done."
+    return f"{counted}; this page fills by itself." if running else f"{counted}; the run stopped there."
 
 
 def _title(summary: Mapping[str, Any] | None, running: bool) -> str:
     if not summary:
-        return "The series is running" if running else "The series has run"
+        return "Llama 3 8B, fine-tuned before your eyes: " + ("running" if running else "executed")
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     return f"Held-out loss: {before:.2f} before training, {after:.2f} after"
 
@@ -121,20 +123,20 @@ def _answers(folder: Path) -> list[tuple[str, list[tuple[str, str, str]]]]:
     return list_answers(pd.read_csv(path, keep_default_na=False))
 
 
-def _card(stem: str, took: float | None, at_work: bool) -> tuple[str, str, str]:
+def _card(stem: str, took: float | None, at_work: Collection[str] | None) -> tuple[str, str, str]:
     """The page to link to, where there is one, the notebook's name, and its state."""
     number, _, word = stem.partition("_")
     words = word.replace("_", " ").capitalize().replace("Lora", "LoRA")
     name = f"{number} · {words}"
     if took is None:
-        return "", name, "running now" if at_work else "waiting"
+        return "", name, "not done" if at_work is None else "running now" if stem in at_work else "waiting"
     return stem, name, f"done in {clock(took)}"
 
 
-def _commands(folder: Path) -> list[tuple[str, str]]:
+def _commands(trained: Path | None) -> list[tuple[str, str]]:
     """Sentences, each with the command it speaks of."""
     own = "llama-sft train --data my.csv --columns question=instruction,answer=output"
     commands = [("Train on rows of your own:", own)]
-    if (adapter := folder / "adapter").is_dir():
+    if trained and (adapter := trained / "adapter").is_dir():
         commands.insert(0, ("Talk to the trained model:", f"llama-sft chat {shlex.quote(str(adapter))}"))
     return commands

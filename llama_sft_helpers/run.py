@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+import webbrowser
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,13 +19,11 @@ from rich.console import Console
 from llama_sft_helpers.core.files import FilesError
 from llama_sft_helpers.core.progress import clock
 from llama_sft_helpers.execution import Run, RunError, execute, say, tell, write
+from llama_sft_helpers.result_page import RESULTS, result_page
 from llama_sft_helpers.settings import environment_settings
 from llama_sft_helpers.training.summary import read_training_summary
 
 _IN_CHECKOUT = Path(__file__).parent.parent / "notebooks"
-
-# notebooks that train -> where in the output folder they leave their summary
-_RESULTS = {"06_training": ".", "09_your_run": "your_run"}
 
 # notebooks of the series -> those whose results they read; any other notebook waits for all before it
 _NEEDS: dict[str, tuple[str, ...]] = {
@@ -39,14 +37,8 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "08_speed": (),
     "09_your_run": (),
 }
+_Show = Callable[[Mapping[str, float | None], Collection[str] | None], None]  # seconds, and those at work
 _GIB_FOR_TWO = 6.0  # of free memory: what two of the series' notebooks take on a CPU, and some room
-
-_INDEX_PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title></head>
-<body style="font-family:sans-serif;max-width:40em;margin:2em auto"><h1>{title}</h1><ol>{rows}</ol></body>
-</html>
-"""
 
 
 def run_notebooks(
@@ -58,8 +50,9 @@ def run_notebooks(
     cell_timeout_seconds: int | None = None,
     settings: Mapping[str, Any] | None = None,
     jobs: int | None = None,
+    open_page: bool = False,
 ) -> dict[str, float]:
-    """Execute notebooks for a profile, and write each as .ipynb and .html, and an index.
+    """Execute notebooks for a profile, write each as .ipynb and .html, and ``index.html`` from the start on.
 
     The originals are read, never written. A failing notebook is written too, up to its failing cell. Two at a
     time share the cores: one begins before those above it are done if it reads nothing of theirs.
@@ -72,6 +65,7 @@ def run_notebooks(
         cell_timeout_seconds: Limit for one cell; None for none.
         settings: What to change of the profile, for every notebook alike.
         jobs: How many run at a time; None for two where no GPU is used and cores and memory allow it.
+        open_page: Open ``index.html`` in the browser at once; it fills as notebooks are done.
 
     Returns:
         Seconds that each notebook took, its kernel's start included.
@@ -90,7 +84,6 @@ def run_notebooks(
             f"{out} holds the originals, which are never written. Choose another folder: --out DIR."
         )
     with _output_folder(out), _terminable():
-        (out / "index.html").unlink(missing_ok=True)  # it would speak of an earlier run
         picked = pick_profile(profile_name)
         changes = {**environment_settings(), **(settings or {})}
         profile = load_profile(picked, **changes)
@@ -102,12 +95,19 @@ def run_notebooks(
         if profile.gpu_gib == 0:  # threads that wait for threads without a core wait long
             environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // jobs)))
         say(f"profile {profile.name}, model {profile.model_id}, data {profile.dataset_id}, into {out}")
-        pages = _execute_all(paths, out, cell_timeout_seconds, environment, jobs)
-        write(out / "index.html", _index_page(profile.name, pages))
-    for folder in [out / _RESULTS[path.stem] for path in paths if path.stem in _RESULTS]:
+
+        def show(seconds: Mapping[str, float | None], at_work: Collection[str] | None) -> None:
+            page = result_page(out, profile.name, profile.model_id, seconds, at_work)
+            write(out / "index.html", page)
+
+        show(dict.fromkeys(path.stem for path in paths), ())
+        if open_page:
+            webbrowser.open((out / "index.html").as_uri())
+        seconds = _execute_all(paths, out, cell_timeout_seconds, environment, jobs=jobs, show=show)
+    for folder in [out / RESULTS[path.stem] for path in paths if path.stem in RESULTS]:
         _report(folder)
     say(f"open:          {out / 'index.html'}")
-    return dict(pages)
+    return seconds
 
 
 def find_notebooks(folder: Path | None = None, only: str | None = None) -> list[Path]:
@@ -188,8 +188,14 @@ def _two_fit() -> bool:
 
 
 def _execute_all(
-    paths: list[Path], out: Path, timeout: int | None, environment: dict[str, str], jobs: int
-) -> list[tuple[str, float]]:
+    paths: list[Path],
+    out: Path,
+    timeout: int | None,
+    environment: dict[str, str],
+    *,
+    jobs: int,
+    show: _Show,
+) -> dict[str, float]:
     """Execute as many notebooks at a time as there are jobs; one that fails, or Ctrl-C, stops them all."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
@@ -197,7 +203,7 @@ def _execute_all(
     bars = Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
     waiting, stop = list(paths), threading.Event()
     running: dict[Future[float], Path] = {}
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float | None] = dict.fromkeys(path.stem for path in paths)
     with bars as progress, ThreadPoolExecutor(jobs) as pool:
         shared = Run(out, timeout, environment, progress, stop)
         try:
@@ -205,28 +211,23 @@ def _execute_all(
                 for path in _ready(paths, seconds, waiting)[: jobs - len(running)]:
                     waiting.remove(path)
                     running[pool.submit(execute, path, shared)] = path
+                    show(seconds, [path.stem for path in running.values()])
                 for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
                     path = running.pop(future)
-                    seconds[path.stem] = future.result()
-                    tell(f"{path.stem}: done in {clock(seconds[path.stem])}")
+                    seconds[path.stem] = took = future.result()
+                    tell(f"{path.stem}: done in {clock(took)}")
         finally:
             stop.set()
-    return [(path.stem, seconds[path.stem]) for path in paths]
+            show(seconds, None)
+    return {stem: took for stem, took in seconds.items() if took is not None}
 
 
-def _ready(paths: list[Path], done: Mapping[str, float], waiting: list[Path]) -> list[Path]:
+def _ready(paths: list[Path], seconds: Mapping[str, float | None], waiting: list[Path]) -> list[Path]:
     """Those of the waiting notebooks that need none that is still to be done."""
     stems = [path.stem for path in paths]
     needs = {stem: _NEEDS.get(stem, stems[:place]) for place, stem in enumerate(stems)}
-    return [p for p in waiting if all(stem in done or stem not in stems for stem in needs[p.stem])]
-
-
-def _index_page(profile_name: str, pages: list[tuple[str, float]]) -> str:
-    names = [(html.escape(stem), seconds) for stem, seconds in pages]
-    rows = "\n".join(
-        f'<li><a href="{name}.html">{name}</a> ({seconds:.0f} s)</li>' for name, seconds in names
-    )
-    return _INDEX_PAGE.format(title=f"llama-sft run, profile {html.escape(profile_name)}", rows=rows)
+    undone = {stem for stem, took in seconds.items() if took is None}
+    return [path for path in waiting if not undone.intersection(needs[path.stem])]
 
 
 def _report(folder: Path) -> None:

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from llama_sft_helpers.result_page import write_result_page
+from llama_sft_helpers.result_page import result_page
 
 SUMMARY = {
     "eval_loss_before": 2.0, "eval_loss_after": 1.5, "train_seconds": 83.4, "train_tokens": 12643,
@@ -26,9 +26,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def page_of(folder, seconds, at_work=()):
-    path = write_result_page(folder, "cpu-demo", "a model", seconds, at_work)
-    return path.read_text(encoding="utf-8")
+def page_of(folder, seconds, at_work=None):
+    return result_page(folder, "cpu-demo", "a model", seconds, at_work)
 
 
 def test_a_finished_run_shows_losses_curve_answers_and_what_to_do_next(folder):
@@ -48,6 +47,18 @@ def test_what_a_model_wrote_is_text_and_no_page(folder):
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert "2 &lt; 3?" in page
+
+
+def test_an_earlier_runs_results_are_not_shown(folder):
+    page = page_of(folder, {"06_training": None, "07_evaluation": None}, at_work=["06_training"])
+    assert "svg" not in page
+    assert "2 &lt; 3?" not in page
+
+
+def test_a_run_of_ones_own_is_read_from_its_folder(folder):
+    (folder / "your_run").mkdir()
+    (folder / "training_summary.json").rename(folder / "your_run" / "training_summary.json")
+    assert "2.000 → 1.500" in page_of(folder, {"09_your_run": 83.4})
 
 
 def test_nothing_is_fetched_from_a_network(folder):

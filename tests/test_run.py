@@ -63,7 +63,21 @@ def test_the_first_failing_cell_stops_the_run_with_its_own_message(write_noteboo
     assert "of an earlier run" not in (out / "01_bad.ipynb").read_text(encoding="utf-8")
     assert result.stdout.startswith("profile ci-tiny, model ")
     assert not (out / "02_next.ipynb").exists()
-    assert not (out / "index.html").exists()
+    index = (out / "index.html").read_text(encoding="utf-8")
+    assert "0 of 2 notebooks are done; the run stopped there." in index
+    assert "refresh" not in index
+
+
+def test_the_result_page_is_there_from_the_start_and_can_be_opened(write_notebooks, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    look = "page = open('index.html').read(); print('refresh' in page, page.count('running now'))"
+    out = tmp_path / "out"
+    originals = write_notebooks(n01_look=[look])
+    run_notebooks("ci-tiny", only=None, out=out, notebooks=originals, open_page=True)
+    assert opened == [(out / "index.html").as_uri()]
+    assert nbformat.read(out / "01_look.ipynb", 4).cells[0].outputs[0].text == "True 1\n"
+    assert "All notebooks are done." in (out / "index.html").read_text(encoding="utf-8")
 
 
 MEET = """
@@ -104,7 +118,7 @@ def test_a_failing_notebook_stops_the_one_beside_it(write_notebooks, tmp_path):
         run_notebooks("ci-tiny", only=None, out=out, notebooks=originals, jobs=2)
     assert time.monotonic() - start < 200
     assert not (out / "05_data.ipynb").exists()
-    assert not (out / "index.html").exists()
+    assert (out / "index.html").read_text(encoding="utf-8").count("not done") == 3
 
 
 REPORTS = "import time; from llama_sft_helpers.core.progress import report_step; report_step(1, 2, 0.5, 83.4)"
