@@ -199,13 +199,13 @@ BROKEN = {
         ({RESULT: '{"card": "H100", "command": "make record"}'}, "names no card or no versions"),
         ({RESULT: '{"card": 1, "versions": 1, "command": "x"}'}, "its command is 'x'"),
     ],
-    "readme_shows_the_recorded_ladder": [
+    "ladder_is_the_recorded_one": [
         (
             {"benchmarks/results/speed_h200_40gib.json": json.dumps({"command": "", "versions": {}, "rungs": [
                 {"rung": name, "tokens_per_second": speed, "peak_reserved_gib": 2}
                 for name, speed in {"plain": 1000, "fast": 5000}.items()
             ]})},
-            rf"README.md:1: lacks {re.escape(repr(text))}",
+            rf"docs/speed.md:1: lacks {re.escape(repr(text))}",
         )
         for text in ("| fast | 5,000 | 2.0 |", "5.0 times `plain`")
     ],

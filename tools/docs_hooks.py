@@ -58,6 +58,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Pages that lie in docs/ link to the notebooks on the site, and to other files in the repository."""
+    text = markdown.replace("](../notebooks/", "](notebooks/")
+    return text.replace("](../", f"]({config.repo_url}/blob/main/")
+
+
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Give the notebooks' figures their text alternatives."""
     if not page.file.src_uri.endswith(".ipynb"):
@@ -68,7 +74,9 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 def _markdown(path: Path, blob: str) -> str:
     """A page of the repository, with links to files outside the site pointing at the repository."""
     text = path.read_text(encoding="utf-8").replace("](docs/", "](").replace('src="docs/', 'src="')
-    return re.sub(r"\]\((?!https?://|#|notebooks/|images/|failures\.md)([\w./-]+)\)", rf"]({blob}\1)", text)
+    inside = "|".join(re.escape(page.name) for page in sorted((ROOT / "docs").glob("*.md")))
+    outside = rf"\]\((?!https?://|#|notebooks/|images/|CONTRIBUTING\.md|(?:{inside})[)#])([\w./-]+)\)"
+    return re.sub(outside, rf"]({blob}\1)", text)
 
 
 def _notebook(path: Path, blob: str) -> None:

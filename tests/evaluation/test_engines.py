@@ -126,8 +126,8 @@ def results(name):
 
 
 @pytest.mark.parametrize(("name", "bound"), [("ddp", 0.1), ("fsdp", 0.6)])
-def test_the_readme_says_what_two_gpus_gave(name, bound):
-    text, result = (ROOT / "README.md").read_text(encoding="utf-8"), results(name)
+def test_the_speed_page_says_what_two_gpus_gave(name, bound):
+    text, result = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8"), results(name)
     one = {row["part"]: row for row in result["runs"] if row["processes"] == 1}
     for two in result["runs"]:
         if two["processes"] == 1 or two["part"] == "resume" or two.get("beside_other_jobs"):
@@ -153,7 +153,7 @@ def test_what_is_said_of_fsdp_and_a_killed_rank_is_in_the_results():
     resume = results("ddp")["resume"]
     seconds, updates = resume["seconds_until_the_launcher_ended"], resume["updates_after_resuming"]
     said = f"ended after {seconds} s, and the {updates} updates"
-    assert said in (ROOT / "README.md").read_text("utf-8")
+    assert said in (ROOT / "docs" / "speed.md").read_text("utf-8")
     assert resume["largest_loss_difference"] < 0.001
 
 
