@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import html
-import re
 import sys
 import tempfile
 import threading
@@ -20,11 +18,10 @@ from rich.console import Console
 
 from llama_sft_helpers.core.files import write_text
 from llama_sft_helpers.core.progress import PROGRESS_FILE, ProgressLines
+from llama_sft_helpers.notebook_page import notebook_page
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-_NO_DESCRIPTION = "No description has been provided for this image"  # nbconvert's words
 
 
 class RunError(RuntimeError):
@@ -146,26 +143,9 @@ def _explained(error: Exception) -> str:
 
 def _write_notebook(notebook: Any, path: Path) -> None:
     import nbformat
-    from nbconvert import HTMLExporter
 
     write(path, nbformat.writes(notebook))
-    page, _ = HTMLExporter().from_notebook_node(notebook, resources={"metadata": {"name": path.stem}})
-    write(path.with_suffix(".html"), describe_figures(page, notebook))
-
-
-def describe_figures(page: str, notebook: Any) -> str:
-    """Give a page's figures the text alternatives that their cells carry as ``alt`` in their metadata.
-
-    nbconvert's own template says of every figure that it has no description.
-    """
-    texts = iter(
-        cell.metadata.get("alt", _NO_DESCRIPTION)
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    )
-    pattern = f'alt="{_NO_DESCRIPTION}"'
-    return re.sub(pattern, lambda _: f'alt="{html.escape(next(texts, _NO_DESCRIPTION))}"', page)
+    write(path.with_suffix(".html"), notebook_page(notebook, path.stem))
 
 
 def write(path: Path, text: str) -> None:

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from llama_sft_helpers.cli import app
 from llama_sft_helpers.core import progress
-from llama_sft_helpers.execution import RunError, describe_figures
+from llama_sft_helpers.execution import RunError
+from llama_sft_helpers.notebook_page import describe_figures
 from llama_sft_helpers.run import find_notebooks, run_notebooks
 
 COMMAND = [sys.executable, "-m", "llama_sft_helpers.cli"]

@@ -21,8 +21,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from llama_sft_helpers.memory import plan_memory, planned_peak_gib
+from llama_sft_helpers.notebook_page import describe_figures
 from llama_sft_helpers.profiles import read_profile
-from llama_sft_helpers.run import describe_figures
 from llama_sft_helpers.speed import plot_ladder, summarize_ladder
 from llama_sft_helpers.training import summarize_advice
 

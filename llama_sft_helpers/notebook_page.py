@@ -1,0 +1,68 @@
+"""An executed notebook as a page that needs no network: what ``llama-sft run`` writes beside the .ipynb."""
+
+from __future__ import annotations
+
+import copy
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+_NO_DESCRIPTION = "No description has been provided for this image"  # nbconvert's words
+# code is left alone: a fenced block, or a span in backticks; then $$ formula $$ or $ formula $
+_MATH = re.compile(r"(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|(?<![\\\w$])\$([^$\n]+?)\$(?![\w$])", re.DOTALL)
+_BADGE = re.compile(
+    r"\[!\[([^\]]*)\]\(https?://[^)]*\)\]"
+)  # a remote picture that is a link: its words remain
+_SIBLING = re.compile(r"\]\((\d\d_\w+)\.ipynb(#[^)]*)?\)")  # a link to another notebook: to its page
+
+
+def notebook_page(notebook: Any, name: str) -> str:
+    """The page of a notebook: nbconvert's, with formulas as MathML, a list of headings and copy buttons.
+
+    It fetches nothing: a badge becomes its words. Links to other notebooks lead to their pages.
+
+    Args:
+        notebook: As ``nbformat`` reads it; it stays as it is.
+        name: The page's title.
+    """
+    import jinja2
+    from nbconvert import HTMLExporter
+
+    notebook = copy.deepcopy(notebook)
+    formulas: list[str] = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            text = _BADGE.sub(r"[\1]", _SIBLING.sub(r"](\1.html\2)", cell.source))
+            cell.source = _MATH.sub(lambda found: _set_aside(found, formulas), text)
+    templates = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    exporter = HTMLExporter(extra_loaders=[templates], template_file="notebook_page.html.j2")
+    page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": name}})
+    page = re.sub(r"formula-set-aside-(\d+)-", lambda found: formulas[int(found[1])], page)
+    return describe_figures(page, notebook)
+
+
+def _set_aside(found: re.Match[str], formulas: list[str]) -> str:
+    """A formula's placeholder, which Markdown leaves alone; its MathML is added to ``formulas``."""
+    from latex2mathml.converter import convert
+
+    code, block, inline = found.groups()
+    if code:
+        return code
+    formulas.append(convert(block or inline, display="block" if block else "inline"))
+    return f"formula-set-aside-{len(formulas) - 1}-"
+
+
+def describe_figures(page: str, notebook: Any) -> str:
+    """Give a page's figures the text alternatives that their cells carry as ``alt`` in their metadata.
+
+    nbconvert's own template says of every figure that it has no description.
+    """
+    texts = iter(
+        cell.metadata.get("alt", _NO_DESCRIPTION)
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    )
+    pattern = f'alt="{_NO_DESCRIPTION}"'
+    return re.sub(pattern, lambda _: f'alt="{html.escape(next(texts, _NO_DESCRIPTION))}"', page)
