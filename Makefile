@@ -29,7 +29,8 @@ install: $(VENV)/.installed  ## what all others need, and nothing more
 demo: $(VENV)/.installed  ## the whole series in 8-bit on SmolLM2-135M-Instruct, no GPU, token or hub needed
 	$(BIN)/llama-sft run --profile cpu-demo --out $(DEMO)
 
-test: lint test-only  ## lint, types, unit tests and every notebook on the tiny model
+test: $(VENV)/.installed  ## lint, types, unit tests and every notebook on the tiny model
+	@$(MAKE) --no-print-directory --jobs=2 lint test-only
 
 test-only: $(VENV)/.installed  ## the tests without lint and types
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
