@@ -25,17 +25,18 @@ from llama_sft_helpers.training.summary import read_training_summary
 
 _IN_CHECKOUT = Path(__file__).parent.parent / "notebooks"
 
-# notebooks of the series -> those whose results they read; any other notebook waits for all before it
+# notebooks of the series -> those whose results they read; any other notebook waits for all before it. Where
+# several run at a time they are begun in this order: after two short ones the longest, and 07 has 06 in time.
 _NEEDS: dict[str, tuple[str, ...]] = {
     "01_environment": (),
     "02_login": (),
-    "03_quantization": (),
-    "04_lora": (),
-    "05_data": (),
     "06_training": (),
-    "07_evaluation": ("06_training",),
-    "08_speed": (),
     "09_your_run": (),
+    "04_lora": (),
+    "07_evaluation": ("06_training",),
+    "03_quantization": (),
+    "08_speed": (),
+    "05_data": (),
 }
 _Show = Callable[[Mapping[str, float | None], Collection[str] | None], None]  # seconds, and those at work
 _GIB_FOR_TWO = 6.0  # of free memory: what two of the series' notebooks take on a CPU, and some room
@@ -201,7 +202,9 @@ def _execute_all(
 
     columns = ("{task.description:<18}", BarColumn(), MofNCompleteColumn(), "cells", TimeElapsedColumn())
     bars = Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
-    waiting, stop = list(paths), threading.Event()
+    order = list(_NEEDS) if jobs > 1 else []
+    waiting = sorted(paths, key=lambda path: order.index(path.stem) if path.stem in order else len(order))
+    stop = threading.Event()
     running: dict[Future[float], Path] = {}
     seconds: dict[str, float | None] = dict.fromkeys(path.stem for path in paths)
     with bars as progress, ThreadPoolExecutor(jobs) as pool:
