@@ -86,7 +86,8 @@ def _tiles(summary: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
     if not summary:
         return []
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
-    tokens = f"{summary['train_tokens']:,.0f} tokens, {summary['tokens_per_second']:,.0f} a second"
+    each_second = summary["train_tokens"] / max(summary["train_seconds"], 1e-9)  # 09 writes no such figure
+    tokens = f"{summary['train_tokens']:,.0f} tokens, {each_second:,.0f} a second"
     return [
         ("Held-out loss", f"{before:.3f} → {after:.3f}", f"{after / before - 1:+.1%}, nats per token"),
         ("Training", clock(summary["train_seconds"]), tokens),

@@ -9,7 +9,7 @@ from llama_sft_helpers.result_page import result_page
 
 SUMMARY = {
     "eval_loss_before": 2.0, "eval_loss_after": 1.5, "train_seconds": 83.4, "train_tokens": 12643,
-    "tokens_per_second": 151.6, "peak_gib": 4.08, "device": "CPU", "profile": "cpu-demo",
+    "peak_gib": 4.08, "device": "CPU", "profile": "cpu-demo",
     "prompt_format": "alpaca", "adapter_sha256": "0" * 64, "data": "rows", "columns": "", "versions": {},
 }  # fmt: skip
 ANSWER = {"prompt": "2 < 3?", "base": "<script>alert(1)</script>", "base_tokens": 8, "base_stopped": False}
