@@ -287,7 +287,8 @@ class TestPublishedAdapter:
             for source in cells:
                 machine.run(source.replace('adapter = ""', f'adapter = "{self.NAME}"'))
             found = machine.run(
-                "print(sorted(p.name for p in adapter_folder.iterdir()), trained_on, training)"
+                "print(sorted(p.name for p in adapter_folder.iterdir()), "
+                "evaluation.find_base_model(adapter_folder), training)"
             )
         assert "['adapter_config.json'] tiny-llama {}" in found
 
