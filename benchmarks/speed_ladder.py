@@ -55,6 +55,7 @@ class Rung:
     int8_units: bool = False
     outlier_columns: int = 0
     only_backward: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
     compile_layers: bool = False
     quick_steps: bool = False
     budget: float = 1.0
@@ -94,6 +95,8 @@ RUNGS = [
          **{**_UNITS, "outlier_columns": 0}),
     Rung("int8 units, closer", "as int8 units, output of down_proj in 16 bits", extra=True,
          **{**_UNITS, "only_backward": ("down_proj",)}),
+    Rung("int8 units, without down_proj", "as int8 units, down_proj in 16 bits", extra=True,
+         **{**_UNITS, "leave_out": ("down_proj",)}),
     # for small cards: the activations computed again
     Rung("int8 units, checkpointing", "as int8 units, with checkpointing", extra=True,
          **{**_UNITS, "checkpointing": True, "budget": 1.0}),
@@ -275,7 +278,7 @@ def run_rung(rung: Rung, args: argparse.Namespace) -> dict[str, Any]:  # noqa: P
     if rung.int8_units:
         ids = [token for row in dataset["input_ids"][:64] for token in row][:2048]
         calibration = {"input_ids": torch.tensor([ids], device=device)} if rung.outlier_columns else None
-        speed.use_int8_units(model, calibration, rung.outlier_columns, only_backward=rung.only_backward)
+        speed.use_int8_units(model, calibration, rung.outlier_columns, rung.leave_out, rung.only_backward)
     if not rung.fuse_lora:
         from peft.tuners.lora.bnb import Linear8bitLt
 

@@ -78,6 +78,7 @@ def plot_ladder(
     ax.set_yticks(range(len(values)), [str(name) for name in values.index])
     ax.invert_yaxis()
     ax.set_xlim(0, float(values.max()) * 1.3)
+    ax.locator_params(axis="x", nbins=5)
     ax.set_xlabel(_ACROSS.get(column, column.replace("_", " ")))
     ax.xaxis.set_major_formatter("{x:,g}")
     ax.set_title(f"{column.replace('_', ' ').replace(' gib', '')} by rung")
