@@ -1,7 +1,7 @@
 """MkDocs hook: builds the site's pages from the files that already hold their content.
 
-The README becomes the start page, the notebooks are taken as recorded, the API has a page for each module or
-package, and the benchmark page is drawn from ``benchmarks/results/*.json``. Nothing is copied into ``docs/``.
+The start page takes parts of the README, the notebooks are taken as recorded, the API has a page for each
+module or package, and the benchmark page is drawn from ``benchmarks/results/*.json``. Nothing is copied.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import inspect
 import posixpath
 from typing import Any
 
+import docs_home
+import docs_results
+import jinja2
 import nbformat
 from docs_markdown import API, ROOT, button, page_of, site_links
 from mkdocs.config.defaults import MkDocsConfig
@@ -21,11 +24,15 @@ from mkdocs.structure.pages import Page
 from llama_sft_helpers.notebook_page import put_back
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+TEMPLATES = {"index.md": docs_home, "benchmarks.md": docs_results}  # page -> what it calls
+TEMPLATING = jinja2.Environment(undefined=jinja2.StrictUndefined)  # noqa: S701 (Markdown: nothing to escape)
 PIECES: dict[str, list[str]] = {}  # page -> what is put back into it as HTML
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Name the notebooks and the API's pages in the navigation, each at the place of its name there."""
+    """Say where GitHub will serve the site, and name notebooks and the API's pages in the navigation."""
+    owner, name = config.repo_url.split("/")[-2:]
+    config.site_url = f"https://{owner}.github.io/{name}/"
     groups = [
         {group: [{name: f"api/{name}.md"} for name in API if API[name] == group]}
         for group in dict.fromkeys(API.values())
@@ -42,7 +49,6 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     pages: dict[str, str | bytes] = {
-        "index.md": (ROOT / "README.md").read_text(encoding="utf-8"),
         "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
         "CHANGELOG.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
         **_api_pages(),
@@ -61,6 +67,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Lead links between files of the repository to pages of the site, where there is one."""
     uri = page.file.src_uri
+    if uri in TEMPLATES:
+        markdown = TEMPLATING.from_string(markdown).render(vars(TEMPLATES[uri]))
     folder = "docs" if (ROOT / "docs" / uri).is_file() else posixpath.dirname(uri)
     return button(site_links(markdown, folder, uri, f"{config.repo_url}/blob/main/"))
 

@@ -1,0 +1,62 @@
+"""What the start page takes from the README: ``docs/index.md`` is a template that calls these functions."""
+
+from __future__ import annotations
+
+import re
+
+from docs_markdown import LINK, ROOT
+
+from llama_sft_helpers.speed import read_results
+
+# Two pictures in a table of the README: headings, rule, pictures, captions.
+_PICTURES = re.compile(
+    r"(?m)^\| (.*) \| (.*) \|\n\|---\|---\|\n\| (!\[.*) \| (!\[.*) \|\n\| (.*) \| (.*) \|$"
+)
+_ROW = re.compile(
+    r"(?m)^\| \[`(?P<stem>\d\d_\w+)`\]\((?P<page>[^)]*)\) \| (?P<badge>.*?) \| (?P<cpu>.*?) \| (?P<gpu>.*?)"
+    r" \| (?P<card>.*?) \| (?P<seen>.*?) \|"
+)
+
+
+def readme(title: str) -> str:
+    """A section of the README without its heading; "" is what stands before the first one."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = LINK.sub(lambda link: f"{link[1]}../{link[2]}", text)  # as seen from docs/
+    opening, *sections = re.split(r"(?m)^## ", text)
+    if not title:
+        return _PICTURES.sub(_figures, opening)
+    (found,) = (text for text in sections if text.startswith(f"{title}\n"))
+    return found.removeprefix(title)
+
+
+def _figures(table: re.Match[str]) -> str:
+    """Two figures side by side, or one above the other on a phone."""
+    cells = table.groups()  # two headings, two pictures, two captions
+    figures = [
+        f'<figure markdown="1">\n\n{picture}\n\n'
+        f'<figcaption markdown="span">{heading}: {caption}</figcaption>\n\n</figure>'
+        for heading, picture, caption in zip(cells[:2], cells[2:4], cells[4:], strict=True)
+    ]
+    return '<div class="grid" markdown="1">\n\n{}\n\n</div>'.format("\n\n".join(figures))
+
+
+def cards() -> str:
+    """The README's table of notebooks as cards."""
+    rows = [row.groupdict() | {"name": _name(row["stem"])} for row in _ROW.finditer(readme("The steps"))]
+    card = (
+        "-   **[{name}]({page})**\n\n    {seen}\n\n"
+        "    {cpu} on two CPU cores, {gpu} with 8B on a GPU. GPU: {card}.\n\n    {badge}"
+    )
+    listed = "\n\n".join(card.format(**row) for row in rows)
+    return f'<div class="grid cards" markdown="1">\n\n{listed}\n\n</div>'
+
+
+def _name(stem: str) -> str:
+    number, _, word = stem.partition("_")
+    return f"{number} · {word.replace('_', ' ').capitalize().replace('Lora', 'LoRA')}"
+
+
+def times_plain(rung: str) -> float:
+    """How many times as fast as the plain recipe a rung of the measured ladder is."""
+    speed = {row["rung"]: row.get("tokens_per_second") for row in read_results("speed_h200_40gib")["rungs"]}
+    return speed[rung] / speed["plain"]
