@@ -1,5 +1,8 @@
 """The site's Markdown: what stands in a recorded notebook is on its page, and its links lead somewhere."""
 
+import docs_home
+import docs_results
+import jinja2
 import nbformat
 import pytest
 from docs_markdown import ROOT, button, page_of, site_links
@@ -59,3 +62,30 @@ def test_a_notebook_opens_with_its_title_button_and_minutes(path):
     assert "\n- Time: " in text
     assert "badge.svg" not in text
     assert "[next: " not in text
+
+
+TEMPLATING = jinja2.Environment(undefined=jinja2.StrictUndefined)
+
+
+def test_the_start_page_has_a_card_for_each_notebook_and_the_readmes_figures():
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    page = TEMPLATING.from_string(text).render(vars(docs_home))
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert f"](../notebooks/{path.name})**" in page
+        assert f"blob/main/notebooks/{path.name})\n" in page  # its link to Colab
+    assert page.count("<figure") == 2
+    assert " min on two CPU cores, " in page
+
+
+def test_the_benchmark_page_speaks_of_every_result():
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    page = TEMPLATING.from_string(text).render(vars(docs_results))
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert f"[`{path.name}`](../benchmarks/results/{path.name})" in page
+
+
+def test_bars_are_as_long_as_their_values():
+    chart = docs_results.bars([("a<b", 2), ("c", 4), ("d", None)], missing="did not finish", mark={"c": 3})
+    assert '>a&lt;b</th><td><span style="width:50.0%"></span></td><td>2</td>' in chart
+    assert '<span style="width:100.0%"></span><i style="left:75.0%"></i></td><td>4 / 3</td>' in chart
+    assert "<td>did not finish</td>" in chart

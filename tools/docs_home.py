@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from docs_markdown import LINK, ROOT
+from docs_markdown import BADGE, LINK, ROOT
 
 from llama_sft_helpers.speed import read_results
 
@@ -42,9 +42,10 @@ def _figures(table: re.Match[str]) -> str:
 
 def cards() -> str:
     """The README's table of notebooks as cards."""
-    rows = [row.groupdict() | {"name": _name(row["stem"])} for row in _ROW.finditer(readme("The steps"))]
+    text = BADGE.sub(r"[Open in Colab](\1)", readme("The steps"))  # a link each, as nine buttons would shout
+    rows = [row.groupdict() | {"name": _name(row["stem"])} for row in _ROW.finditer(text)]
     card = (
-        "-   **[{name}]({page})**\n\n    {seen}\n\n"
+        "-   **[{name}]({page})**: {seen}\n\n"
         "    {cpu} on two CPU cores, {gpu} with 8B on a GPU. GPU: {card}.\n\n    {badge}"
     )
     listed = "\n\n".join(card.format(**row) for row in rows)
