@@ -100,7 +100,7 @@ def _memory() -> dict[str, Any]:
 def _card(config: ModelConfig, profile: Profile, gib: float) -> dict[str, Any]:
     batches = sorted({*_BATCHES, profile.per_device_train_batch_size})
     lengths = sorted({*_LENGTHS, profile.max_length})
-    settings = [
+    settings: list[dict[str, Any]] = [
         {"gradient_checkpointing": again, "per_device_train_batch_size": batch, "max_length": length}
         for again, batch, length in itertools.product((False, True), batches, lengths)
     ]
