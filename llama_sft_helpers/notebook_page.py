@@ -34,23 +34,31 @@ def notebook_page(notebook: Any, name: str) -> str:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             text = _BADGE.sub(r"[\1]", _SIBLING.sub(r"](\1.html\2)", cell.source))
-            cell.source = _MATH.sub(lambda found: _set_aside(found, formulas), text)
+            cell.source = set_formulas_aside(text, formulas)
     templates = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     exporter = HTMLExporter(extra_loaders=[templates], template_file="notebook_page.html.j2")
     page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": name}})
-    page = re.sub(r"formula-set-aside-(\d+)-", lambda found: formulas[int(found[1])], page)
-    return describe_figures(page, notebook)
+    return describe_figures(put_back(page, formulas), notebook)
 
 
-def _set_aside(found: re.Match[str], formulas: list[str]) -> str:
-    """A formula's placeholder, which Markdown leaves alone; its MathML is added to ``formulas``."""
+def set_formulas_aside(text: str, pieces: list[str]) -> str:
+    """Markdown with a placeholder for each formula, which it leaves alone; MathML is added to ``pieces``."""
+    return _MATH.sub(lambda found: _set_aside(found, pieces), text)
+
+
+def put_back(page: str, pieces: list[str]) -> str:
+    """The page with the pieces in the place of their placeholders, ``set-aside-0-`` and so on."""
+    return re.sub(r"set-aside-(\d+)-", lambda found: pieces[int(found[1])], page)
+
+
+def _set_aside(found: re.Match[str], pieces: list[str]) -> str:
     from latex2mathml.converter import convert
 
     code, block, inline = found.groups()
     if code:
         return code
-    formulas.append(convert(block or inline, display="block" if block else "inline"))
-    return f"formula-set-aside-{len(formulas) - 1}-"
+    pieces.append(convert(block or inline, display="block" if block else "inline"))
+    return f"set-aside-{len(pieces) - 1}-"
 
 
 def describe_figures(page: str, notebook: Any) -> str:
