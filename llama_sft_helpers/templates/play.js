@@ -61,7 +61,7 @@ function bars(rows, width, top = 0) {
 const sections = {
   grid(section, form) {
     const [bits, absmax, outlier] = [form.bits, form.absmax, form.outlier].map((field) => Number(field.value));
-    show(form.outlier, outlier === 1 ? "none" : `${outlier} times`);
+    show(form.outlier, outlier === 1 ? "none" : String(outlier));
     const { weights, codes, step, error } = quantizeRow(DATA, bits, absmax, outlier);
     const levels = 2 ** bits - 1;
     const zeros = codes.filter((code, i) => code === 0 && weights[i] !== 0).length;
