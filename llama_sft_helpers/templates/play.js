@@ -187,7 +187,8 @@ function duration(hours) {
 // Weights from left to right, their value upwards: a ring before rounding, a dot on its level after.
 function paintGrid(width, height, { weights, codes, step, absmax }) {
   const [left, top, bottom] = [52, 16, 22];
-  const reach = absmax * 1.1;
+  const near = codes.map((code) => Math.abs(code * step)).filter((_, i) => Math.abs(weights[i]) <= absmax * 1.001);
+  const reach = 1.08 * Math.max(absmax, ...near);
   const y = (value) => top + ((reach - value) / (2 * reach)) * (height - top - bottom);
   const x = (i) => left + ((i + 0.5) / weights.length) * (width - left - 6);
   const shapes = [];
