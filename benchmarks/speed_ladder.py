@@ -100,6 +100,8 @@ RUNGS = [
     # for small cards: the activations computed again
     Rung("int8 units, checkpointing", "as int8 units, with checkpointing", extra=True,
          **{**_UNITS, "checkpointing": True, "budget": 1.0}),
+    Rung("int8 units, without down_proj, checkpointing", "down_proj in 16 bits", extra=True,
+         **{**_UNITS, "checkpointing": True, "budget": 1.0, "leave_out": ("down_proj",)}),
     Rung("int8 units, checkpointing, 6 blocks", "twice the tokens", extra=True,
          **{**_UNITS, "checkpointing": True, "budget": 1.0, "rows": 6, "same_data_as": ""}),
     Rung("compiled, 6 blocks", "as compiled, twice the tokens", extra=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import signal
+import webbrowser
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -131,6 +132,25 @@ def run(
         "open_page": open_page,
     }
     _run(changes or [], named, cell_timeout, **choices)
+
+
+@app.command()
+def play(
+    out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("outputs"),
+    open_page: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Write play.html: rounding, adapters, tokens, memory and cost to play with; needs no network."""
+    from llama_sft_helpers.execution import RunError, write
+    from llama_sft_helpers.play import play_page
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write(page := out.absolute() / "play.html", play_page())
+    except (OSError, RunError) as error:
+        _fail(error)
+    typer.echo(page)
+    if open_page:
+        webbrowser.open(page.as_uri())
 
 
 def _run(changes: list[str], named: Mapping[str, str | None], cell_timeout: int, **choices: Any) -> None:

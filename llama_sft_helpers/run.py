@@ -19,6 +19,7 @@ from rich.console import Console
 from llama_sft_helpers.core.files import FilesError
 from llama_sft_helpers.core.progress import clock
 from llama_sft_helpers.execution import Run, RunError, execute, say, tell, write
+from llama_sft_helpers.play import play_page
 from llama_sft_helpers.result_page import RESULTS, result_page
 from llama_sft_helpers.settings import environment_settings
 from llama_sft_helpers.training.summary import read_training_summary
@@ -101,6 +102,7 @@ def run_notebooks(
             page = result_page(out, profile.name, profile.model_id, seconds, at_work)
             write(out / "index.html", page)
 
+        write(out / "play.html", play_page(home="index.html"))
         show(dict.fromkeys(path.stem for path in paths), ())
         if open_page:
             webbrowser.open((out / "index.html").as_uri())

@@ -78,6 +78,8 @@ def test_the_result_page_is_there_from_the_start_and_can_be_opened(write_noteboo
     run_notebooks("ci-tiny", only=None, out=out, notebooks=originals, open_page=True)
     assert opened == [(out / "index.html").as_uri()]
     assert nbformat.read(out / "01_look.ipynb", 4).cells[0].outputs[0].text == "True 1\n"
+    assert '<a href="play.html">' in (out / "index.html").read_text(encoding="utf-8")
+    assert '<a href="index.html">' in (out / "play.html").read_text(encoding="utf-8")
     assert "All notebooks are done." in (out / "index.html").read_text(encoding="utf-8")
 
 
