@@ -5,12 +5,12 @@ import docs_results
 import jinja2
 import nbformat
 import pytest
-from docs_markdown import ROOT, button, page_of, site_links
+from docs_markdown import API, ROOT, button, page_of, site_links
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from record import NO_WIDGET
 
 from llama_sft_helpers.notebook_page import put_back
 
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAYAAAD0In+KAAAAC0lEQVR42mNgQAcAABIAAXfx+oEAAAAASUVORK5CYII="
 BLOB = "https://github.com/a/b/blob/main/"
 
 
@@ -38,12 +38,32 @@ def test_outputs_keep_what_markdown_would_change():
     outputs = [
         new_output("stream", text="``` *a* <b>"),
         new_output("display_data", data={"text/html": '<style>td{}</style><table border="1"><tr><td>_1_'}),
-        new_output("display_data", data={"image/png": PNG}),
+        new_output(
+            "display_data",
+            data={"image/png": "AAAA"},
+            metadata={"image/png": {"alt": 'say "x"', "width": 2, "height": 1}},
+        ),
     ]
-    text, files = page(new_code_cell("x = 1", outputs=outputs, metadata={"alt": 'say "x"'}))
+    text, files = page(new_code_cell("x = 1", outputs=outputs))
     assert "<pre>``` *a* &lt;b&gt;</pre><table><tr><td>_1_<img" in text
     assert 'alt="say &quot;x&quot;" width="2" height="1"' in text
     assert list(files) == ["figure-1.png"]
+
+
+@pytest.mark.parametrize(("source", "name"), [("login_widget()", "login"), ("chat_box(answer)", "chat")])
+def test_a_widget_is_a_picture_of_it(source, name):
+    output = new_output("display_data", data={"text/plain": NO_WIDGET})
+    text, _ = page(new_code_cell(source, outputs=[output]))
+    assert f'<img src="../../widgets/{name}.png" alt="A field for ' in text
+    assert (ROOT / "docs" / "widgets" / f"{name}.png").is_file()
+
+
+def test_every_module_has_a_page():
+    package = ROOT / "llama_sft_helpers"
+    modules = {path.stem for path in package.glob("[a-z]*.py")} | {
+        path.parent.name for path in package.glob("*/__init__.py")
+    }
+    assert modules - set(API) == {"core"}  # each fact that several steps need; offered by those it is about
 
 
 def test_titled_cells_are_folded_and_formulas_are_mathml():

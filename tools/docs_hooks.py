@@ -22,6 +22,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from llama_sft_helpers.notebook_page import put_back
+from llama_sft_helpers.play import play_page
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 TEMPLATES = {"index.md": docs_home, "benchmarks.md": docs_results}  # page -> what it calls
@@ -51,6 +52,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages: dict[str, str | bytes] = {
         "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
         "CHANGELOG.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+        "play.html": play_page(home="index.html"),
         **_api_pages(),
     }
     for path in NOTEBOOKS:

@@ -10,11 +10,11 @@ import base64
 import html
 import posixpath
 import re
-import struct
 from pathlib import Path
 from typing import Any
 
 from check_package import STEPS
+from record import NO_WIDGET
 
 from llama_sft_helpers.notebook_page import set_formulas_aside
 
@@ -24,10 +24,17 @@ API = {  # module or package -> its group among the pages of the API
     **dict.fromkeys(
         ("memory", "profiles", "settings", "tables", "demo_model", "doctor"), "Shared by several"
     ),
-    **dict.fromkeys(("cli", "run", "execution", "notebook_page", "result_page"), "Behind the commands"),
+    **dict.fromkeys(
+        ("cli", "run", "execution", "notebook_page", "result_page", "play"), "Behind the commands"
+    ),
 }
 LINK = re.compile(r'(\]\(|src=")([\w./-]+)(?=[)"#])')
 BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\(([^)]*)\)")  # its picture would come from the network
+# Pictures that the tests in a browser took, and what they show.
+WIDGETS = {
+    "login": "A field for a token, a button to log in, and below them: no token found.",
+    "chat": "A field for an instruction, a button to send it, and a switch between tuned and base model.",
+}
 _TITLE = re.compile(r"# @title (.*)\n")  # of a cell that Colab and Jupyter show folded
 
 
@@ -105,9 +112,13 @@ def _output(output: Any, cell: Any, files: dict[str, bytes]) -> str:
         return _printed(output.text)
     data = output.get("data", {})
     if "image/png" in data:
-        return _picture(base64.b64decode(data["image/png"]), cell.metadata.get("alt", ""), files)
+        return _picture(data["image/png"], output.metadata.get("image/png", {}), files)
     if "text/html" in data:
         return _table(data["text/html"])
+    if data["text/plain"] == NO_WIDGET:
+        name = "login" if "login" in cell.source else "chat"
+        alt = html.escape(WIDGETS[name])
+        return f'<p>{NO_WIDGET}</p><img src="../../widgets/{name}.png" alt="{alt}" loading="lazy">'
     return _printed(data["text/plain"])
 
 
@@ -115,11 +126,12 @@ def _printed(text: str) -> str:
     return f"<pre>{html.escape(text.rstrip())}</pre>"
 
 
-def _picture(png: bytes, alt: str, files: dict[str, bytes]) -> str:
+def _picture(png: str, metadata: Any, files: dict[str, bytes]) -> str:
+    """A figure in the size that the notebook shows it, with the text alternative that was recorded."""
     name = f"figure-{len(files) + 1}.png"
-    files[name] = png
-    width, height = struct.unpack(">II", png[16:24])  # where every PNG has them
-    return f'<img src="{name}" alt="{html.escape(alt)}" width="{width}" height="{height}" loading="lazy">'
+    files[name] = base64.b64decode(png)
+    size = "".join(f' {key}="{html.escape(str(value))}"' for key, value in metadata.items())
+    return f'<img src="{name}"{size} loading="lazy">'
 
 
 def _table(text: str) -> str:

@@ -39,6 +39,7 @@ PICTURES = ROOT / "docs" / "images"
 TIMES = ROOT / "benchmarks" / "results" / "cpu_demo.json"
 PROFILE = "cpu-demo"
 KEY = "llama_sft"
+NO_WIDGET = "A widget, which a running notebook draws here."  # the site shows a picture of it
 VERSIONS_OF = (
     "torch",
     "transformers",
@@ -146,7 +147,7 @@ def _is_progress(output: Any) -> bool:
 def _clean_output(output: Any, alt: str | None, replacements: dict[str, str], table_id: str) -> None:
     data = output.get("data", {})
     if data.pop("application/vnd.jupyter.widget-view+json", None) is not None:
-        data["text/plain"] = "A widget, which a running notebook draws here."
+        data["text/plain"] = NO_WIDGET
     if "image/png" in data:
         data["image/png"] = _in_few_colours(data["image/png"])
     if alt and "image/png" in data:

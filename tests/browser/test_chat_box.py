@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from adapter_fixture import train_adapter
-from browser_lab import ARTIFACTS, jupyter_lab, open_and_run_all
+from browser_lab import ARTIFACTS, jupyter_lab, open_and_run_all, picture_of_widget
 
 from llama_sft_helpers.profiles import load_profile
 from llama_sft_helpers.training import hash_files, write_training_summary
@@ -52,6 +52,7 @@ def field_of(page):
 
 def test_a_message_typed_while_cells_run_arrives_whole_and_is_answered(page):
     field = field_of(page)
+    picture_of_widget(field, "chat")
     field.press_sequentially("Name three fruits.")
     field.press("Enter")
     answered(page, "Name three fruits.")

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from browser_lab import ARTIFACTS, jupyter_lab, open_and_run_all, wait_for
+from browser_lab import ARTIFACTS, jupyter_lab, open_and_run_all, picture_of_widget, wait_for
 from fake_hub import Account, FakeHub
 
 pytestmark = pytest.mark.browser
@@ -62,6 +62,7 @@ def test_run_all_does_not_wait_for_a_token(page):
     assert "No token found" in status_of(page, "idle")
     page.get_by_role("rowheader", name=LAST_CELL).wait_for(state="attached")
     page.screenshot(path=ARTIFACTS / "1-no-token.png")
+    picture_of_widget(field_of(page), "login")
 
 
 def test_wrong_token_with_enter(page):

@@ -59,6 +59,12 @@ def wait_for(condition, seconds):
     return held
 
 
+def picture_of_widget(field, name):
+    """A picture of the output that holds a field, as ``docs/widgets`` keeps it for the site."""
+    output = field.locator("xpath=ancestor::div[contains(@class, 'jp-OutputArea-output')][1]")
+    output.screenshot(path=ARTIFACTS / f"{name}.png")
+
+
 def _answers(address):
     with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=2) as page:
         return page.status == 200
