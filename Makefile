@@ -11,7 +11,7 @@ INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m p
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: colab-lookalike demo install lock newest test test-only test-avx2 test-default test-one-thread test-cpus test-slow test-gpu test-browser lint format record failures badges docs clean tiny-llama
+.PHONY: colab-lookalike demo install lock newest test test-only test-avx2 test-default test-one-thread test-cpus test-slow test-gpu test-browser test-site lint format record failures badges docs clean tiny-llama
 
 $(VENV)/.installed: $(REQS) $(LOCK)
 	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12"'
@@ -115,6 +115,10 @@ $(VENV)/.docs: $(VENV)/.installed requirements-docs.txt
 
 docs: $(VENV)/.docs  ## the static site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+test-site: docs  ## every page in headless Chromium; with AXE_JS, axe-core's file, its accessibility too
+	$(BIN)/python -m pip install --quiet playwright
+	$(BIN)/python -m pytest -m browser tests/browser/test_site.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-lock $(NEWEST) $(DEMO) outputs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache test-artifacts

@@ -6,7 +6,7 @@ Run with ``make test-browser``; it needs Debian's ``chromium``. Screenshots: ``t
 import json
 
 import pytest
-from browser_lab import ARTIFACTS, CHROMIUM, FLAGS
+from browser_lab import ARTIFACTS
 from play_settings import assert_equal, settings
 
 from llama_sft_helpers.play import play_data, play_page
@@ -14,17 +14,6 @@ from llama_sft_helpers.play import play_data, play_page
 pytestmark = pytest.mark.browser
 
 VIEWS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if not CHROMIUM:
-        pytest.skip("no chromium: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=VIEWS, ids=lambda view: f"{view[0]}-{view[1]}")
