@@ -145,6 +145,7 @@ LOWEST = "The loss was lowest after step 8 (1.2000). By step 12 it was"
 FINDINGS = [
     (ROSE, 2, {}, "not as hoped", f"Overfitted. {LOWEST} 1.9000; max_steps=8"),
     (ROSE, 2, {}, "not as hoped", "Rows held out: 2."),
+    (ROSE, 200, {"epochs": 0.9}, "not as hoped", f"{LOWEST} 1.9000; max_steps=8"),
     (ROSE, 200, KEPT, "not as hoped", "Its checkpoint is kept: run/checkpoint-8."),
     (ROSE, 200, {"best_is_saved": True}, "as hoped", "The adapter of step 8 is saved."),
     ((1.4, 1.2, 1.21), 200, KEPT, "as hoped", f"{LOWEST} 1.2100, which is within 1% of that."),
@@ -155,11 +156,13 @@ FINDINGS = [
 
 @pytest.mark.parametrize(("losses", "rows", "kept", "verdict", "advice"), FINDINGS)
 def test_a_held_out_loss_is_a_finding_with_advice(losses, rows, kept, verdict, advice):
-    history = [{"step": 4 * n, "eval_loss": loss} for n, loss in enumerate(losses, start=1)]
+    epochs, kept = kept.get("epochs", 3.0), {name: value for name, value in kept.items() if name != "epochs"}
+    history = [{"step": 4 * n, "epoch": epochs, "eval_loss": loss} for n, loss in enumerate(losses, start=1)]
     row = training.summarize_training_result(history, 1.5, rows, **kept).iloc[0]
     assert (row["verdict"], row["hoped for"]) == (verdict, "below 1.5000")
     assert advice in row["advice"]
     assert ("max_steps" in row["advice"]) == (losses == ROSE)
+    assert ("Overfitted" in row["advice"]) == (losses == ROSE and epochs > 1)
 
 
 # --- The notebooks ---

@@ -17,6 +17,7 @@ def plot_int8_units() -> Axes:
         (2.5, 7.6, 2.2, 1.5, "inputs,\n16 bits", SKY),
         (0, 5.2, 2.2, 1.5, "weight,\n16 bits", SKY),
         (0.3, 2.8, 4.1, 1.5, "product on the\n16-bit units", BLUE),
+        (0.3, 0.2, 4.1, 1.7, "plus LoRA\nin 16 bits", SKY),
         (5.3, 7.6, 2.2, 1.5, "weight,\nint8", ORANGE),
         (7.8, 7.6, 2.2, 1.5, "inputs,\n16 bits", SKY),
         (7.3, 5.2, 1.9, 1.5, "inputs,\nint8", ORANGE),
@@ -27,6 +28,7 @@ def plot_int8_units() -> Axes:
         ((1.1, 7.6), (1.1, 6.7)),
         ((1.1, 5.2), (1.9, 4.3)),
         ((3.6, 7.6), (2.9, 4.3)),
+        ((2.35, 2.8), (2.35, 1.9)),
         ((8.6, 7.6), (8.4, 6.7)),
         ((6.4, 7.6), (6.4, 4.3)),
         ((7.9, 5.2), (7.2, 4.3)),
@@ -34,5 +36,5 @@ def plot_int8_units() -> Axes:
         ((9.6, 7.6), (9.6, 1.9)),
     ]
     ax = new_diagram(9.4, boxes, arrows)
-    ax.set_title("fast: weight to 16 bits (left);\nint8 units: inputs to int8 (right)")
+    ax.set_title('"fast" turns the weight into 16 bits (left),\n"int8 units" the inputs into int8 (right)')
     return ax

@@ -15,6 +15,11 @@ def rose(lowest: float, end: float) -> bool:
     return end - lowest > LEVEL * lowest
 
 
+def seen_again(log_history: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rows were trained on more than once: in the first epoch none can be learned by heart."""
+    return max(row.get("epoch", 0.0) for row in log_history) > 1
+
+
 def summarize_training_result(
     log_history: Sequence[Mapping[str, Any]],
     before: float,
@@ -50,7 +55,8 @@ def summarize_training_result(
         kept = f"The adapter of step {step} is saved." if best_is_saved else kept
         told = f"The loss was lowest after step {step} ({lowest:.4f}). By step {last} it was {end:.4f}"
         level = f"{told}, which is within {LEVEL:.0%} of that."
-        told = f"Overfitted. {told}; max_steps={step} would do." if rose(lowest, end) else level
+        name = "Overfitted. " if seen_again(log_history) else ""
+        told = f"{name}{told}; max_steps={step} would do." if rose(lowest, end) else level
         advice.append(f"{told} {kept}".rstrip())
     if eval_rows < FEW_ROWS:
         advice.append(f"Rows held out: {eval_rows}. With so few, either direction may be luck.")

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from llama_sft_helpers.core.findings import LEVEL
 from llama_sft_helpers.core.plots import BLUE, RED, new_axes
 from llama_sft_helpers.core.progress import clock, report_step
-from llama_sft_helpers.training.findings import rose
+from llama_sft_helpers.training.findings import rose, seen_again
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -223,7 +223,8 @@ def plot_overfitting(log_history: Sequence[Mapping[str, Any]], before: float | N
     step = min(held_out, key=lambda step: held_out[step])
     ax.axvline(step, ymax=0.83, color="black", linewidth=1)  # up to the legend
     lowest, end = held_out[step], held_out[max(held_out)]
-    ending = "then rose: overfitting" if rose(lowest, end) else f"at the end within {LEVEL:.0%} of that"
+    risen = "then rose: overfitting" if seen_again(log_history) else "then rose"
+    ending = risen if rose(lowest, end) else f"at the end within {LEVEL:.0%} of that"
     ending = ending if step < max(held_out) else "the last one measured"
     course = f"Held-out loss: {held_out[min(held_out)]:.2f} at step {min(held_out)}, lowest {lowest:.2f}"
     ax.set_title(f"{course}\nat step {step} (line), {ending}")

@@ -331,7 +331,7 @@ def test_a_full_disk_is_told_in_a_folder_that_is_not_there_yet_and_other_errors_
 @pytest.mark.parametrize(
     ("eval_losses", "step", "ending"),
     [
-        ([2.0, 1.0, 1.5], 4, "overfitting"),
+        ([2.0, 1.0, 1.5], 4, "then rose: overfitting"),
         ([2.0, 1.0, 1.005], 4, "at the end within 1% of that"),
         ([2.0, 1.0, 0.5], 6, "the last one measured"),
     ],
@@ -349,6 +349,8 @@ def test_the_overfitting_picture_marks_the_best_step(eval_losses, step, ending):
     assert ax.get_xlabel() == "optimizer step (6 steps: 1.5 epochs)"
     assert f"step {step} (line), " in ax.get_title()
     assert ending in ax.get_title()
+    first_epoch = [row | {"epoch": row["epoch"] / 2} for row in trained + held_out]
+    assert "overfitting" not in plot_overfitting(first_epoch).get_title()
     _, gain, _ = plot_overfitting(trained + held_out, before=2.5).get_lines()
     assert (gain.get_xdata()[0], gain.get_ydata()[0]) == (0, 2.5)
     with pytest.raises(ValueError, match="no eval_loss"):
