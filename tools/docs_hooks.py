@@ -94,10 +94,8 @@ def _api_pages() -> dict[str, str]:
             [f"# {name}", module.__doc__, *(f"::: {path}" for path in names)]
         )
         purpose = module.__doc__.partition("\n")[0]
-        rows = "\n".join(
-            f"| [`{path.rpartition('.')[2]}`][{path}] | {what} |" for path, what in names.items()
-        )
-        index += [f"## [`{name}`]({name}.md)", purpose, f"| name | what it does |\n|---|---|\n{rows}"]
+        listed = "\n".join(f"- [`{path.rpartition('.')[2]}`][{path}]: {what}" for path, what in names.items())
+        index += [f"## [`{name}`]({name}.md)", purpose, listed]
     return pages | {"api/index.md": "\n\n".join(index)}
 
 
