@@ -9,6 +9,7 @@ import check_package
 import check_repo
 import nbformat
 import pytest
+import translation
 from repository import Repository
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +19,8 @@ ROWS = f"{PACKAGE}/datasets/alpaca_mini.jsonl"
 RESULT = "benchmarks/results/x.json"
 TABLE = 'CONTENTS = {\n    "f": "tables",  # draws a figure of it\n}'
 FIGURE = nbformat.v4.new_output("display_data", {"image/png": "iVBOR"}, metadata={"image/png": {"alt": "x"}})
+KOREAN = "translations/ko/01_a.md"
+GLOSSARY = '[[term]]\nenglish = "loss"\nkorean = "손실"\nforbidden = ["로스"]'
 CODE, WORDS = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
 
 
@@ -29,6 +32,12 @@ def write(root, files):
         notebook = nbformat.v4.new_notebook(cells=content if isinstance(content, list) else [])
         path.write_text(content if isinstance(content, str) else nbformat.writes(notebook), encoding="utf-8")
     return Repository(root)
+
+
+def translated(english, korean, **files):
+    """A notebook of one cell and its overlay, whose entry is of this text."""
+    entry = f"<!-- cell a {translation.hash_of(english)} -->\n{korean}"
+    return {"notebooks/01_a.ipynb": [WORDS(english, id="a")], KOREAN: entry, **files}
 
 
 def test_this_repository_keeps_every_rule(capsys):
@@ -219,6 +228,49 @@ BROKEN = {
     ] + [
         ({ROWS: '{"instruction": "Say hi!"}\n{"instruction": "say hi"}'}, "jsonl:2: asks what line 1 asks"),
     ],
+    "every_cell_is_translated": [
+        (
+            translated("new", "옛말") | {KOREAN: "<!-- cell a 0123456789ab -->\n옛말"},
+            r"(?s)01_a.md:1: cell a translates an older text; .*--stamp 01_a a\n.*English now\nnew\n.*Korean\n옛말",
+        ),
+        (translated("x", "") | {KOREAN: ""}, "01_a.md:1: cell a is missing; translate it:\nx"),
+        (translated("x", "가\n<!-- cell b 0123456789ab -->\n나"), "01_a.md:3: cell b is not in 01_a.ipynb"),
+        (translated("x", "가\n<!-- cell a 0123456789ab -->\n나"), r"several entries for \['a'\]"),
+        (
+            {
+                "notebooks/01_a.ipynb": [WORDS("x", id="a"), WORDS("y", id="b")],
+                KOREAN: "<!-- cell b 0123456789ab -->\n나\n\n<!-- cell a 0123456789ab -->\n가",
+            },
+            "its cells in another order than 01_a.ipynb",
+        ),
+        ({"README.md": "x\n\n## A b\ny"}, "README.md:1: cell a-b is missing"),
+    ],
+    "translations_hold_what_the_text_holds": [
+        (translated(english, korean), f"cell a: {fault}")
+        for english, korean, fault in [
+            ("1,024 rows, 0.2 s", "1,024행, 0.3초", "numbers differ; only in English: '0.2'; only in Korean: '0.3'"),
+            ("in [03](03_b.ipynb)", "03에서", "link targets differ"),
+            ("![a](b.png) c", "[a](b.png) c", "pictures differ"),
+            ("call `f(1)`", "`f(2)`를", r"code differ; only in English: '`f\(1\)`'"),
+            ("```\na = 1\n```", "```\na = 2\n```", "fenced code differ"),
+            ("so $a_1$ is", "$a_2$는", "formulas differ"),
+            ("# a\n## b", "## a\n# b", "headings stand in another order"),
+            ("<details>x</details>", "<details open>x</details>", "tags differ"),
+            ("| a | b |\n|---|---|", "| a | b |\n|---|", "table rows differ"),
+            ("- a\n- b", "- a b", "list items differ"),
+        ]
+    ],
+    "terms_are_those_of_the_glossary": [
+        (translated(english, korean, **{"translations/ko/glossary.toml": GLOSSARY}), f"cell a: {fault}")
+        for english, korean, fault in [
+            ("The losses", "로스가 줄고", "'로스' stands for loss; write '손실'"),
+            ("Loss falls", "값이 줄고", "'Loss' stands in English, '손실' not in Korean"),
+        ]
+    ],
+    "korean_files_are_built": [
+        (translated("x", "가"), "notebooks/ko/01_a.ipynb:1: is not what the build makes"),
+        ({"notebooks/ko/01_b.ipynb": []}, "ko/01_b.ipynb:1: is not in the Korean edition"),
+    ],
     "rows_are_of_many_kinds": [({}, "0 Korean rows; have 10 at least")],
 }  # fmt: skip
 
@@ -229,6 +281,7 @@ BROKEN = {
 )
 def test_a_broken_rule_is_named_with_its_place(rule, files, message, tmp_path, monkeypatch):
     monkeypatch.setattr(check_notebooks, "WAITING", ())
+    monkeypatch.setattr(translation, "WAITING", ())
     rules = {function.__name__: function for function in check_repo.RULES}
     found = list(rules[rule](write(tmp_path, files)))
     assert any(re.search(message, line) for line in found), found

@@ -7,12 +7,17 @@ import sys
 import tomllib
 from pathlib import Path
 
+from translation import english_cells, hash_of
+
 ROOT = Path(__file__).parent.parent
 PLACES = (
     "pyproject.toml",
     "README.md",
     "CONTRIBUTING.md",
     "notebooks/*.ipynb",
+    "README.ko.md",
+    "notebooks/ko/*.ipynb",
+    "translations/ko/*.md",
     "mkdocs.yml",
     "llama_sft_helpers/*.py",
 )
@@ -40,9 +45,22 @@ def restamp(new: str) -> list[Path]:
     for path in (path for pattern in PLACES for path in sorted(ROOT.glob(pattern))):
         text = path.read_text(encoding="utf-8")
         if (stamped := named.sub(new, text)) != text:
+            before = english_cells(path)
             path.write_text(stamped, encoding="utf-8")
+            _carry_hashes(path, before)
             changed.append(path)
     return changed
+
+
+def _carry_hashes(path: Path, before: dict[str, str]) -> None:
+    """A translation that was current stays current: a repository's name needs none."""
+    overlay = ROOT / "translations" / "ko" / f"{path.stem}.md"
+    if path.parent in (ROOT, ROOT / "notebooks") and overlay.is_file():
+        text, after = overlay.read_text(encoding="utf-8"), english_cells(path)
+        for cell, english in before.items():
+            old, new = f"cell {cell} {hash_of(english)} -->", f"cell {cell} {hash_of(after[cell])} -->"
+            text = text.replace(old, new)
+        overlay.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

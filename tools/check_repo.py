@@ -11,9 +11,10 @@ from pathlib import Path
 import check_files
 import check_notebooks
 import check_package
+import translation
 from repository import Repository
 
-RULES = (*check_package.RULES, *check_notebooks.RULES, *check_files.RULES)
+RULES = (*check_package.RULES, *check_notebooks.RULES, *check_files.RULES, *translation.RULES)
 
 
 def main() -> int:

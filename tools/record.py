@@ -5,7 +5,7 @@ versions changed since its outputs were recorded (``--force`` runs all). What is
 run only in what was measured (seconds, MiB).
 A cell's metadata can hold ``alt``, the text for those who cannot see its figure, and ``picture``, the name
 under which the figure is also written to ``docs/images``. The seconds go to
-``benchmarks/results/cpu_demo.json``.
+``benchmarks/results/cpu_demo.json``. The Korean notebooks, which carry the same outputs, are built anew.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import translation
 from PIL import Image
+from repository import Repository
 
 from llama_sft_helpers.demo_model import models_dir
 from llama_sft_helpers.run import find_notebooks, run_notebooks
@@ -197,7 +199,7 @@ def write_times(seconds: dict[str, float]) -> None:
 
 
 def main() -> int:
-    """Record what is out of date."""
+    """Record what is out of date, and build the Korean edition of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--force", action="store_true", help="run every notebook again")
     parser.add_argument("--only", help="notebooks, as 03,04; all if left out")
@@ -207,11 +209,17 @@ def main() -> int:
     if arguments.clean:
         for path in paths:
             _clean_in_place(path)
-        return 0
-    stale = [path for path in paths if arguments.force or not _is_current(path)]
+    else:
+        _record([path for path in paths if arguments.force or not _is_current(path)], paths)
+    translation.build_all(Repository(ROOT))
+    return 0
+
+
+def _record(stale: list[Path], paths: list[Path]) -> None:
+    """Run what is stale and save its outputs, pictures and seconds."""
     if not stale:
         print("Every notebook's outputs are up to date.")
-        return 0
+        return
     together = {path for path in paths if path.stem in ("06_training", "07_evaluation")}
     if together & set(stale):  # 07 judges the adapter of 06
         stale = sorted({*stale, *together})
@@ -228,7 +236,6 @@ def main() -> int:
                 (PICTURES / f"{name}.png").write_bytes(content)
             print(f"recorded {path.name}")
         write_times(seconds)
-    return 0
 
 
 def _machine_paths() -> dict[str, str]:
