@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import posixpath
-import warnings
 from typing import Any
 
+import docs_home
+import docs_results
 import jinja2
 import nbformat
+from docs_markdown import API, ROOT, button, page_of, site_links
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
@@ -21,11 +23,6 @@ from mkdocs.structure.pages import Page
 
 from llama_sft_helpers.notebook_page import put_back
 from llama_sft_helpers.play import play_page
-
-with warnings.catch_warnings(action="ignore"):  # mkdocs tells every deprecation inside other libraries
-    import docs_home
-    import docs_results
-    from docs_markdown import API, ROOT, button, page_of, site_links
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 TEMPLATES = {"index.md": docs_home, "benchmarks.md": docs_results}  # page -> what it calls
@@ -91,19 +88,14 @@ def _api_pages() -> dict[str, str]:
     pages = {}
     index = ["# API", "What each module or package offers; the first carry the name of their notebook."]
     for name in API:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # mkdocs tells every deprecation inside other libraries
-            module = importlib.import_module(f"llama_sft_helpers.{name}")
+        module = importlib.import_module(f"llama_sft_helpers.{name}")
         names = _public(module)
         pages[f"api/{name}.md"] = "\n\n".join(
             [f"# {name}", module.__doc__, *(f"::: {path}" for path in names)]
         )
         purpose = module.__doc__.partition("\n")[0]
-        rows = "\n".join(
-            f"| [`{path.rpartition('.')[2]}`][{path}] | {what} |" for path, what in names.items()
-        )
-        index += [f"## [`{name}`]({name}.md)", purpose, f"| name | what it does |\n|---|---|\n{rows}"]
+        listed = "\n".join(f"- [`{path.rpartition('.')[2]}`][{path}]: {what}" for path, what in names.items())
+        index += [f"## [`{name}`]({name}.md)", purpose, listed]
     return pages | {"api/index.md": "\n\n".join(index)}
 
 

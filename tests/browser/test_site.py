@@ -84,3 +84,11 @@ def test_axe_finds_nothing_serious(visit):
         grave = [finding for finding in found if finding["impact"] in ("serious", "critical")]
         serious = [(finding["id"], finding["nodes"][0]["html"]) for finding in grave]
         assert (name, serious) == (name, [])
+
+
+def test_search_finds_what_a_notebook_says(visit):
+    page, _ = visit("index.html")
+    page.keyboard.press("/")
+    page.keyboard.type("absmax")
+    found = page.locator(".md-search-result__link[href*='03_quantization']")
+    found.first.wait_for()
