@@ -33,7 +33,7 @@ def repo(tmp_path, monkeypatch):
         "notebooks/01_a.ipynb": "## First part\n\nx",
         "notebooks/02_b.ipynb": "y",
         "notebooks/03_c.ipynb": "z",
-        "README.md": "# Title\n\n[한국어](README.ko.md)\n\n## Two commands\n\n1",
+        "README.md": "# Title\n\n## Two commands\n\n1",
     }
     (tmp_path / "notebooks").mkdir()
     for name, text in files.items():
@@ -42,7 +42,7 @@ def repo(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text if name == "README.md" else notebook, encoding="utf-8")
     overlay(tmp_path, "01_a", a="## 첫째 부분\n\n가")
     overlay(tmp_path, "02_b", a="나")
-    overlay(tmp_path, "README", title="# 제목\n\n[English](README.ko.md)", **{"two-commands": "## 명령 둘\n\n1"})
+    overlay(tmp_path, "README", title="# 제목", **{"two-commands": "## 명령 둘\n\n1"})
     translation.main(["--stamp", "README"], tmp_path)
     return Repository(tmp_path)
 
@@ -82,7 +82,8 @@ def test_links_lead_where_the_english_ones_do(repo, link, leads_to):
 
 
 def test_the_readme_is_built_of_its_sections(repo):
-    overlay(repo.root, "README", title="# 제목\n\n[English](README.ko.md) [1](notebooks/01_a.ipynb) [3](notebooks/03_c.ipynb)")
+    links = "[English](README.ko.md) [1](notebooks/01_a.ipynb) [3](notebooks/03_c.ipynb)"
+    overlay(repo.root, "README", title=f"# 제목\n\n{links}")
     head, *lines = built(repo, "README").splitlines()
     assert "translations/ko/README.md" in head
     links = "[English](README.md) [1](notebooks/ko/01_a.ipynb) [3](notebooks/03_c.ipynb)"

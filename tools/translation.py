@@ -1,9 +1,9 @@
 """The Korean edition: ``python tools/translation.py --build``, ``--check``, ``--stamp 03 [CELL ...]``.
 
-An overlay, ``translations/ko/NN_word.md``, holds the text of a notebook's markdown cells in Korean, each under
-a line ``<!-- cell ID HASH -->`` with the hash of the English text that it translates. The build copies all
-else of the notebook to ``notebooks/ko/``, so code and outputs cannot differ. ``README.md`` is treated alike:
-its sections are its cells.
+An overlay, ``translations/ko/NN_word.md``, holds the text of a notebook's markdown cells in Korean, each
+under a line ``<!-- cell ID HASH -->`` with the hash of the English text that it translates. The build copies
+all else of the notebook to ``notebooks/ko/``, so code and outputs cannot differ. ``README.md`` is treated
+alike: its sections are its cells.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from translation_parts import CODE, glossary_findings, part_findings
 ROOT = Path(__file__).resolve().parent.parent
 # Not in the edition until their overlays are complete; empty it then.
 WAITING: tuple[str, ...] = (
-    "03_quantization",
     "06_training",
     "07_evaluation",
     "08_speed",
@@ -85,7 +84,7 @@ def read_overlay(path: Path) -> list[Entry]:
     """An overlay's entries; none where the file is missing."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     marks = list(_MARK.finditer(text))
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    ends = [*(mark.start() for mark in marks), len(text)][1:]
     return [
         Entry(text.count("\n", 0, mark.start()) + 1, mark[1], mark[2], text[mark.end() : end].strip("\n"))
         for mark, end in zip(marks, ends, strict=True)
@@ -239,13 +238,12 @@ def stamp(document: Document, cells: list[str]) -> None:
         ValueError: A cell has no entry.
     """
     english = english_cells(document.english)
-    if unknown := set(cells) - {entry.cell for entry in read_overlay(document.overlay)} & english.keys():
-        raise ValueError(
-            f"{document.overlay.name} has no entry for {sorted(unknown)}; expected ids of its cells."
-        )
+    known = {entry.cell for entry in read_overlay(document.overlay)} & english.keys()
+    if unknown := sorted(set(cells) - known):
+        raise ValueError(f"{document.overlay.name} has no entry for {unknown}; it has {sorted(known)}.")
 
     def present(mark: re.Match[str]) -> str:
-        wanted = mark[1] in (cells or english) and mark[1] in english
+        wanted = mark[1] in (cells or known)
         return mark[0].replace(mark[2], hash_of(english[mark[1]])) if wanted else mark[0]
 
     text = document.overlay.read_text(encoding="utf-8")
