@@ -14,6 +14,7 @@ import badges
 import nbformat
 import pytest
 import record
+import translation
 import yaml
 from PIL import Image
 
@@ -28,10 +29,14 @@ def run(*command, **options):
 def test_badges_restamps_every_place_and_refuses_a_bad_name(tmp_path, monkeypatch):
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    for name in ("notebooks", "translations"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    assert translation.main(["--build"], tmp_path) == 0
     monkeypatch.setattr(badges, "ROOT", tmp_path)
     changed = badges.restamp("someone/fork")
-    assert len(changed) == 2 + len(list((ROOT / "notebooks").glob("*.ipynb")))
+    notebooks = list((ROOT / "notebooks").rglob("*_*.ipynb"))
+    assert {path.relative_to(tmp_path) for path in changed} >= {path.relative_to(ROOT) for path in notebooks}
+    assert translation.main(["--check"], tmp_path) == 0, "a translation is stale, or names the old repository"
     assert badges.current_repository() == "someone/fork"
     assert "llama-sft/llama-sft-notebooks" not in (tmp_path / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="REPO='': expected owner/name"):
