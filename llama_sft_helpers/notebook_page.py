@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 _NO_DESCRIPTION = "No description has been provided for this image"  # nbconvert's words
-# code is left alone: a fenced block, or a span in backticks; then $$ formula $$ or $ formula $
-_MATH = re.compile(r"(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|(?<![\\\w$])\$([^$\n]+?)\$(?![\w$])", re.DOTALL)
+# code is left alone: a fenced block, or a span in backticks; then $$ formula $$ or $ formula $, which a
+# Korean particle may follow without a space
+_MATH = re.compile(r"(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|(?<![\\\w$])\$([^$\n]+?)\$(?!(?a:[\w$]))", re.DOTALL)
 _BADGE = re.compile(
     r"\[!\[([^\]]*)\]\(https?://[^)]*\)\]"
 )  # a remote picture that is a link: its words remain

@@ -9,7 +9,7 @@ BADGE = "[![Open In Colab](https://example.org/badge.svg)](https://example.org/0
 WORDS = f"""# Title
 {BADGE} [next](05_data.ipynb), [section](06_training.ipynb#plan)
 
-The scale $s_i$ and $$y = W x + \\frac{{\\alpha}}{{r}} B (A x)$$; `echo $HOME $PATH`.
+The scale $s_i$ and (Korean) $p$는 and $$y = W x + \\frac{{\\alpha}}{{r}} B (A x)$$; `echo $HOME $PATH`.
 
 ```text
 echo $A $B
@@ -32,6 +32,7 @@ def test_formulas_are_mathml_and_code_keeps_its_dollars(page):
     assert page.count("<math") == page.count("</math>")
     assert page.count('display="block"') - page.count('math[display="block"]') == 1
     assert "<mfrac>" in page
+    assert "$p" not in page
     for kept in ("$HOME $PATH", "echo $A $B"):
         assert kept in page
     assert "set-aside-" not in page

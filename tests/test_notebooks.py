@@ -17,20 +17,30 @@ WARNING_LINES = 5
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory, tiny_model_dir):
-    """All notebooks run in order by ``pytest --nbmake``; 07 finds the adapter of 06 in the shared folder.
-
-    The originals are copied first: nbmake writes the outputs into the files it runs.
-    """
+    """All notebooks run in order by ``pytest --nbmake``; 07 finds the adapter of 06 in the shared folder."""
     folder = tmp_path_factory.mktemp("executed")
-    copies = [shutil.copy(path, folder) for path in NOTEBOOKS]
+    return folder, run_by_nbmake(NOTEBOOKS, folder)
+
+
+def run_by_nbmake(notebooks, folder):
+    """Run copies of notebooks in a folder: nbmake writes the outputs into the files it runs."""
+    copies = [shutil.copy(path, folder) for path in notebooks]
     options = ["--nbmake", "--overwrite", "--nbmake-timeout=180", "-p", "no:cacheprovider", "-c", "/dev/null"]
     command = [sys.executable, "-m", "pytest", *options, "--rootdir", folder, *copies]
     environment = {**os.environ, "SFT_OUTPUT_DIR": str(folder / "outputs")}
-    return folder, subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_nbmake_runs_every_notebook(executed):
     _, result = executed
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert f"{len(NOTEBOOKS)} passed" in result.stdout
+
+
+@pytest.mark.slow
+def test_nbmake_runs_the_korean_notebooks(tmp_path, tiny_model_dir):
+    """Their code is that of the English ones; this is for what else a file can break."""
+    result = run_by_nbmake([path.parent / "ko" / path.name for path in NOTEBOOKS], tmp_path)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert f"{len(NOTEBOOKS)} passed" in result.stdout
 

@@ -103,9 +103,7 @@ def test_a_stamp_takes_the_cells_that_were_read_and_a_build_makes_all_green(repo
     assert translation.main(["--check"], root) == 0
     shutil.copy(root / "notebooks/02_b.ipynb", root / "notebooks/01_a.ipynb")  # an edit of the English text
     assert translation.main(["--check"], root) == 1
-    shown = capsys.readouterr().out
-    assert "--- English now\ny\n--- Korean\n## 첫째 부분" in shown
-    assert "notebooks/ko/01_a.ipynb:1: is not what the build makes" in shown
+    assert "--- English now\ny\n--- Korean\n## 첫째 부분" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
