@@ -118,7 +118,7 @@ docs: $(VENV)/.docs  ## the static site in site/
 
 test-site: docs  ## every page in headless Chromium; with AXE_JS, axe-core's file, its accessibility too
 	$(BIN)/python -m pip install --quiet playwright
-	$(BIN)/python -m pytest -m browser tests/browser/test_site.py
+	$(BIN)/python -m pytest -m browser tests/browser/test_site_pages.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-lock $(NEWEST) $(DEMO) outputs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache test-artifacts
