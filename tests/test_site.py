@@ -1,5 +1,7 @@
 """The site's Markdown: what stands in a recorded notebook is on its page, and its links lead somewhere."""
 
+import re
+
 import docs_home
 import docs_results
 import jinja2
@@ -19,6 +21,20 @@ BLOB = "https://github.com/a/b/blob/main/"
     [
         ("[x](04_lora.ipynb)", "notebooks", "notebooks/03_quantization.md", "[x](04_lora.md)"),
         ("[x](../llama_sft_helpers/lora/)", "notebooks", "notebooks/04_lora.md", "[x](../api/lora.md)"),
+        ("[x](04_lora.ipynb)", "notebooks/ko", "ko/notebooks/03_quantization.md", "[x](04_lora.md)"),
+        (
+            "[x](../../llama_sft_helpers/lora/)",
+            "notebooks/ko",
+            "ko/notebooks/04_lora.md",
+            "[x](../../api/lora.md)",
+        ),
+        (
+            "[x](../04_lora.ipynb)",
+            "notebooks/ko",
+            "ko/notebooks/05_data.md",
+            "[x](../../notebooks/04_lora.md)",
+        ),
+        ("[x](../README.ko.md)", "docs", "index.md", "[x](ko/index.md)"),
         ("[x](docs/speed.md#several-gpus)", "", "index.md", "[x](speed.md#several-gpus)"),
         ("[x](../benchmarks/NOTES.md)", "docs", "speed.md", f"[x]({BLOB}benchmarks/NOTES.md)"),
         ("[x](https://a.b/docs/speed.md) `a[0](gone)`", "", "index.md", None),
@@ -73,28 +89,54 @@ def test_titled_cells_are_folded_and_formulas_are_mathml():
     assert "`$5`" in text
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+NOTEBOOKS = {
+    language: sorted((ROOT / "notebooks" / folder).glob("*.ipynb"))
+    for language, folder in (("en", ""), ("ko", "ko"))
+}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS["en"] + NOTEBOOKS["ko"], ids=lambda path: path.stem)
 def test_a_notebook_opens_with_its_title_button_and_minutes(path):
     notebook = nbformat.read(path, as_version=4)
     text = button(page_of(notebook, [], {}))
     assert text.startswith(f"# {path.stem[:2]} · ")
-    assert f"blob/main/notebooks/{path.name}){{ .md-button" in text
-    assert "\n- Time: " in text
+    assert f"blob/main/{path.relative_to(ROOT).as_posix()}){{ .md-button" in text
+    assert ("\n- 시간: " if path in NOTEBOOKS["ko"] else "\n- Time: ") in text
     assert "badge.svg" not in text
-    assert "[next: " not in text
+    assert not re.search(r"\[(previous|next|이전|다음): ", text)
 
 
 TEMPLATING = jinja2.Environment(undefined=jinja2.StrictUndefined)
 
 
-def test_the_start_page_has_a_card_for_each_notebook_and_the_readmes_figures():
-    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("template", "language", "card"),
+    [
+        ("index.md", "en", "[03 · Quantization](../notebooks/03_quantization.ipynb)**: `Linear` beside"),
+        ("ko/index.md", "ko", "[03 · 양자화](../notebooks/ko/03_quantization.ipynb)**: `Linear`와"),
+    ],
+)
+def test_a_start_page_has_a_card_for_each_notebook_and_the_readmes_figures(template, language, card):
+    text = (ROOT / "docs" / template).read_text(encoding="utf-8")
     page = TEMPLATING.from_string(text).render(vars(docs_home))
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
-        assert f"](../notebooks/{path.name})**" in page
-        assert f"blob/main/notebooks/{path.name})\n" in page  # its link to Colab
+    for path in NOTEBOOKS[language]:
+        place = path.relative_to(ROOT).as_posix()
+        assert f"](../{place})**" in page
+        assert f"blob/main/{place})\n" in page  # its link to Colab
+    assert card in page
     assert page.count("<figure") == 2
-    assert " min on two CPU cores, " in page
+    assert {"en": "1.5 min on two CPU cores, 2 min", "ko": "CPU 코어 두 개에서 1.5분, GPU에서 8B로 2분"}[
+        language
+    ] in page
+
+
+def test_both_start_pages_have_the_same_headings_and_numbers():
+    english, korean = (
+        (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("index.md", "ko/index.md")
+    )
+    assert english.count("\n## ") == korean.count("\n## ")
+    english, korean = (text.partition("\n## ")[2].partition("{{ cards")[0] for text in (english, korean))
+    assert sorted(re.findall(r"[\d.]*\d", english)) == sorted(re.findall(r"[\d.]*\d", korean))
 
 
 def test_the_benchmark_page_speaks_of_every_result():

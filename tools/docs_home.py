@@ -1,9 +1,10 @@
-"""What the start page takes from the README: ``docs/index.md`` is a template that calls these functions."""
+"""What a start page takes from its language's README: its template in ``docs/`` calls these functions."""
 
 from __future__ import annotations
 
 import re
 
+import nbformat
 from docs_markdown import BADGE, LINK, ROOT
 
 from llama_sft_helpers.speed import read_results
@@ -18,9 +19,9 @@ _ROW = re.compile(
 )
 
 
-def readme(title: str) -> str:
-    """A section of the README without its heading; "" is what stands before the first one."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def readme(title: str, name: str = "README.md") -> str:
+    """A section of a README without its heading; "" is what stands before the first one."""
+    text = (ROOT / name).read_text(encoding="utf-8")
     text = LINK.sub(lambda link: f"{link[1]}../{link[2]}", text)  # as seen from docs/
     opening, *sections = re.split(r"(?m)^## ", text)
     if not title:
@@ -40,21 +41,19 @@ def _figures(table: re.Match[str]) -> str:
     return '<div class="grid" markdown="1">\n\n{}\n\n</div>'.format("\n\n".join(figures))
 
 
-def cards() -> str:
-    """The README's table of notebooks as cards."""
-    text = BADGE.sub(r"[Open in Colab](\1)", readme("The steps"))  # a link each, as nine buttons would shout
-    rows = [row.groupdict() | {"name": _name(row["stem"])} for row in _ROW.finditer(text)]
-    card = (
-        "-   **[{name}]({page})**: {seen}\n\n"
-        "    {cpu} on two CPU cores, {gpu} with 8B on a GPU. GPU: {card}.\n\n    {badge}"
-    )
+def cards(section: str, times: str) -> str:
+    """A README's table of notebooks as cards, whose ``times`` names the columns cpu, gpu and card."""
+    text = BADGE.sub(r"[Open in Colab](\1)", section)  # a link each, as nine buttons would shout
+    rows = [row.groupdict() | {"title": _title(row["page"])} for row in _ROW.finditer(text)]
+    card = f"-   **[{{title}}]({{page}})**: {{seen}}\n\n    {times}\n\n    {{badge}}"
     listed = "\n\n".join(card.format(**row) for row in rows)
     return f'<div class="grid cards" markdown="1">\n\n{listed}\n\n</div>'
 
 
-def _name(stem: str) -> str:
-    number, _, word = stem.partition("_")
-    return f"{number} · {word.replace('_', ' ').capitalize().replace('Lora', 'LoRA')}"
+def _title(page: str) -> str:
+    """The title of the notebook that a link, as seen from ``docs/``, leads to."""
+    notebook = nbformat.read(ROOT / "docs" / page, as_version=4)
+    return re.search(r"(?m)^# (.*)", notebook.cells[0].source)[1]
 
 
 def times_plain(rung: str) -> float:

@@ -19,13 +19,24 @@ from docs_markdown import API, ROOT, button, page_of, site_links
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
 
 from llama_sft_helpers.notebook_page import put_back
 from llama_sft_helpers.play import play_page
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-TEMPLATES = {"index.md": docs_home, "benchmarks.md": docs_results}  # page -> what it calls
+NOTEBOOKS = {  # page -> the notebook on it
+    f"{language}notebooks/{path.stem}": path
+    for language in ("", "ko/")
+    for path in sorted((ROOT / "notebooks" / language).glob("[0-9][0-9]_*.ipynb"))
+}
+TEMPLATES = {"index.md": docs_home, "ko/index.md": docs_home, "benchmarks.md": docs_results}  # what they call
+TITLES = {  # of the site, and what social networks say of it
+    "ko": (
+        "눈앞에서 미세 조정하는 Llama 3 8B",
+        "8비트 양자화, LoRA, 지도 미세 조정을 한 단계씩 펼쳐 보입니다",
+    ),
+}
 TEMPLATING = jinja2.Environment(undefined=jinja2.StrictUndefined)  # noqa: S701 (Markdown: nothing to escape)
 PIECES: dict[str, list[str]] = {}  # page -> what is put back into it as HTML
 
@@ -39,10 +50,13 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         for group in dict.fromkeys(API.values())
     ]
     lists: dict[str, list[Any]] = {
-        "Notebooks": [f"notebooks/{path.stem}.md" for path in NOTEBOOKS],
+        "Notebooks": [f"{page}.md" for page in NOTEBOOKS if not page.startswith("ko/")],
         "API": ["api/index.md", *groups],
     }
+    korean = [f"{page}.md" for page in NOTEBOOKS if page.startswith("ko/")]
     config.nav = [{entry: lists[entry]} if str(entry) in lists else entry for entry in config.nav]
+    config.nav.append({"한국어": [{"시작": "ko/index.md"}, {"노트북": korean}]})
+    TITLES["en"] = (config.site_name, config.site_description)
     return config
 
 
@@ -55,8 +69,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "play.html": play_page(home="index.html"),
         **_api_pages(),
     }
-    for path in NOTEBOOKS:
-        page = f"notebooks/{path.stem}"
+    for path in (ROOT / "docs" / "widgets").iterdir():  # where pages in Korean look for them
+        pages[f"ko/widgets/{path.name}"] = path.read_bytes()
+    for page, path in NOTEBOOKS.items():
         figures: dict[str, bytes] = {}
         PIECES[f"{page}.md"] = []
         pages[f"{page}.md"] = page_of(nbformat.read(path, as_version=4), PIECES[f"{page}.md"], figures)
@@ -74,6 +89,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if files.get_file_from_path(picture := uri.replace(".md", "/figure-1.png")):
         page.meta["picture"] = picture  # for the card that social networks show
     folder = "docs" if (ROOT / "docs" / uri).is_file() else posixpath.dirname(uri)
+    folder = folder.replace("ko/notebooks", "notebooks/ko")
     return button(site_links(markdown, folder, uri, f"{config.repo_url}/blob/main/"))
 
 
@@ -81,6 +97,35 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     """Put formulas and outputs back."""
     pieces = PIECES.get(page.file.src_uri)
     return put_back(html, pieces) if pieces else html
+
+
+def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
+    """Let the footer's "next" end with each language."""
+    (home,) = (page for page in nav.pages if page.file.src_uri == "ko/index.md")
+    home.previous_page.next_page = None
+    home.previous_page = None
+    return nav
+
+
+def on_page_context(context: Any, page: Page, config: MkDocsConfig, nav: Navigation) -> Any:
+    """Give a page the theme, the titles and the navigation of its language, and a way to the other one."""
+    pages = {other.file.src_uri: other for other in nav.pages}
+    uri = page.file.src_uri
+    config.extra["alternate"] = [
+        {"lang": "en", "name": "English", "link": pages[uri.removeprefix("ko/")].url},
+        {"lang": "ko", "name": "한국어", "link": pages.get(_korean(uri), pages["ko/index.md"]).url},
+    ]
+    config.theme["language"] = language = "ko" if uri == _korean(uri) else "en"
+    config.site_name, config.site_description = TITLES[language]
+    *english, korean = nav.items  # what there is in English only follows the pages in Korean
+    context["nav"] = Navigation([*korean.children, *english[2:]] if language == "ko" else english, nav.pages)
+    context["nav"].homepage = pages["ko/index.md" if language == "ko" else "index.md"]
+    return context
+
+
+def _korean(uri: str) -> str:
+    """Where a page's translation is, if it has one."""
+    return f"ko/{uri.removeprefix('ko/')}"
 
 
 def _api_pages() -> dict[str, str]:

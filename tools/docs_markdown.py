@@ -58,12 +58,12 @@ def _page_uri(path: str) -> str:
     """Where a file of the repository is on the site; empty where it is not."""
     name = Path(path).stem
     if path.startswith("notebooks/"):
-        return f"notebooks/{name}.md"
+        return f"{'ko/' if 'notebooks/ko/' in path else ''}notebooks/{name}.md"
     if path == f"llama_sft_helpers/{Path(path).name}" and name in API:
         return f"api/{name}.md"
     if path.startswith("docs/") or path in ("CONTRIBUTING.md", "CHANGELOG.md"):
         return path.removeprefix("docs/")
-    return "index.md" if path == "README.md" else ""
+    return {"README.md": "index.md", "README.ko.md": "ko/index.md"}.get(path, "")
 
 
 def page_of(notebook: Any, pieces: list[str], files: dict[str, bytes]) -> str:
@@ -82,7 +82,7 @@ def button(markdown: str) -> str:
 
 def _text(source: str, pieces: list[str]) -> str:
     """A cell of text; a list may follow a paragraph without a gap, as in Jupyter."""
-    text = re.sub(r"(?m)^\[(?:previous|next): .*\n?", "", source)  # the theme has its own
+    text = re.sub(r"(?m)^\[(?:previous|next|이전|다음): .*\n?", "", source)  # the theme has its own
     text = re.sub(r"(?s)^(\[!\[Open In Colab.*?)\n\n(# .*?\n)", r"\2\n\1\n", text)  # the title comes first
     text = re.sub(r"(?m)^GPU: .* · .*$", _facts, text)
     text = re.sub(r"(?m)^(?![-*] |\d+\. | |\|)(.+)\n(?=[-*] |\d+\. )", r"\1\n\n", text)

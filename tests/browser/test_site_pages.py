@@ -22,7 +22,10 @@ SHOWN = (
     "notebooks/03_quantization/index.html",
     "api/training/index.html",
     "benchmarks/index.html",
+    "ko/index.html",
+    "ko/notebooks/03_quantization/index.html",
 )
+TRANSLATED = Path(__file__).parent.parent.parent / "notebooks" / "ko"
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -86,9 +89,28 @@ def test_axe_finds_nothing_serious(visit):
         assert (name, serious) == (name, [])
 
 
-def test_search_finds_what_a_notebook_says(visit):
-    page, _ = visit("index.html")
+@pytest.mark.parametrize(
+    ("start", "word", "place"),
+    [
+        ("index.html", "absmax", "/notebooks/03_quantization"),
+        ("ko/index.html", "양자화", "/ko/notebooks/03_quantization"),
+    ],
+)
+def test_search_finds_what_a_notebook_says(visit, start, word, place):
+    page, _ = visit(start)
     page.keyboard.press("/")
-    page.keyboard.type("absmax")
-    found = page.locator(".md-search-result__link[href*='03_quantization']")
+    page.keyboard.type(word)
+    found = page.locator(f".md-search-result__link[href*='{place}']")
     found.first.wait_for()
+
+
+def test_each_page_in_korean_says_so_and_leads_to_its_sibling_and_back(visit, address):
+    korean = [name for name in names() if name.startswith("ko/")]
+    assert len(korean) == 1 + len(list(TRANSLATED.glob("*.ipynb")))
+    for name in korean:
+        page, _ = visit(name)
+        assert page.locator("html").get_attribute("lang") == "ko"
+        for language, sibling in (("en", name.removeprefix("ko/")), ("ko", name)):
+            page.locator(f".md-select__link[hreflang={language}]").dispatch_event("click")
+            page.wait_for_url(address + sibling.removesuffix("index.html"))
+            assert page.locator("html").get_attribute("lang") == language
