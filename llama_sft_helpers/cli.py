@@ -8,7 +8,7 @@ import signal
 import webbrowser
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -69,6 +69,10 @@ DataOption = Annotated[
 ColumnsOption = Annotated[
     str | None, typer.Option(help="Your columns and what they are: question=instruction,answer=output.")
 ]
+LanguageOption = Annotated[
+    Literal["en", "ko"] | None,
+    typer.Option("--lang", help="Of the notebooks; default: the system's, else en."),
+]
 ModelOption = Annotated[str | None, typer.Option(help="Hub id or folder of the base model.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="A setting of the profile, key=value; repeatable.")
@@ -88,6 +92,7 @@ def train(
     profile: ProfileOption = None,
     out: OutOption = Path("outputs"),
     open_page: OpenOption = False,
+    language: LanguageOption = None,
     cell_timeout: TimeoutOption = 0,
 ) -> None:
     """Train on your own data, from a file to an adapter: executes notebook 09 with these settings.
@@ -101,7 +106,16 @@ def train(
     if data and not length_is_set and not pick_profile(profile).endswith(".toml"):
         settings.append("epochs=3")
     named = {"dataset_id": data, "columns": columns, "model_id": model, "export": export}
-    _run(settings, named, cell_timeout, profile_name=profile, only="09", out=out, open_page=open_page)
+    _run(
+        settings,
+        named,
+        cell_timeout,
+        profile_name=profile,
+        only="09",
+        out=out,
+        language=language,
+        open_page=open_page,
+    )
 
 
 @app.command()
@@ -115,6 +129,7 @@ def run(
         int, typer.Option(min=0, help="Notebooks at a time; 0 for two on a CPU with room for both, else one.")
     ] = 0,
     open_page: OpenOption = False,
+    language: LanguageOption = None,
     cell_timeout: TimeoutOption = 0,
     data: DataOption = None,
     columns: ColumnsOption = None,
@@ -123,15 +138,9 @@ def run(
 ) -> None:
     """Execute the notebooks in order into a folder (.ipynb and .html); stops at the first failing cell."""
     named = {"dataset_id": data, "columns": columns, "model_id": model}
-    choices = {
-        "profile_name": profile,
-        "only": only,
-        "out": out,
-        "notebooks": notebooks,
-        "jobs": jobs or None,
-        "open_page": open_page,
-    }
-    _run(changes or [], named, cell_timeout, **choices)
+    where = {"only": only, "out": out, "notebooks": notebooks, "language": language}
+    how = {"profile_name": profile, "jobs": jobs or None, "open_page": open_page}
+    _run(changes or [], named, cell_timeout, **where, **how)
 
 
 @app.command()

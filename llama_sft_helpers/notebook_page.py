@@ -37,7 +37,12 @@ def notebook_page(notebook: Any, name: str) -> str:
             text = _BADGE.sub(r"[\1]", _SIBLING.sub(r"](\1.html\2)", cell.source))
             cell.source = set_formulas_aside(text, formulas)
     templates = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    exporter = HTMLExporter(extra_loaders=[templates], template_file="notebook_page.html.j2")
+    title = next((cell.source for cell in notebook.cells if cell.cell_type == "markdown"), "")
+    exporter = HTMLExporter(
+        extra_loaders=[templates],
+        template_file="notebook_page.html.j2",
+        language_code="ko" if re.search("[가-힣]", title) else "en",
+    )
     page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": name}})
     return describe_figures(put_back(page, formulas), notebook)
 

@@ -19,6 +19,12 @@ echo $A $B
 """
 
 
+@pytest.mark.parametrize(("title", "language"), [("# 03 · 양자화", "ko"), ("# 03 · Quantization", "en")])
+def test_the_page_names_its_language(title, language):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(title)])
+    assert f'<html lang="{language}">' in notebook_page(notebook, "03_quantization")
+
+
 @pytest.fixture(scope="module")
 def page():
     cells = [nbformat.v4.new_markdown_cell(WORDS), nbformat.v4.new_code_cell("print('$x$')")]

@@ -208,6 +208,20 @@ def test_find_notebooks_selects_by_number():
     assert [path.name for path in find_notebooks(root, "3, 04")] == ["03_quantization.ipynb", "04_lora.ipynb"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "system", "folder"),
+    [(None, "ko_KR.UTF-8", "ko"), ("en", "ko_KR.UTF-8", "."), (None, "C.UTF-8", "."), ("ko", "C", "ko")],
+)
+def test_notebooks_are_in_the_language_asked_for_or_the_systems(asked, system, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LC_ALL", raising=False)
+    monkeypatch.setenv("LANG", system)
+    for place in (Path("notebooks"), Path("notebooks", "ko")):
+        place.mkdir()
+        (place / "03_quantization.ipynb").touch()
+    assert find_notebooks(None, None, asked) == [Path("notebooks", folder, "03_quantization.ipynb")]
+
+
 def test_demo_model_command_prints_the_folder_and_refuses_a_foreign_one(tiny_model_dir, tmp_path):
     runner = CliRunner()
     good = runner.invoke(app, ["demo-model", str(tiny_model_dir), "--name", "tiny-llama"])
