@@ -94,12 +94,15 @@ def test_a_signal_ends_a_run_and_its_kernel(number, code, write_notebooks, tmp_p
     cell = "import os, time; open('in_cell', 'w').write(str(os.getpid())); time.sleep(600)"
     originals, out = write_notebooks(n01_wait=[cell]), tmp_path / "out"
     command = [sys.executable, "-m", "llama_sft_helpers.cli", "run", "--profile", "ci-tiny"]
+    # a shell's background job ignores SIGINT, and so would this process, if these tests are run in one
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*command, "--out", out, "--notebooks", originals],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+    signal.signal(signal.SIGINT, before)
     while process.poll() is None and not (out / "in_cell").exists():
         time.sleep(0.02)
     time.sleep(0.2)  # its number is written
