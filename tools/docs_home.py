@@ -6,8 +6,7 @@ import re
 
 import nbformat
 from docs_markdown import BADGE, LINK, ROOT
-
-from llama_sft_helpers.speed import read_results
+from docs_results import rungs
 
 # Two pictures in a table of the README: headings, rule, pictures, captions.
 _PICTURES = re.compile(
@@ -58,5 +57,5 @@ def _title(page: str) -> str:
 
 def times_plain(rung: str) -> float:
     """How many times as fast as the plain recipe a rung of the measured ladder is."""
-    speed = {row["rung"]: row.get("tokens_per_second") for row in read_results("speed_h200_40gib")["rungs"]}
+    speed = dict(rungs("speed_h200_40gib"))
     return speed[rung] / speed["plain"]

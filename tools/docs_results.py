@@ -5,22 +5,18 @@ A chart is a table whose cells have bars, so that it reads without its colours a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from html import escape
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
-from docs_markdown import ROOT
 
+from llama_sft_helpers.core.llama import load_llama3_config
 from llama_sft_helpers.memory import plan_memory, planned_peak_gib
 from llama_sft_helpers.profiles import read_profile
 from llama_sft_helpers.speed import read_results
 from llama_sft_helpers.tables import in_words
 from llama_sft_helpers.training import summarize_advice
-
-CONFIG = json.loads((ROOT / "llama_sft_helpers/configs/llama3_8b.json").read_text(encoding="utf-8"))
 
 
 def bars(
@@ -84,7 +80,7 @@ def memory(*names: str) -> str:
             profile = read_profile("colab-a100", fast=False, **setting)
             measured[label] = row["measured_gib"]
             planned[label] = planned_peak_gib(
-                plan_memory(SimpleNamespace(**CONFIG), profile, quantization=quantization)
+                plan_memory(load_llama3_config(), profile, quantization=quantization)
             )
     return bars(measured.items(), "{:.1f}", mark=planned)
 
