@@ -54,10 +54,12 @@ def watched(
     *,
     timeout: float,
     on_update: Callable[[int, int], None] | None = None,
+    on_loaded: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Run a launch to its end, or kill it after ``timeout`` seconds.
 
-    ``on_update`` gets the number of each optimizer step as its line appears, and the launcher's pid.
+    ``on_update`` gets the number of each optimizer step as its line appears, and the launcher's pid;
+    ``on_loaded`` is called when the rows are packed: the model is on the cards, and no step is taken.
     """
     started, updates = time.monotonic(), 0
     lines: list[tuple[float, str]] = []
@@ -69,6 +71,8 @@ def watched(
     timer.start()
     for line in process.stdout or ():
         lines.append((time.monotonic() - started, line))
+        if on_loaded and re.match(r"Packing train dataset: 100%", line):
+            on_loaded()
         updates += is_update(line)
         if on_update and is_update(line):
             on_update(updates, process.pid)

@@ -5,7 +5,8 @@
 Llama 3 8B's shape (and some layers of 70B's) is made with random weights, once, in ``--work``; rows are those
 the package ships. Each run is one launch; the number of processes changes, the effective batch does not.
 Runs on one GPU go side by side, one on each GPU. Tokens/s count all tokens of the packed rows, from the
-fourth update to the last; memory is the most that ``nvidia-smi`` shows. The JSON is written after every run.
+fourth update to the last; memory is the most that ``nvidia-smi`` shows until the model is loaded and the rows
+are packed (``loaded_gib``), and in the whole run (``peak_gib``). The JSON is written after every run.
 """
 
 from __future__ import annotations
@@ -180,7 +181,13 @@ class Bench:
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)) if self.on_gpu else "",
         }  # fmt: skip
         timeout = min(self.args.timeout, self.left())
-        result |= watched(command, folder, environment, timeout=timeout, on_update=on_update)
+
+        def loaded() -> None:
+            result["loaded_gib"] = self.memory.peak_gib(gpus)  # before FSDP shares it out
+
+        result |= watched(
+            command, folder, environment, timeout=timeout, on_update=on_update, on_loaded=loaded
+        )
         result["peak_gib"] = self.memory.peak_gib(gpus)
 
     def run_together(self, runs: list[Run]) -> None:
