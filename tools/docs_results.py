@@ -108,22 +108,17 @@ def presets() -> list[tuple[str, float]]:
 
 
 def several_gpus() -> list[tuple[str, float]]:
-    """Tokens per second of each configuration on one and on two GPUs, but where other jobs shared them."""
+    """Tokens per second of each configuration on one and on two GPUs."""
     words = {
         "ddp-int8": "DDP, int8",
         "fast": "DDP, fast recipe",
         "fsdp-nf4": "FSDP, nf4",
         "70b": "FSDP, 70B's layers",
     }
-    rows = []
-    for name in ("several_gpus_ddp", "several_gpus_fsdp"):
-        for run in read_results(name)["runs"]:
-            if run["part"] in words and not run.get("beside_other_jobs"):
-                version = f", version {run['fsdp_version']}" if "fsdp_version" in run else ""
-                rows.append(
-                    (f"{words[run['part']]}{version}, GPUs: {run['processes']}", run["tokens_per_second"])
-                )
-    return sorted(rows)
+    runs = [run for run in read_results("several_gpus")["runs"] if run["part"] in words]
+    return sorted(
+        (f"{words[run['part']]}, GPUs: {run['processes']}", run["tokens_per_second"]) for run in runs
+    )
 
 
 def gguf_files() -> list[tuple[str, float]]:

@@ -121,40 +121,61 @@ def test_what_cannot_be_run_is_refused(tmp_path, change, told):
         write(tmp_path, "ci-tiny", **change)
 
 
-def results(name):
-    return json.loads((ROOT / f"benchmarks/results/several_gpus_{name}.json").read_text(encoding="utf-8"))
+def results(name="several_gpus"):
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(("name", "bound"), [("ddp", 0.1), ("fsdp", 0.6)])
-def test_the_speed_page_says_what_two_gpus_gave(name, bound):
-    text, result = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8"), results(name)
-    one = {row["part"]: row for row in result["runs"] if row["processes"] == 1}
-    for two in result["runs"]:
-        if two["processes"] == 1 or two["part"] == "resume" or two.get("beside_other_jobs"):
-            continue
-        speed = [f"{run['tokens_per_second']:,.0f}" for run in (one[two["part"]], two)]
-        memory = [f"{max(run['peak_gib']):.1f}" for run in (one[two["part"]], two)]
+def test_the_speed_page_says_what_two_gpus_gave():
+    text, result = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8"), results()
+    runs = {(row["part"], row["processes"]): row for row in result["runs"] if row["part"] != "resume"}
+    for part in ("ddp-int8", "fast", "fsdp-nf4", "70b"):
+        pair = [runs[part, processes] for processes in (1, 2)]
+        speed = [f"{run['tokens_per_second']:,.0f}" for run in pair]
+        memory = [f"{max(run['peak_gib']):.1f}" for run in pair]
         assert f"| {' | '.join([*speed, *memory])} |" in text
-    assert all(row["largest_loss_difference"] < bound / 100 for row in result["scaling"])
-    assert f"within {bound} %" in text
+    assert all(run["exit"] == 0 for run in runs.values())
+    differences = {row["part"]: row["largest_loss_difference"] for row in result["scaling"]}
+    assert max(differences[part] for part in ("ddp-int8", "fast")) < 0.001
+    assert max(differences[part] for part in ("fsdp-nf4", "70b")) < 0.007
+    adapters = [said for part in result["adapters"].values() for said in part.values()]
+    assert len(adapters) == 9
+    assert all(said.startswith("loaded") for said in adapters)
+    loaded = [runs[part, 2]["loaded_gib"] for part in ("fsdp-nf4", "70b")]
+    assert loaded == [[6.2, 6.2], [8.3, 8.3]]
+
+
+def test_how_far_two_gpus_results_repeat_is_said():
+    text = (ROOT / "docs" / "speed.md").read_text("utf-8")
+    times = {row["part"]: row["times_one_process"] for row in results()["scaling"]}
+    assert [round(times[part], 1) for part in ("ddp-int8", "fast", "fsdp-nf4", "70b")] == [1.5, 1.5, 1.2, 1.1]
+    assert "1.5 times as fast as one under DDP, and 1.1 to 1.2 times under FSDP" in text
+    earlier = results("several_gpus_earlier")
+    ddp = {row["part"]: row["times_one_process"] for row in earlier["scaling"]}
+    (fsdp,) = [
+        row
+        for row in earlier["fsdp"]["scaling"]
+        if row.get("fsdp_version") == 2 and not row.get("beside_other_jobs")
+    ]
+    said = [round(ddp["ddp-int8"], 1), round(ddp["fast"], 1), round(fsdp["times_one_process"], 1)]
+    assert "{} (`ddp-int8`), {} (the fast recipe) and {} (`fsdp-nf4`)".format(*said) in text
 
 
 def test_what_is_said_of_fsdp_and_a_killed_rank_is_in_the_results():
-    rows = [row for row in results("fsdp")["scaling"] if row["part"] == "fsdp-nf4"]
+    rows = [row for row in results("several_gpus_earlier")["fsdp"]["scaling"] if row["part"] == "fsdp-nf4"]
     loads = {
         (r["fsdp_version"], r["peft"]): r["adapter"].startswith("loaded") for r in rows if "adapter" in r
     }
     assert loads == {(1, "0.21.0"): False, (1, "0.20.0"): True, (2, "0.21.0"): True}
-    (exported,) = [row for row in rows if row["fsdp_version"] == 2 and not row.get("beside_other_jobs")]
+    (exported,) = [row for row in results()["scaling"] if row["part"] == "fsdp-nf4"]
     notebook = (ROOT / "notebooks/07_evaluation.ipynb").read_text("utf-8")
-    assert f"{100 * exported['times_one_process']:.1f}% of its tokens per second" in notebook
+    assert f"{100 * exported['times_one_process']:.0f}% of the tokens per second" in notebook
     assert exported["largest_loss_difference"] < 0.005
     assert "within 0.5% of one process's" in notebook
-    resume = results("ddp")["resume"]
+    resume = results()["resume"]
     seconds, updates = resume["seconds_until_the_launcher_ended"], resume["updates_after_resuming"]
     said = f"ended after {seconds} s, and the {updates} updates"
     assert said in (ROOT / "docs" / "speed.md").read_text("utf-8")
-    assert resume["largest_loss_difference"] < 0.001
+    assert resume["largest_loss_difference"] < 0.002
 
 
 @pytest.mark.slow
