@@ -40,9 +40,6 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "05_data": (),
 }
 _Show = Callable[[Mapping[str, float | None], Collection[str] | None], None]  # seconds, and those at work
-# Memory of freed tensors stays with the notebook's process (glibc's settings). Else each large tensor gets
-# new pages from the system, which takes the time to clear them.
-_KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 _GIB_FOR_TWO = 6.0  # of free memory: what two of the series' notebooks take on a CPU, and some room
 
 
@@ -101,7 +98,6 @@ def run_notebooks(
         jobs = min(len(paths), jobs or (2 if profile.gpu_gib == 0 and _two_fit() else 1))
         if profile.gpu_gib == 0:  # threads that wait for threads without a core wait long
             environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // jobs)))
-            environment = {**_KEEP_FREED_MEMORY, **environment}
         say(f"profile {profile.name}, model {profile.model_id}, data {profile.dataset_id}, into {out}")
 
         def show(seconds: Mapping[str, float | None], at_work: Collection[str] | None) -> None:
