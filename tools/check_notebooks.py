@@ -214,7 +214,7 @@ def minutes_are_measured(repo: Repository) -> Iterator[str]:
         if path.stem not in seconds:
             yield repo.at(path, 0, "was never timed; make record")
     for line, text in enumerate(repo.readme.splitlines(), 1):
-        row = re.match(r"\| \[`(\d\d_\w+)`\].*?\| (?:under (\d)|(\d+(?:\.\d)?)) min", text)
+        row = re.match(r"\| .*?/(\d\d_\w+)\.ipynb\).*?<sub>.*?(?:under (\d)|(\d+(?:\.\d)?)) min", text)
         if row and row[1] in seconds:
             at_most = float(row[2] or row[3]) * 60
             if not (0 if row[2] else at_most - 30) <= seconds[row[1]] <= at_most + 15:
