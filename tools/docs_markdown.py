@@ -25,7 +25,8 @@ API = {  # module or package -> its group among the pages of the API
         ("memory", "profiles", "settings", "tables", "sliders", "demo_model", "doctor"), "Shared by several"
     ),
     **dict.fromkeys(
-        ("cli", "run", "execution", "notebook_page", "result_page", "play"), "Behind the commands"
+        ("cli", "cli_options", "run", "execution", "notebook_page", "result_page", "play"),
+        "Behind the commands",
     ),
 }
 LINK = re.compile(r'(\]\(|src=")([\w./-]+)(?=[)"#])')
