@@ -125,6 +125,7 @@ def test_a_start_page_has_a_card_for_each_notebook_and_the_readmes_figures(templ
         assert f"**[{title}](../{place})**\n\n" in page
         assert f"blob/main/{place})\n" in page  # its link to Colab
     assert re.search(f"\n    {re.escape(seen)}.*\n\n    {re.escape(facts)}", page)
+    assert "\n</div>\n\n\n" in page  # then what was measured on
     assert page.count('<img src="../docs/images/') == 2
 
 
