@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 API = {  # module or package -> its group among the pages of the API
     **dict.fromkeys(STEPS, "By notebook"),
     **dict.fromkeys(
-        ("memory", "profiles", "settings", "tables", "demo_model", "doctor"), "Shared by several"
+        ("memory", "profiles", "settings", "tables", "sliders", "demo_model", "doctor"), "Shared by several"
     ),
     **dict.fromkeys(
         ("cli", "run", "execution", "notebook_page", "result_page", "play"), "Behind the commands"
