@@ -150,7 +150,9 @@ class LiveLossCallback(TrainerCallback):
 
     def _title(self, state: Any) -> str:
         held_out = _held_out(state.log_history, self._before)
-        title = f"step {state.global_step} of {state.max_steps}"
+        title = (
+            f"{state.global_step} of {state.max_steps} steps done"  # the bar counts the one that runs, too
+        )
         if len(held_out) > 1:
             title += f", held-out loss {held_out[min(held_out)]:.2f} → {held_out[max(held_out)]:.2f}"
         if self._throughput.rows:
