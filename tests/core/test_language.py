@@ -12,6 +12,10 @@ from llama_sft_helpers.core.language import korean, reader_language, translate
 from llama_sft_helpers.doctor import TABLE, explain
 from llama_sft_helpers.doctor.explanation import _UNKNOWN
 from llama_sft_helpers.doctor.table import RENAMED_ARGUMENTS
+from llama_sft_helpers.evaluation.chat import chat_box
+from llama_sft_helpers.login import login_widget
+from llama_sft_helpers.login.access import _REMEDIES, AccessError
+from llama_sft_helpers.login.tokens import PLACES
 
 ROOT = Path(__file__).parents[2]
 GLOSSARY = (ROOT / "translations" / "ko" / "glossary.toml").read_text(encoding="utf-8")
@@ -21,6 +25,8 @@ def texts_in_tables():
     """English texts that stand in data: the doctor's, and what is filled into them."""
     yield from (text for failure in TABLE for text in (failure.title, failure.cause, failure.fix))
     yield from filter(None, _UNKNOWN.values())
+    yield from (text for reason in _REMEDIES.values() for name, text in reason.items() if name != "page")
+    yield from PLACES.values()
     yield from (new for new in RENAMED_ARGUMENTS.values() if " " in new)  # the others are code
 
 
@@ -96,3 +102,20 @@ def test_the_doctor_speaks_korean_with_its_values_filled_in(monkeypatch):
     assert "\n  원인:" in repr(found)
     assert "<br>해결: " in found._repr_html_()
     assert explain(OSError(28, "No space left on device", "/data")).cause.endswith("못했습니다: /data.")
+
+
+def test_the_login_field_is_labelled_in_korean(monkeypatch):
+    monkeypatch.setenv("SFT_LANG", "ko")
+    _, row, status = login_widget("meta-llama/Meta-Llama-3-8B").children
+    assert [widget.description for widget in row.children] == ["토큰", "로그인"]
+    assert "토큰" in status.value
+    said = str(AccessError("not-found", "org/none", "HTTP 404"))
+    assert said.startswith(
+        "not-found: 이 계정으로는 허브에서 org/none 모델을 찾을 수 없습니다(HTTP 404).\n페이지: "
+    )
+
+
+def test_the_chat_field_is_labelled_in_korean(monkeypatch):
+    monkeypatch.setenv("SFT_LANG", "ko")
+    row, choice, _ = chat_box(lambda text, tuned: iter(())).children
+    assert (row.children[1].description, choice.label, choice.value) == ("보내기", "조정된 모델", "tuned")
