@@ -17,8 +17,8 @@ def interact(function: Callable[..., Any], **controls: Any) -> None:
         function: Draws, prints or returns something to look at. Each parameter has a default, at which its
             control starts.
         **controls: For each parameter a range such as ``(1, 8)``, with a third number for the step; a list of
-            choices; a text; True or False. They are ipywidgets' own:
-            https://ipywidgets.readthedocs.io/en/stable/examples/Using%20Interact.html.
+            choices; or nothing, if the default tells: a text field or a box to tick. They are ipywidgets'
+            own: https://ipywidgets.readthedocs.io/en/stable/examples/Using%20Interact.html.
 
     Raises:
         TypeError: A control has no parameter of its name.

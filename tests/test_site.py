@@ -100,7 +100,9 @@ def test_a_notebook_opens_with_its_title_button_and_minutes(path):
     notebook = nbformat.read(path, as_version=4)
     text = button(page_of(notebook, [], {}))
     assert text.startswith(f"# {path.stem[:2]} · ")
-    assert f"blob/main/{path.relative_to(ROOT).as_posix()}){{ .md-button" in text
+    place = f"llama-sft/llama-sft-notebooks/blob/main/{path.relative_to(ROOT).as_posix()}){{ .md-button"
+    assert f"[Open in Colab](https://colab.research.google.com/github/{place}" in text
+    assert f"[GitHub](https://github.com/{place}" in text
     assert ("\n- 시간: " if path in NOTEBOOKS["ko"] else "\n- Time: ") in text
     assert "badge.svg" not in text
     assert not re.search(r"\[(previous|next|이전|다음): ", text)
@@ -125,6 +127,7 @@ def test_a_start_page_has_a_card_for_each_notebook_and_the_readmes_figures(templ
         assert f"**[{title}](../{place})**\n\n" in page
         assert f"blob/main/{place})\n" in page  # its link to Colab
     assert re.search(f"\n    {re.escape(seen)}.*\n\n    {re.escape(facts)}", page)
+    assert "\n</div>\n\n\n" in page  # then what was measured on
     assert page.count('<img src="../docs/images/') == 2
 
 

@@ -60,9 +60,9 @@ def test_a_control_without_a_parameter_is_refused():
         interact(lambda width=3: width, depth=(1, 8))
 
 
-@pytest.mark.parametrize("name", ["01", "04"])
+@pytest.mark.parametrize("name", ["01", "03", "04", "05", "06", "08"])
 def test_a_notebook_has_controls_after_words(name):
-    """In each, one cell of controls, whose names and defaults are those of a function in it."""
+    """In each, one cell of controls for a function that stands in it and runs without arguments."""
     (path,) = NOTEBOOKS.glob(f"{name}_*.ipynb")
     cells = nbformat.read(path, as_version=4).cells
     (place,) = (n for n, cell in enumerate(cells) if re.search("^interact\\(", cell.source, re.MULTILINE))
@@ -70,4 +70,4 @@ def test_a_notebook_has_controls_after_words(name):
     *_, function, call = ast.parse(cells[place].source).body
     parameters = [parameter.arg for parameter in function.args.args]
     assert len(function.args.defaults) == len(parameters)
-    assert [control.arg for control in call.value.keywords] == parameters
+    assert {control.arg for control in call.value.keywords} <= set(parameters)

@@ -25,11 +25,11 @@ def readme(title: str, name: str = "README.md") -> str:
 
 
 def cards(section: str) -> str:
-    """The notebooks of a README's table as cards of the theme."""
-    text = BADGE.sub(r"[Open in Colab](\1)", section)  # a link each, as nine buttons would shout
+    """The notebooks of a README's table as cards of the theme, and below them what follows the table."""
+    text = BADGE.sub(r"[Open in Colab](\1\2)", section)  # a link each, as nine buttons would shout
     card = "-   **[{title}]({page})**\n\n    {seen}\n\n    {facts}\n\n    {badge}"
     listed = "\n\n".join(card.format(**row.groupdict()) for row in _CARD.finditer(text))
-    return f'<div class="grid cards" markdown="1">\n\n{listed}\n\n</div>'
+    return f'<div class="grid cards" markdown="1">\n\n{listed}\n\n</div>\n\n' + section.rpartition(" |\n")[2]
 
 
 def times_plain(rung: str) -> float:
