@@ -55,7 +55,7 @@ test-slow: $(VENV)/.installed  ## the minutes-long tests
 test-gpu: $(VENV)/.installed  ## tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
 
-test-browser: $(VENV)/.installed  ## the login widget and the chat's box in JupyterLab and headless Chromium
+test-browser: $(VENV)/.installed  ## the READMEs, the login widget and the chat's box in headless Chromium
 	$(BIN)/python -m pip install --quiet jupyterlab playwright
 	$(BIN)/python -m pytest -m browser
 

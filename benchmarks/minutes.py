@@ -4,10 +4,12 @@
 
 Run it with the Python of an installed checkout (``.venv``); each commit is checked out beside it, and its own
 tests and notebooks run with its own package. Models that an earlier run has built are used, compiled code is
-not. ``--limit avx2`` runs as on a CPU without AVX-512.
+not. ``--limit avx2`` runs as on a CPU without AVX-512. ``--add`` keeps the rounds that ``--out``
+holds, for rounds on another day: a round is a pair on one machine, and the summary puts ratios together.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import psutil
 import report
+import torch
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {
@@ -87,18 +90,23 @@ def main():
     parser.add_argument("--only", help="notebooks of the demo: 03,04")
     parser.add_argument("--limit", choices=LIMITS, default="none")
     parser.add_argument("--models", type=Path, default=ROOT / ".cache" / "models")
+    parser.add_argument("--add", action="store_true", help="keep the rounds of --out")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    result = {**report.source(report.card()), "limit": args.limit, "runs": []}
+    earlier = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.add else []
+    result = {**report.source(report.card()), "limit": args.limit, "runs": earlier}
+    first = max((run["round"] + 1 for run in earlier), default=0)
+    capability = torch.backends.cpu.get_cpu_capability()
     with tempfile.TemporaryDirectory() as folder:
         trees = {commit: Path(folder, str(place)) for place, commit in enumerate(args.commits)}
         for commit, tree in trees.items():
             subprocess.run(["git", "worktree", "add", "--detach", str(tree), commit], cwd=ROOT, check=True)
         try:
-            for number in range(args.rounds):
+            for number in range(first, first + args.rounds):
                 for part in args.parts.split(","):
                     for commit, tree in trees.items():
-                        run = {"round": number, "part": part, "commit": commit, **one_run(part, tree, args)}
+                        run = {"round": number, "part": part, "commit": commit, "cpu": capability}
+                        run |= one_run(part, tree, args)
                         result["runs"].append(run)
                         print(run, flush=True)
                         result["summary"] = summarize(result["runs"], *args.commits)

@@ -1,9 +1,9 @@
 """Look inside 8-bit quantization, LoRA and supervised fine-tuning while you run them.
 
 A module or package per notebook: ``environment``, ``login``, ``quantization``, ``lora``, ``data``,
-``training``, ``evaluation``, ``speed``; and ``memory``, ``profiles``, ``tables``, ``demo_model``, ``doctor``
-and ``cli`` beside them. Importing this package imports nothing heavy; import from the one that carries the
-name of your notebook.
+``training``, ``evaluation``, ``speed``; and ``memory``, ``profiles``, ``tables``, ``sliders``,
+``demo_model``, ``doctor`` and ``cli`` beside them. Importing this package imports nothing heavy; import from
+the one that carries the name of your notebook.
 """
 
 from __future__ import annotations

@@ -8,10 +8,21 @@ import signal
 import webbrowser
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from llama_sft_helpers.cli_options import (
+    ColumnsOption,
+    DataOption,
+    LanguageOption,
+    ModelOption,
+    OpenOption,
+    OutOption,
+    ProfileOption,
+    SetOption,
+    TimeoutOption,
+)
 from llama_sft_helpers.profiles import EXPORTS
 
 if TYPE_CHECKING:
@@ -54,31 +65,6 @@ def demo_model(
         _fail(error)
 
 
-ProfileOption = Annotated[
-    str | None,
-    typer.Option(help="Profile name or TOML file of your own; default: by the GPU that is there."),
-]
-OutOption = Annotated[Path, typer.Option(help="Folder for executed notebooks, pages and the adapter.")]
-TimeoutOption = Annotated[int, typer.Option(min=0, help="Seconds a cell may take; 0 for no limit.")]
-OpenOption = Annotated[
-    bool, typer.Option("--open", help="Open the result page in the browser; it fills while notebooks run.")
-]
-DataOption = Annotated[
-    str | None, typer.Option(help="CSV, JSONL, JSON or Parquet file, folder, or data set of the hub.")
-]
-ColumnsOption = Annotated[
-    str | None, typer.Option(help="Your columns and what they are: question=instruction,answer=output.")
-]
-LanguageOption = Annotated[
-    Literal["en", "ko"] | None,
-    typer.Option("--lang", help="Of the notebooks; default: the system's, else en."),
-]
-ModelOption = Annotated[str | None, typer.Option(help="Hub id or folder of the base model.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="A setting of the profile, key=value; repeatable.")
-]
-
-
 @app.command()
 def train(
     *,
@@ -113,7 +99,6 @@ def train(
         profile_name=profile,
         only="09",
         out=out,
-        language=language,
         open_page=open_page,
     )
 
@@ -138,7 +123,7 @@ def run(
 ) -> None:
     """Execute the notebooks in order into a folder (.ipynb and .html); stops at the first failing cell."""
     named = {"dataset_id": data, "columns": columns, "model_id": model}
-    where = {"only": only, "out": out, "notebooks": notebooks, "language": language}
+    where = {"only": only, "out": out, "notebooks": notebooks}
     how = {"profile_name": profile, "jobs": jobs or None, "open_page": open_page}
     _run(changes or [], named, cell_timeout, **where, **how)
 

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from llama_sft_helpers.core.files import FilesError
+from llama_sft_helpers.core.language import reader_language
 from llama_sft_helpers.core.progress import clock
 from llama_sft_helpers.execution import Run, RunError, execute, say, tell, write
 from llama_sft_helpers.play import play_page
@@ -49,7 +50,6 @@ def run_notebooks(
     only: str | None,
     out: Path,
     notebooks: Path | None = None,
-    language: str | None = None,
     cell_timeout_seconds: int | None = None,
     settings: Mapping[str, Any] | None = None,
     jobs: int | None = None,
@@ -65,7 +65,6 @@ def run_notebooks(
         only: Comma-separated numbers, ``"03,04"``; None runs all.
         out: Folder for the results; made if missing.
         notebooks: Folder of the originals; None as for ``find_notebooks``.
-        language: As for ``find_notebooks``.
         cell_timeout_seconds: Limit for one cell; None for none.
         settings: What to change of the profile, for every notebook alike.
         jobs: How many run at a time; None for two where no GPU is used and cores and memory allow it.
@@ -81,7 +80,7 @@ def run_notebooks(
     """
     from llama_sft_helpers.profiles import load_profile, pick_profile
 
-    paths = find_notebooks(notebooks, only, language)
+    paths = find_notebooks(notebooks, only)
     out = out.expanduser().resolve()
     if any(path.resolve().parent == out for path in paths):
         raise RunError(
@@ -115,25 +114,17 @@ def run_notebooks(
     return seconds
 
 
-def system_language() -> str:
-    """``"ko"`` where the environment (``LC_ALL``, else ``LANG``) asks for Korean, else ``"en"``."""
-    asked = os.environ.get("LC_ALL") or os.environ.get("LANG") or ""
-    return "ko" if asked.lower().startswith("ko") else "en"
-
-
-def find_notebooks(
-    folder: Path | None = None, only: str | None = None, language: str | None = None
-) -> list[Path]:
+def find_notebooks(folder: Path | None = None, only: str | None = None) -> list[Path]:
     """The notebooks in order, of ``./notebooks`` or else of the checkout unless a folder is given.
 
-    Without a folder they are those in ``language``, ``"en"`` or ``"ko"``, or in the system's if None.
+    Without a folder they are those in the reader's language.
 
     Raises:
         RunError: No notebook is found, or a number in ``only`` is not among them.
     """
     if folder is None:
         folder = Path("notebooks") if Path("notebooks").is_dir() else _IN_CHECKOUT
-        translated = folder / (language or system_language())
+        translated = folder / reader_language()
         folder = translated if translated.is_dir() else folder
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not paths:

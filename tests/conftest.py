@@ -9,6 +9,7 @@ pytest_plugins = ["adapter_fixture", "ledger"]  # fixtures of their own modules
 ROOT = Path(__file__).parent.parent
 # Set at import, so that notebook kernels and subprocesses inherit it too. Models are kept between runs.
 os.environ["SFT_PROFILE"] = "ci-tiny"
+os.environ["SFT_LANG"] = "en"  # whatever the language of the developer's system is
 os.environ.setdefault("SFT_MODELS_DIR", str(ROOT / ".cache" / "models"))
 # huggingface_hub reads its variables once, when it is imported: what the developer's shell says of offline
 # mode, token, endpoint or caches must not reach the tests.

@@ -160,7 +160,7 @@ BROKEN = {
     "minutes_are_measured": [
         ({"notebooks/01_a.ipynb": []}, "was never timed"),
         (
-            {"README.md": "| [`01_a`](x) | 3 min | 9 min |", "benchmarks/results/cpu_demo.json":
+            {"README.md": "| [1](x/01_a.ipynb)<sub>3 min, 9 min</sub> |", "benchmarks/results/cpu_demo.json":
              '{"seconds": {"01_a": 100}}'},
             "README.md:1: 01_a took 100 s",
         ),
@@ -171,7 +171,7 @@ BROKEN = {
         ({}, "README.md:1: has no row for 04_lora"),
         ({}, "tests/lora:1: holds no tests"),
         (
-            {"README.md": f"| [`04_lora`](notebooks/04_lora.ipynb) | [`lora/`]({PACKAGE}/data/) |"},
+            {"README.md": f"| **[04 · LoRA](notebooks/04_lora.ipynb)** [`lora/`]({PACKAGE}/data/) |"},
             "README.md:1: the links of 04_lora do not lead",
         ),
     ],

@@ -66,3 +66,14 @@ def test_outputs_speak_without_styles(executed, path):
         bare = re.sub(r"<(style|script)\b.*?</\1>|<[^>]*>", "", page, flags=re.DOTALL)
         assert bare.strip()
         assert "background:" not in page or re.search(r"[«|]", bare), "only colours tell its tokens apart"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_controls_leave_a_still_picture(executed, path):
+    """No page that runs no widgets may show their names in place of what they control."""
+    folder, _ = executed
+    for cell in nbformat.read(folder / path.name, as_version=4).cells:
+        if re.search(r"^interact\(", cell.source, re.MULTILINE):
+            shown = [output.get("data", {}) for output in cell.outputs]
+            assert any("image/png" in data or "text/html" in data for data in shown)
+            assert not any("application/vnd.jupyter.widget-view+json" in data for data in shown)

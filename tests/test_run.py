@@ -216,10 +216,11 @@ def test_notebooks_are_in_the_language_asked_for_or_the_systems(asked, system, f
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LC_ALL", raising=False)
     monkeypatch.setenv("LANG", system)
+    monkeypatch.setenv("SFT_LANG", asked or "")
     for place in (Path("notebooks"), Path("notebooks", "ko")):
         place.mkdir()
         (place / "03_quantization.ipynb").touch()
-    assert find_notebooks(None, None, asked) == [Path("notebooks", folder, "03_quantization.ipynb")]
+    assert find_notebooks() == [Path("notebooks", folder, "03_quantization.ipynb")]
 
 
 def test_demo_model_command_prints_the_folder_and_refuses_a_foreign_one(tiny_model_dir, tmp_path):

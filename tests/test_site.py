@@ -100,7 +100,9 @@ def test_a_notebook_opens_with_its_title_button_and_minutes(path):
     notebook = nbformat.read(path, as_version=4)
     text = button(page_of(notebook, [], {}))
     assert text.startswith(f"# {path.stem[:2]} · ")
-    assert f"blob/main/{path.relative_to(ROOT).as_posix()}){{ .md-button" in text
+    place = f"llama-sft/llama-sft-notebooks/blob/main/{path.relative_to(ROOT).as_posix()}){{ .md-button"
+    assert f"[Open in Colab](https://colab.research.google.com/github/{place}" in text
+    assert f"[GitHub](https://github.com/{place}" in text
     assert ("\n- 시간: " if path in NOTEBOOKS["ko"] else "\n- Time: ") in text
     assert "badge.svg" not in text
     assert not re.search(r"\[(previous|next|이전|다음): ", text)
@@ -110,24 +112,23 @@ TEMPLATING = jinja2.Environment(undefined=jinja2.StrictUndefined)
 
 
 @pytest.mark.parametrize(
-    ("template", "language", "card"),
+    ("template", "language", "seen", "facts"),
     [
-        ("index.md", "en", "[03 · Quantization](../notebooks/03_quantization.ipynb)**: `Linear` beside"),
-        ("ko/index.md", "ko", "[03 · 양자화](../notebooks/ko/03_quantization.ipynb)**: `Linear`와"),
+        ("index.md", "en", "See `Linear` beside", "CPU demo: 1.5 min · 8B: 2 min"),
+        ("ko/index.md", "ko", "`Linear`와 `Linear8bitLt`를", "CPU 데모: 1.5분 · 8B: 2분"),
     ],
 )
-def test_a_start_page_has_a_card_for_each_notebook_and_the_readmes_figures(template, language, card):
+def test_a_start_page_has_a_card_for_each_notebook_and_the_readmes_figures(template, language, seen, facts):
     text = (ROOT / "docs" / template).read_text(encoding="utf-8")
     page = TEMPLATING.from_string(text).render(vars(docs_home))
     for path in NOTEBOOKS[language]:
         place = path.relative_to(ROOT).as_posix()
-        assert f"](../{place})**" in page
+        title = nbformat.read(path, as_version=4).cells[0].source.partition("# ")[2].partition("\n")[0]
+        assert f"**[{title}](../{place})**\n\n" in page
         assert f"blob/main/{place})\n" in page  # its link to Colab
-    assert card in page
-    assert page.count("<figure") == 2
-    assert {"en": "1.5 min on two CPU cores, 2 min", "ko": "CPU 코어 두 개에서 1.5분, GPU에서 8B로 2분"}[
-        language
-    ] in page
+    assert re.search(f"\n    {re.escape(seen)}.*\n\n    {re.escape(facts)}", page)
+    assert "\n</div>\n\n\n" in page  # then what was measured on
+    assert page.count('<img src="../docs/images/') == 2
 
 
 def test_both_start_pages_have_the_same_headings_and_numbers():

@@ -12,7 +12,9 @@ from repository import Repository, by_name
 
 COLABS_OWN = {"torch", "numpy", "pandas"}
 COLABS_TORCH = "2.11.0"
-README_ROW = r"\| \[`(\d\d_\w+)`\]\(notebooks/(\w+)\.ipynb\).*?\[`([\w./]+)`\]\(llama_sft_helpers/([\w./]+)\)"
+README_ROW = (
+    r"\| \*\*\[(\d\d) · .*?\]\(notebooks/(\w+)\.ipynb\).*?\[`([\w./]+)`\]\(llama_sft_helpers/([\w./]+)\)"
+)
 
 
 def wheel_has_every_package(repo: Repository) -> Iterator[str]:
@@ -31,9 +33,9 @@ def steps_are_complete(repo: Repository) -> Iterator[str]:
     rows = {}
     for line, text in enumerate(repo.readme.splitlines(), 1):
         if row := re.match(README_ROW, text):
-            rows[row[1]] = row
-            if row[1] != row[2] or row[3] != row[4] or not (repo.package / row[4]).exists():
-                yield repo.at(readme, line, f"the links of {row[1]} do not lead where they say; correct them")
+            rows[row[2]] = row
+            if row[1] != row[2][:2] or row[3] != row[4] or not (repo.package / row[4]).exists():
+                yield repo.at(readme, line, f"the links of {row[2]} do not lead where they say; correct them")
     for stem in REAL_CALLS:
         notebook, step = repo.root / "notebooks" / f"{stem}.ipynb", stem[3:]
         if not notebook.is_file():

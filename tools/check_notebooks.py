@@ -26,6 +26,8 @@ REAL_CALLS = {
     "08_speed": ["SFTTrainer"],
     "09_your_run": ["AutoModelForCausalLM.from_pretrained", "LoraConfig", "SFTTrainer", "trainer.train"],
 }
+# What stands beside the steps, and notebooks import.
+BESIDE = ("profiles", "memory", "tables", "sliders", "doctor")
 RECIPE = ("r=16", "lora_alpha=16", "lora_dropout=0", 'bias="none"', 'task_type="CAUSAL_LM"')
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 ONE_DEVICE = 'device_map={"": 0} if torch.cuda.is_available() else {"": "cpu"}'
@@ -58,8 +60,8 @@ def imports_come_from_packages(repo: Repository) -> Iterator[str]:
         for number, cell in cells(path):
             for _, name in own_imports(ast.parse(python(cell.source))):
                 parts = name.split(".")
-                if parts[1] not in {*STEPS, "profiles", "memory", "tables", "doctor"} or len(parts) > 3:
-                    text = f"imports {name}; import from steps, profiles, memory, tables and doctor"
+                if parts[1] not in {*STEPS, *BESIDE} or len(parts) > 3:
+                    text = f"imports {name}; import from steps and from {', '.join(BESIDE)}"
                     yield repo.at(path, number, text)
 
 
@@ -212,7 +214,7 @@ def minutes_are_measured(repo: Repository) -> Iterator[str]:
         if path.stem not in seconds:
             yield repo.at(path, 0, "was never timed; make record")
     for line, text in enumerate(repo.readme.splitlines(), 1):
-        row = re.match(r"\| \[`(\d\d_\w+)`\].*?\| (?:under (\d)|(\d+(?:\.\d)?)) min", text)
+        row = re.match(r"\| .*?/(\d\d_\w+)\.ipynb\).*?<sub>.*?(?:under (\d)|(\d+(?:\.\d)?)) min", text)
         if row and row[1] in seconds:
             at_most = float(row[2] or row[3]) * 60
             if not (0 if row[2] else at_most - 30) <= seconds[row[1]] <= at_most + 15:

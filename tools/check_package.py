@@ -122,7 +122,7 @@ def names_have_one_path(repo: Repository) -> Iterator[str]:
     """Each public name is offered once, and no module hides it by carrying the same name."""
     names = Counter(name for table in repo.contents.values() for name in table)
     for path in [*repo.package.glob("*.py")]:
-        if path.stem in (*STEPS, "profiles", "tables"):
+        if path.stem in (*STEPS, "profiles", "tables", "sliders"):
             names.update(name for name in _defined(repo.text(path)) if not name.startswith("_"))
     for package, table in repo.contents.items():
         path = repo.package / package / "__init__.py"

@@ -22,14 +22,16 @@ ROOT = Path(__file__).parent.parent
 API = {  # module or package -> its group among the pages of the API
     **dict.fromkeys(STEPS, "By notebook"),
     **dict.fromkeys(
-        ("memory", "profiles", "settings", "tables", "demo_model", "doctor"), "Shared by several"
+        ("memory", "profiles", "settings", "tables", "sliders", "demo_model", "doctor"), "Shared by several"
     ),
     **dict.fromkeys(
-        ("cli", "run", "execution", "notebook_page", "result_page", "play"), "Behind the commands"
+        ("cli", "cli_options", "run", "execution", "notebook_page", "result_page", "play"),
+        "Behind the commands",
     ),
 }
 LINK = re.compile(r'(\]\(|src=")([\w./-]+)(?=[)"#])')
-BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\(([^)]*)\)")  # its picture would come from the network
+# The picture of a badge would come from the network; in its link the notebook's place on GitHub is a group.
+BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\((https://colab[\w.]*/github/)([^)]*)\)")
 # Pictures that the tests in a browser took, and what they show.
 WIDGETS = {
     "login": "A field for a token, a button to log in, and below them: no token found.",
@@ -76,8 +78,9 @@ def page_of(notebook: Any, pieces: list[str], files: dict[str, bytes]) -> str:
 
 
 def button(markdown: str) -> str:
-    """Text whose Colab badges are buttons of the theme."""
-    return BADGE.sub(r"[Open in Colab](\1){ .md-button .md-button--primary }", markdown)
+    """Text whose Colab badges are buttons of the theme, each beside one to the notebook on GitHub."""
+    colab = r"[Open in Colab](\1\2){ .md-button .md-button--primary }"
+    return BADGE.sub(rf"{colab} [GitHub](https://github.com/\2){{ .md-button }}", markdown)
 
 
 def _text(source: str, pieces: list[str]) -> str:

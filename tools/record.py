@@ -205,6 +205,7 @@ def main() -> int:
     parser.add_argument("--only", help="notebooks, as 03,04; all if left out")
     parser.add_argument("--clean", action="store_true", help="run nothing: clean the outputs that are there")
     arguments = parser.parse_args()
+    os.environ["SFT_LANG"] = "en"  # both editions have the same outputs
     paths = find_notebooks(ROOT / "notebooks", arguments.only)
     if arguments.clean:
         for path in paths:

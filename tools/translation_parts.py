@@ -13,6 +13,7 @@ _SPAN = re.compile(r"(?<!`)`[^`]+`(?!`)")
 _FORMULA = re.compile(r"(?s)\$\$.+?\$\$|(?<![\\\w$])\$[^$\n]+?\$(?![0-9A-Za-z_$])")
 _LINK = re.compile(r"(?s)\]\([^)]*\)")
 _TAG = re.compile(r"</?[a-zA-Z][^>]*>")
+_ALT = re.compile(r'(?<=alt=")[^"]*')  # what a picture shows is text, and translated
 # A digit that is part of a name, as in int8 or H100, does not count: a name may stand more often than once.
 _NUMBER = re.compile(r"(?<![A-Za-z_\d.,])\d+(?:,\d{3})*(?:\.\d+)*")
 
@@ -23,7 +24,7 @@ def parts(text: str) -> dict[str, list[str]]:
     for kind, pattern in {
         "fenced code": _FENCE, "code": _SPAN, "formulas": _FORMULA, "link targets": _LINK, "tags": _TAG,
     }.items():  # fmt: skip
-        found[kind] = pattern.findall(text)
+        found[kind] = [_ALT.sub("", part) for part in pattern.findall(text)]
         text = pattern.sub(" \u2060" if kind != "link targets" else "]", text)
     found["pictures"] = re.findall(r"!\[", text)
     found["headings"] = re.findall(r"(?m)^(#+) ", text)

@@ -20,7 +20,8 @@ def clock(seconds: float) -> str:
 def report_step(step: int, max_steps: int, loss: float, seconds_left: float) -> None:
     """Write how far a training is into the file that ``$SFT_PROGRESS_FILE`` names, if it names one."""
     if path := os.environ.get(PROGRESS_FILE):
-        told = f"training step {step} of {max_steps}, loss {loss:.4f}, {clock(seconds_left)} left"
+        told = f"training step {step} of {max_steps}, loss {loss:.4f}"
+        told += f", {clock(seconds_left)} left" if step < max_steps else ""  # evaluation may follow
         with contextlib.suppress(OSError):  # a full disk must not end the training
             Path(path).write_text(told, encoding="utf-8")
 

@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 
+from llama_sft_helpers.core.language import translate
 from llama_sft_helpers.doctor.cases import Case, read_chain
 from llama_sft_helpers.doctor.looks import LOOKS, surroundings
 from llama_sft_helpers.doctor.table import TABLE, Failure, Sign
@@ -25,7 +26,10 @@ _UNKNOWN = {
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
-    """A known failure: its key in the doctor's table, why it happened, what to do, and a library's page."""
+    """A known failure: its key in the doctor's table, why it happened, what to do, and a library's page.
+
+    The texts are in the reader's language (``core.language``).
+    """
 
     key: str
     title: str
@@ -34,14 +38,16 @@ class Explanation:
     link: str
 
     def __repr__(self) -> str:
-        return f"{self.title}\n  Cause: {self.cause}\n  Fix:   {self.fix}\n  See:   {self.link}"
+        names = f"{translate('Cause')}:", f"{translate('Fix')}:", f"{translate('See')}:"
+        lines = zip(names, (self.cause, self.fix, self.link), strict=True)
+        return "\n  ".join([self.title, *(f"{name:<6} {text}" for name, text in lines)])
 
     def _repr_html_(self) -> str:
         _, title, cause, fix, link = map(html.escape, dataclasses.astuple(self))
         fix = re.sub(r"`([^`]+)`", r"<code>\1</code>", fix)
         return (
             '<div style="border-left:4px solid #0072B2;padding:0.3em 0.8em;max-width:48em">'
-            f"<b>{title}</b><br>Cause: {cause}<br>Fix: {fix}<br>"
+            f"<b>{title}</b><br>{translate('Cause')}: {cause}<br>{translate('Fix')}: {fix}<br>"
             f'<a href="{link}" rel="noopener" target="_blank">{link}</a></div>'
         )
 
@@ -83,10 +89,11 @@ def _match(sign: Sign, case: Case) -> dict[str, str] | None:
 
 
 def _explanation(failure: Failure, values: Mapping[str, str]) -> Explanation:
-    known = _UNKNOWN | dict(values)
+    known = {name: translate(text) for name, text in _UNKNOWN.items()} | dict(values)
 
     def filled(text: str) -> str:
-        text = re.sub(r"\{(\w+)\}", lambda found: known.get(found[1], "?"), text)
+        text = re.sub(r"\{(\w+)\}", lambda found: known.get(found[1], "?"), translate(text))
         return " ".join(_TOKEN.sub("hf_…", text).split())
 
-    return Explanation(failure.key, failure.title, filled(failure.cause), filled(failure.fix), failure.link)
+    title = translate(failure.title)
+    return Explanation(failure.key, title, filled(failure.cause), filled(failure.fix), failure.link)

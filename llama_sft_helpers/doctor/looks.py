@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llama_sft_helpers.core.language import translate
 from llama_sft_helpers.doctor.cases import Case
 from llama_sft_helpers.doctor.table import RENAMED_ARGUMENTS
 from llama_sft_helpers.environment.versions import same_version, version_on_disk
@@ -30,9 +31,9 @@ _PATH_ARGUMENTS = ("pretrained_model_name_or_path", "model_id", "path_or_repo_id
 
 def surroundings(case: Case) -> Values:
     """What every entry may name: torch's version, the file, the repository."""
-    values = {"torch": f"torch {version_on_disk('torch') or 'not installed'}"}
+    values = {"torch": f"torch {version_on_disk('torch') or translate('not installed')}"}
     if name := getattr(case.exception, "filename", None):
-        values["place"] = f" at {name}"
+        values["place"] = translate(" at {name}", name=name)
     if repo := re.search(r"(?:huggingface\.co/|/models/|model )([\w.-]+/[\w.-]+)", case.message):
         repo_id = re.sub(r"\.$", "", repo[1]).removesuffix("/resolve")
         if not repo_id.startswith(("docs/", "settings/", "api/")):
@@ -60,7 +61,11 @@ def _unseen_bitsandbytes(case: Case, values: Values) -> Values | None:
     if case.exception is None or not importlib.util.find_spec("bitsandbytes"):
         return None
     on_disk = version_on_disk("bitsandbytes")
-    return {"package": "bitsandbytes", "loaded": "not installed", "on_disk": on_disk} if on_disk else None
+    return (
+        {"package": "bitsandbytes", "loaded": translate("not installed"), "on_disk": on_disk}
+        if on_disk
+        else None
+    )
 
 
 def _renamed_argument(case: Case, values: Values) -> Values | None:
@@ -70,11 +75,13 @@ def _renamed_argument(case: Case, values: Values) -> Values | None:
     if known is None and case.exception is not None:  # a class of the reader's own
         return None
     if new := RENAMED_ARGUMENTS.get(old):
-        return {"advice": f"Use {new}."}
+        return {"advice": translate("Use {new}.", new=translate(new))}
     if known is None:
         return None
     near = difflib.get_close_matches(old, inspect.signature(known).parameters, n=1, cutoff=0.6)
-    return {"advice": f"The nearest of its arguments is {near[0]}." if near else f"See help({owner})."}
+    if not near:
+        return {"advice": translate("See help({owner}).", owner=owner)}
+    return {"advice": translate("The nearest of its arguments is {near}.", near=near[0])}
 
 
 # --- Files ---
@@ -84,7 +91,7 @@ def _nearest(path: Path) -> str:
     """The name beside a missing path that is most like it, as a sentence; "" if none is."""
     with contextlib.suppress(OSError):
         near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1)
-        return f"The nearest name there is {path.parent / near[0]}." if near else ""
+        return translate("The nearest name there is {name}.", name=path.parent / near[0]) if near else ""
     return ""
 
 
@@ -132,14 +139,18 @@ def _planned(case: Case) -> Values:
     config: Any = _config_in(case) or (load_llama3_config() if is_llama3(profile.model_id, "8B") else None)
     plan = plan_memory(config, profile)
     largest, total = plan.loc[plan["gib"].idxmax()], plan["gib"].sum()
-    text = (
-        f"The plan for profile {profile.name} is {total:.2f} GiB; its largest item is "
-        f"{largest['component']}: {largest['gib']:.2f} GiB ({largest['how']})."
+    text = translate(
+        "The plan for profile {profile} is {total:.2f} GiB; its largest item is {component}: {gib:.2f} GiB "
+        "({how}).",
+        profile=profile.name,
+        total=total,
+        **largest,
     )
     for change, smaller in smaller_profiles(profile):
         needed = plan_memory(config, smaller)["gib"].sum()
         if needed < 0.9 * total:
-            return {"plan": text, "change": f"Set {change}: planned {needed:.2f} GiB instead."}
+            said = translate("Set {change}: planned {needed:.2f} GiB instead.", change=change, needed=needed)
+            return {"plan": text, "change": said}
     return {"plan": text}
 
 

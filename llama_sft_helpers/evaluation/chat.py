@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from llama_sft_helpers.core.language import translate
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from rich.console import Console
@@ -134,10 +136,15 @@ def chat_box(answer: Answer) -> Any:
 
     # Letter by letter, a text typed while the kernel is busy arrives cut off: the first letter, then Enter.
     message = widgets.Text(
-        placeholder="An instruction, then Enter", continuous_update=False, layout=widgets.Layout(width="70%")
+        placeholder=translate("An instruction, then Enter"),
+        continuous_update=False,
+        layout=widgets.Layout(width="70%"),
     )
-    choice = widgets.ToggleButtons(options=["tuned", "base"], layout=widgets.Layout(width="auto"))
-    send = widgets.Button(description="Send", button_style="primary")
+    choice = widgets.ToggleButtons(
+        options=[(translate("tuned"), "tuned"), (translate("base"), "base")],
+        layout=widgets.Layout(width="auto"),
+    )
+    send = widgets.Button(description=translate("Send"), button_style="primary")
     page = widgets.HTML()
 
     def respond(*_: object) -> None:
@@ -145,7 +152,7 @@ def chat_box(answer: Answer) -> Any:
         if not text or send.disabled:
             return
         send.disabled, message.value = True, ""
-        said = f"{page.value}<p><b>you</b>: {html.escape(text)}</p><p><b>{choice.value}</b>: "
+        said = f"{page.value}<p><b>{translate('you')}</b>: {html.escape(text)}</p><p><b>{choice.label}</b>: "
         page.value, reply = f"{said}…</p>", ""
         try:
             for piece in answer(text, choice.value == "tuned"):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llama_sft_helpers.core.language import translate
 from llama_sft_helpers.core.waiting import within
 from llama_sft_helpers.login.tokens import find_token
 
@@ -32,11 +33,11 @@ class AccessError(ValueError):
     def __init__(self, reason: str, repo_id: str, detail: str = "") -> None:
         self.reason = reason
         case, page, action = _filled(reason, repo_id, detail)
-        super().__init__(f"{reason}: {case}.\nPage: {page}\nNext: {action}.")
+        super().__init__(f"{reason}: {case}.\n{translate('Page')}: {page}\n{translate('Next')}: {action}.")
 
 
 def _filled(reason: str, repo_id: str, detail: str) -> list[str]:
-    return [text.format(repo=repo_id, detail=detail) for text in _REMEDIES[reason].values()]
+    return [translate(text, repo=repo_id, detail=detail) for text in _REMEDIES[reason].values()]
 
 
 def summarize_reasons(repo_id: str) -> pd.DataFrame:
@@ -77,17 +78,19 @@ def _ask_hub(call: Callable[[HfApi], _Result], repo_id: str, token: str | None) 
 
     # What cannot be a token is refused before an HTTP library quotes it in an error message.
     if token and not (token.isascii() and token.isprintable() and " " not in token):
-        raise AccessError("invalid-token", repo_id, "it holds spaces or characters that no token has")
+        raise AccessError(
+            "invalid-token", repo_id, translate("it holds spaces or characters that no token has")
+        )
     client = sys.modules[HTTPError.__module__]  # httpx with huggingface_hub 1.x, httpx2 with 2.x
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=False)
     try:
         return within(HUB_SECONDS, lambda: call(api))
     except HFValidationError:
-        raise AccessError("not-found", repo_id, "not of the form owner/name") from None
+        raise AccessError("not-found", repo_id, translate("not of the form owner/name")) from None
     except HfHubHTTPError as error:
         raise _explain(error, repo_id, token) from None
     except OfflineModeIsEnabled:
-        raise AccessError("hub-unreachable", repo_id, "HF_HUB_OFFLINE is set: unset it") from None
+        raise AccessError("hub-unreachable", repo_id, translate("HF_HUB_OFFLINE is set: unset it")) from None
     except TimeoutError as error:
         raise AccessError("hub-unreachable", repo_id, str(error)) from None
     # ImportError: a SOCKS proxy without its package

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llama_sft_helpers.core.language import translate
 from llama_sft_helpers.login import access, tokens
 from llama_sft_helpers.login.access import TOKENS_PAGE, AccessError, check_access, check_token
 from llama_sft_helpers.login.tokens import PLACES, TOKEN_VARIABLES, FoundToken, find_token, mask
@@ -31,13 +32,13 @@ def login_widget(repo_id: str, login: Callable[..., None] | None = None) -> Any:
 
     keep = login or huggingface_hub.login
     field = _password_field()
-    button = widgets.Button(description="Log in", button_style="primary")
+    button = widgets.Button(description=translate("Log in"), button_style="primary")
     status = widgets.HTML(_status(_describe(find_token()), "idle"))
 
     def submit(*_: object) -> None:
         token, field.value = field.value.strip(), ""
         field.disabled = button.disabled = True
-        status.value = _status("Asking the hub …", "busy")
+        status.value = _status(translate("Asking the hub …"), "busy")
         try:
             status.value = _status(*_log_in(token, repo_id, keep))
         finally:
@@ -47,8 +48,9 @@ def login_widget(repo_id: str, login: Callable[..., None] | None = None) -> Any:
     # Enter: the message that both generations of the field send; on_submit warns in 8 and observe also fires
     # when the field loses the focus.
     field.on_msg(lambda _widget, content, _buffers: submit() if content.get("event") == "submit" else None)
-    link = f'<a href="{TOKENS_PAGE}" target="_blank" style="text-decoration:underline">settings page</a>'
-    note = f"Make a token of type Read on the {link}, paste it, press Enter."
+    link = f'<a href="{TOKENS_PAGE}" target="_blank" style="text-decoration:underline">'
+    link += f"{translate('settings page')}</a>"
+    note = translate("Make a token of type Read on the {link}, paste it, press Enter.", link=link)
     return widgets.VBox([widgets.HTML(note), widgets.HBox([field, button]), status])
 
 
@@ -68,9 +70,9 @@ def use_token(model_id: str) -> Any:
         A sentence, or, where the model does not open, the widget of ``login_widget`` with the reason in it.
     """
     if model_id.startswith("local:"):
-        return "The model is built on this machine: no token is needed."
+        return translate("The model is built on this machine: no token is needed.")
     if Path(model_id).is_dir():
-        return "The model is a folder on this machine: no token is needed."
+        return translate("The model is a folder on this machine: no token is needed.")
     tokens.colab_refused = False  # the reader may have granted access since the last look
     found = find_token()
     text, opens = _try_token(model_id, found)
@@ -85,15 +87,20 @@ def use_token(model_id: str) -> Any:
 
 def _try_token(model_id: str, found: FoundToken) -> tuple[str, bool]:
     """What the hub says to a token, and whether the notebook can go on with it."""
-    here = f"Token from {PLACES[found.source]} ({mask(found.token)})" if found.token else "No token found"
+    here = translate("No token found")
+    if found.token:
+        place = translate(PLACES[found.source])
+        here = translate("Token from {place} ({token})", place=place, token=mask(found.token))
     if tokens.colab_refused:
-        here += "; this notebook may not read the secret HF_TOKEN: switch on 'Notebook access' under the key"
+        here += "; " + translate(
+            "this notebook may not read the secret HF_TOKEN: switch on 'Notebook access' under the key"
+        )
     try:
         check_access(model_id, found.token)
     except AccessError as error:
         # without an answer the files may still lie in the cache, and nothing is known against the token
         return f"{here}.\n{error}", error.reason == "hub-unreachable" and found.token is not None
-    return f"{here}: {model_id} is open.", True
+    return f"{here}: " + translate("{model} is open.", model=model_id), True
 
 
 def _password_field() -> Any:
@@ -104,27 +111,33 @@ def _password_field() -> Any:
     class _TokenField(widgets.Password):
         value = Unicode("").tag(sync=True, echo_update=False)
 
-    return _TokenField(description="Token", placeholder="hf_…")
+    return _TokenField(description=translate("Token"), placeholder="hf_…")
 
 
 def _log_in(token: str, repo_id: str, keep: Callable[..., None]) -> tuple[str, str]:
     """Validate a token, keep it, and look whether it opens the model: the status line and its state."""
     if not token:
-        return "Paste a token first.", "error"
+        return translate("Paste a token first."), "error"
     try:
         user = check_token(token, repo_id)
         _keep(token, keep)
     except AccessError as error:
         return str(error), "error"
     except Exception as error:  # a full disk, for instance: the reader must see it, and not the token
-        return f"The token is valid but could not be kept: {str(error).replace(token, '…')}", "error"
+        fault = str(error).replace(token, "…")
+        return translate("The token is valid but could not be kept: {fault}", fault=fault), "error"
     role = user.get("auth", {}).get("accessToken", {}).get("role", "unknown")
-    hello = f"Logged in as {user.get('name', 'unknown')} (permission: {role}; token {mask(token)})."
+    hello = translate(
+        "Logged in as {user} (permission: {role}; token {token}).",
+        user=user.get("name", "unknown"),
+        role=role,
+        token=mask(token),
+    )
     try:
         check_access(repo_id, token)
     except AccessError as error:
         return f"{hello}\n{error}", "error"
-    return f"{hello}\n{repo_id} is open to this account.", "ok"
+    return f"{hello}\n" + translate("{model} is open to this account.", model=repo_id), "ok"
 
 
 def _keep(token: str, keep: Callable[..., None]) -> None:
@@ -145,8 +158,14 @@ def _keep(token: str, keep: Callable[..., None]) -> None:
 
 def _describe(found: FoundToken) -> str:
     if not found.token:
-        return "No token found. Cells that download a gated model need one; all others run without."
-    return f"A token was found in {PLACES[found.source]} ({mask(found.token)}). Another one replaces it."
+        return translate(
+            "No token found. Cells that download a gated model need one; all others run without."
+        )
+    return translate(
+        "A token was found in {place} ({token}). Another one replaces it.",
+        place=translate(PLACES[found.source]),
+        token=mask(found.token),
+    )
 
 
 def _status(text: str, state: str) -> str:

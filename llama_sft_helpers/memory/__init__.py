@@ -8,6 +8,8 @@ CONTENTS = {
     "plan_fit": "plan",  # does it fit a card, and what would make it fit
     "reconcile_memory": "plan",  # planned beside measured
     "plot_memory": "plan",  # the plan as bars
+    "plot_fit": "plan",  # the plan added up, beside a card
+    "CARDS_GIB": "plan",  # what PyTorch can use of the cards that are sold
     "smaller_profiles": "plan",  # changes that need less, the mildest first
     "plan_smaller_batch": "plan",  # the next smaller micro-batch of the same effective batch
     "explain_oom": "plan",  # what filled the card, and the next try

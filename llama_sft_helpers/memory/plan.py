@@ -13,7 +13,7 @@ import math
 from typing import TYPE_CHECKING
 
 from llama_sft_helpers.core.llama import Shape
-from llama_sft_helpers.core.plots import BLUE, new_axes
+from llama_sft_helpers.core.plots import BLUE, ORANGE, RED, new_axes
 from llama_sft_helpers.memory.counts import plan_rows
 
 if TYPE_CHECKING:
@@ -134,6 +134,19 @@ def plot_memory(plan: pd.DataFrame, card_gib: float) -> Axes:
     ax.set_xlabel("GiB (labels in MiB)" if unit > 1 else "GiB")
     ax.margins(x=0.2)
     ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def plot_fit(plan: pd.DataFrame, card_gib: float) -> Axes:
+    """Draw the plan beside a card: each component's bar begins where the one above it ends."""
+    ax = new_axes(3.8)
+    ends, total = plan["gib"].cumsum(), plan["gib"].sum()
+    fits = total <= card_gib
+    ax.barh(plan["component"], plan["gib"], left=ends - plan["gib"], color=BLUE if fits else ORANGE)
+    ax.axvline(card_gib, color=RED, linestyle="--")
+    ax.invert_yaxis()
+    ax.set_title(f"{'Fits' if fits else 'Does not fit'}: {total:.1f} of {card_gib:g} GiB (dashed line)")
+    ax.set(xlabel="GiB, added up from the top", xlim=(0, 1.1 * max(total, card_gib)))
     return ax
 
 

@@ -12,6 +12,7 @@ CONTENTS = {
     "quantize_absmax": "layers",  # a matrix as int8 codes and a scale for each row
     "summarize_memory": "layers",  # a model's bytes in five formats, from its configuration
     "plot_weight_grid": "plots",  # one row's weights on the int8 grid
+    "plot_rounding": "plots",  # some weights and the levels they go to, for any number of bits
     "plot_quantization_error": "plots",  # the error of each matrix over the depth
     "plot_int8_product": "plots",  # one output worked out in int8
     "plot_outliers": "plots",  # where the outlier columns are

@@ -76,6 +76,35 @@ def plot_weight_grid(weight: torch.Tensor, row: int) -> Axes:
     return ax
 
 
+def plot_rounding(weights: torch.Tensor, bits: int) -> Axes:
+    """Draw weights that share one scale, and by a line the level that absmax quantization takes each to.
+
+    Args:
+        weights: Of one row, shape (n,), not all 0.
+        bits: Of a code, 2 to 8; there are ``2 ** bits - 1`` levels, as in int8.
+
+    Raises:
+        ValueError: Another number of bits.
+    """
+    if bits not in range(2, 9):
+        raise ValueError(f"bits is {bits!r}; expected a whole number from 2 to 8.")
+    top, values = 2 ** (bits - 1) - 1, weights.half().float()  # as bitsandbytes casts them
+    step = values.abs().max() / top
+    codes = (values / step).round()
+    levels = (step * torch.arange(-top, top + 1)).tolist()
+    error = (codes * step - values).square().mean().sqrt()
+    ax = new_axes(3.2)
+    ax.eventplot(levels, lineoffsets=0, linelengths=0.3, colors="0.6")
+    ax.plot(torch.stack([values, codes * step]), [1, 0], "o-", ms=4, lw=0.8, color=BLUE, alpha=0.6)
+    ax.set_yticks([1, 0], ["weights", "levels"])
+    ax.set(xlabel="weight", ylim=(-0.3, 1.2))
+    ax.set_title(
+        f"{bits} bits: {len(codes.unique())} of {len(levels)} levels are used\n"
+        f"step {step:.3g}, root mean square error {error:.2g}"
+    )
+    return ax
+
+
 def plot_int8_product(x: torch.Tensor, w: torch.Tensor) -> Axes:
     """Draw how an input x and a row w of the weight, both of at most four numbers, give an output in int8."""
     codes, absmax = quantize_absmax(torch.stack([x, w]))

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from llama_sft_helpers.core.findings import LEVEL
 from llama_sft_helpers.core.plots import BLUE, RED, new_axes
-from llama_sft_helpers.core.progress import clock, report_step
+from llama_sft_helpers.core.progress import report_step
 from llama_sft_helpers.training.findings import rose, seen_again
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ class ThroughputCallback(TrainerCallback):
 class LiveLossCallback(TrainerCallback):
     """Draws the training and held-out loss while the run goes on, in one figure that updates in place.
 
-    The axes stay as they are from the first drawing on, unless a loss rises above twice ``before``.
+    The axes stay as they are from the first drawing on, unless a loss rises above twice ``before``. The time
+    left is told by the trainer's bar above it, which counts evaluation and saving too.
 
     Args:
         throughput: Its figures go into the title; put it before this callback in the trainer's list.
@@ -167,7 +168,9 @@ class LiveLossCallback(TrainerCallback):
 
     def _title(self, state: TrainerState) -> str:
         held_out = _held_out(state.log_history, self._before)
-        title = f"step {state.global_step} of {state.max_steps}"
+        title = (
+            f"{state.global_step} of {state.max_steps} steps done"  # the bar counts the one that runs, too
+        )
         if len(held_out) > 1:
             title += f", held-out loss {held_out[min(held_out)]:.2f} → {held_out[max(held_out)]:.2f}"
         if self._throughput.rows:
@@ -176,7 +179,6 @@ class LiveLossCallback(TrainerCallback):
                 sum(each[name] for each in self._throughput.rows) for name in ("tokens", "seconds")
             )
             title += f"\n{tokens / max(spent, 1e-9):,.0f} tokens/s on average, peak {row['peak_gib']:.1f} GiB"
-            title += f", {clock(row['seconds_left'])} left" if state.global_step < state.max_steps else ""
         return title
 
 

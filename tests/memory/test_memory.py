@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
+import pandas as pd
 import pytest
 import tiny_training
 import torch
@@ -21,6 +22,7 @@ from llama_sft_helpers.memory import (
     plan_memory,
     plan_smaller_batch,
     planned_peak_gib,
+    plot_fit,
     plot_memory,
     reconcile_memory,
     smaller_profiles,
@@ -282,6 +284,16 @@ def test_the_figure_shows_every_component_and_its_size():
     assert [bar.get_width() for bar in ax.patches] == plan["gib"].iloc[::-1].tolist()
     assert f"{plan['gib'].sum():.2f} GiB of 40 GiB" in ax.get_title()
     assert ax.get_xlabel() == "GiB"
+
+
+@pytest.mark.parametrize(("card_gib", "said"), [(40, "Fits"), (6.5, "Fits"), (6.4, "Does not fit")])
+def test_the_bars_beside_a_card_add_up(card_gib, said):
+    plan = pd.DataFrame({"component": ["weights", "activations", "loss"], "gib": [4.0, 0.0, 2.5]})
+    ax = plot_fit(plan, card_gib)
+    assert [(bar.get_x(), bar.get_width()) for bar in ax.patches] == [(0, 4), (4, 0), (4, 2.5)]
+    assert ax.get_title().startswith(f"{said}: 6.5 of {card_gib} GiB")
+    assert ax.lines[0].get_xdata()[0] == card_gib
+    assert ax.get_xlim()[1] > max(card_gib, 6.5)
 
 
 def test_the_command_prints_the_same_plan():

@@ -327,6 +327,34 @@ def test_weight_grid_draws_each_level():
     assert f"{absmax[2].item() / 127:.3g}" in ax.get_title()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_rounding_draws_each_weight_at_the_nearest_level(bits):
+    weights = torch.tensor([0.3, -0.9, 0.05, 0.61, 1.0])
+    ax = quantization.plot_rounding(weights, bits)
+    top = 2 ** (bits - 1) - 1
+    levels = [level / top for level in range(-top, top + 1)]  # of weights whose largest magnitude is 1
+    drawn = [line.get_xdata()[1] for line in ax.lines]
+    nearest = [min(levels, key=lambda level: abs(level - weight)) for weight in weights.tolist()]
+    assert drawn == pytest.approx(nearest, abs=1e-6)
+    assert ax.collections[0].get_positions() == pytest.approx(levels, abs=1e-6)
+    error = np.sqrt(np.mean((np.array(nearest) - weights.half().numpy()) ** 2))
+    assert f"{len(set(nearest))} of {len(levels)} levels" in ax.get_title()
+    assert f"step {1 / top:.3g}, root mean square error {error:.2g}" in ax.get_title()
+
+
+def test_rounding_to_8_bits_is_bitsandbytes_own():
+    weights = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    codes, absmax, _ = bnb.functional.int8_vectorwise_quant(weights.half()[None])
+    drawn = [line.get_xdata()[1] for line in quantization.plot_rounding(weights, 8).lines]
+    assert drawn == pytest.approx((codes[0] * (absmax[0] / 127)).tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 2.5])
+def test_rounding_to_other_bits_is_refused(bits):
+    with pytest.raises(ValueError, match=f"bits is {bits}; expected a whole number from 2 to 8"):
+        quantization.plot_rounding(torch.ones(3), bits)
+
+
 @pytest.mark.parametrize(("row", "told"), [(-1, "rows 0 to 3"), (4, "rows 0 to 3"), (0, "only zeros")])
 def test_a_row_that_cannot_be_drawn_is_refused(row, told):
     with pytest.raises(ValueError, match=told):

@@ -11,8 +11,7 @@ import llama_sft_helpers
 from llama_sft_helpers.core.llama import LINEARS, load_llama3_config
 from llama_sft_helpers.data import count_tokens, summarize_loss_mask, to_prompt_completion
 from llama_sft_helpers.lora import plan_adapters
-from llama_sft_helpers.memory import plan_fit, plan_memory
-from llama_sft_helpers.memory.plan import CARDS_GIB
+from llama_sft_helpers.memory import CARDS_GIB, plan_fit, plan_memory
 from llama_sft_helpers.profiles import read_profile
 from llama_sft_helpers.quantization import quantize_absmax
 from llama_sft_helpers.speed import read_results, summarize_ladder

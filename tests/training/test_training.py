@@ -94,7 +94,7 @@ def test_throughput_counts_all_the_time_since_the_last_log(finished, tmp_path, m
     trainer.train()
     table = second.to_frame()
     loss = trainer.state.log_history[1]["loss"]
-    told = f"training step 4 of 4, loss {loss:.4f}, 0:00 left"
+    told = f"training step 4 of 4, loss {loss:.4f}"
     assert (tmp_path / "step").read_text(encoding="utf-8") == told
     assert table.index.tolist() == [2, 4]
     assert table["tokens"].sum() == finished[1]["tokens"].sum()
@@ -388,12 +388,12 @@ def test_the_live_figure_updates_in_place(tmp_path, monkeypatch):
     assert len(shown) == 1
     assert len(updated) >= 4
     title = updated[-1].axes[0].get_title()
-    assert title.startswith("step 4 of 4, held-out loss 9.00 → ")
+    assert title.startswith("4 of 4 steps done, held-out loss 9.00 → ")
     assert "tokens/s" in title
     axes = [figure.axes[0] for figure in (shown[0], *updated)]
     assert len({ax.get_xlim() + ax.get_ylim() for ax in axes}) == 1
     assert axes[0].get_ylim() == (0, 18)
-    assert "left" in axes[0].get_title()
+    assert not any("left" in ax.get_title() for ax in axes)  # the bar's estimate would differ
 
 
 def test_the_summary_is_written_whole_or_not_at_all_and_reported(tmp_path, capsys):
