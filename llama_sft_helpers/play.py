@@ -13,6 +13,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama_sft_helpers.core.language import korean, page_template, reader_language
 from llama_sft_helpers.core.llama import Shape, load_llama3_config
 from llama_sft_helpers.data.rows import PROMPT_WITH_INPUT, PROMPT_WITHOUT_INPUT
 from llama_sft_helpers.profiles import read_profile
@@ -29,17 +30,16 @@ _BATCHES = (1, 2, 3, 4, 6, 8)
 _LENGTHS = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)
 
 
-def play_page(home: str = "") -> str:
+def play_page(home: str = "", language: str | None = None) -> str:
     """The page: HTML that fetches nothing and works from a file.
 
     Args:
         home: Where its link to the page beside it leads, as ``index.html``; without it there is no link.
+        language: ``"en"`` or ``"ko"``; None for the reader's.
     """
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(_PACKAGE / "templates")
-    page = jinja2.Environment(loader=loader, autoescape=True).get_template("play.html.jinja")
-    return page.render(data=play_data(), home=home)
+    language = language or reader_language()
+    page = page_template("play.html.jinja", language)
+    return page.render(data=play_data(), home=home, texts=korean("play_js") if language == "ko" else {})
 
 
 def play_data() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_sft_helpers.core.files import FilesError
+from llama_sft_helpers.core.language import page_template, reader_language, translate
 from llama_sft_helpers.core.progress import clock
 
 # notebooks that train -> where in the run's folder they leave their summary, log and adapter
@@ -34,12 +35,9 @@ def result_page(
         at_work: Those that are being executed; None once the run is over.
 
     Returns:
-        HTML that fetches nothing.
+        HTML that fetches nothing, in the reader's language.
     """
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    page = jinja2.Environment(loader=loader, autoescape=True).get_template("result_page.html.jinja")
+    page = page_template("result_page.html.jinja", reader_language())
     trained = next((folder / RESULTS[stem] for stem in RESULTS if seconds.get(stem) is not None), None)
     summary = _read_summary(trained) if trained else None
     return page.render(
@@ -58,18 +56,24 @@ def result_page(
 
 
 def _state(seconds: Mapping[str, float | None], running: bool) -> str:
-    done = sum(took is not None for took in seconds.values())
-    counted = f"{done} of {len(seconds)} notebooks are done"
-    if done == len(seconds):
-        return "All notebooks are done."
-    return f"{counted}; this page fills by itself." if running else f"{counted}; the run stopped there."
+    done, every = sum(took is not None for took in seconds.values()), len(seconds)
+    if done == every:
+        return translate("All notebooks are done.")
+    if running:
+        return translate(
+            "{done} of {every} notebooks are done; this page fills by itself.", done=done, every=every
+        )
+    return translate("{done} of {every} notebooks are done; the run stopped there.", done=done, every=every)
 
 
 def _title(summary: Mapping[str, Any] | None, running: bool) -> str:
     if not summary:
-        return "Llama 3 8B, fine-tuned before your eyes: " + ("running" if running else "executed")
+        state = translate("running" if running else "executed")
+        return translate("Llama 3 8B, fine-tuned before your eyes: {state}", state=state)
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
-    return f"Held-out loss: {before:.2f} before training, {after:.2f} after"
+    return translate(
+        "Held-out loss: {before:.2f} before training, {after:.2f} after", before=before, after=after
+    )
 
 
 def _read_summary(folder: Path) -> dict[str, Any] | None:
@@ -87,11 +91,15 @@ def _tiles(summary: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
         return []
     before, after = summary["eval_loss_before"], summary["eval_loss_after"]
     each_second = summary["train_tokens"] / max(summary["train_seconds"], 1e-9)  # 09 writes no such figure
-    tokens = f"{summary['train_tokens']:,.0f} tokens, {each_second:,.0f} a second"
+    change = translate("{change:+.1%}, nats per token", change=after / before - 1)
+    tokens = translate(
+        "{tokens:,.0f} tokens, {speed:,.0f} a second", tokens=summary["train_tokens"], speed=each_second
+    )
+    at_most = translate("at most, while training on {device}", device=summary["device"])
     return [
-        ("Held-out loss", f"{before:.3f} → {after:.3f}", f"{after / before - 1:+.1%}, nats per token"),
-        ("Training", clock(summary["train_seconds"]), tokens),
-        ("Memory", f"{summary['peak_gib']:.1f} GiB", f"at most, while training on {summary['device']}"),
+        (translate("Held-out loss"), f"{before:.3f} → {after:.3f}", change),
+        (translate("Training"), clock(summary["train_seconds"]), tokens),
+        (translate("Memory"), f"{summary['peak_gib']:.1f} GiB", at_most),
     ]
 
 
@@ -121,23 +129,26 @@ def _answers(folder: Path) -> list[tuple[str, list[tuple[str, str, str]]]]:
 
     from llama_sft_helpers.evaluation.answers import list_answers
 
-    return list_answers(pd.read_csv(path, keep_default_na=False))
+    return list_answers(pd.read_csv(path, keep_default_na=False), reader_language())
 
 
 def _card(stem: str, took: float | None, at_work: Collection[str] | None) -> tuple[str, str, str]:
     """The page to link to, where there is one, the notebook's name, and its state."""
     number, _, word = stem.partition("_")
     words = word.replace("_", " ").capitalize().replace("Lora", "LoRA")
-    name = f"{number} · {words}"
+    name = f"{number} · {translate(words)}"
     if took is None:
-        return "", name, "not done" if at_work is None else "running now" if stem in at_work else "waiting"
-    return stem, name, f"done in {clock(took)}"
+        if at_work is None:
+            return "", name, translate("not done")
+        return "", name, translate("running now" if stem in at_work else "waiting")
+    return stem, name, translate("done in {time}", time=clock(took))
 
 
 def _commands(trained: Path | None) -> list[tuple[str, str]]:
     """Sentences, each with the command it speaks of."""
     own = "llama-sft train --data my.csv --columns question=instruction,answer=output"
-    commands = [("Train on rows of your own:", own)]
+    commands = [(translate("Train on rows of your own:"), own)]
     if trained and (adapter := trained / "adapter").is_dir():
-        commands.insert(0, ("Talk to the trained model:", f"llama-sft chat {shlex.quote(str(adapter))}"))
+        chat = f"llama-sft chat {shlex.quote(str(adapter))}"
+        commands.insert(0, (translate("Talk to the trained model:"), chat))
     return commands

@@ -54,8 +54,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         "API": ["api/index.md", *groups],
     }
     korean = [f"{page}.md" for page in NOTEBOOKS if page.startswith("ko/")]
+    start, play = {"시작": "ko/index.md"}, {"숫자를 직접 바꿔 보기": "ko/play.html"}
     config.nav = [{entry: lists[entry]} if str(entry) in lists else entry for entry in config.nav]
-    config.nav.append({"한국어": [{"시작": "ko/index.md"}, {"노트북": korean}]})
+    config.nav.append({"한국어": [start, {"노트북": korean}, play]})
     TITLES["en"] = (config.site_name, config.site_description)
     return config
 
@@ -66,7 +67,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages: dict[str, str | bytes] = {
         "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
         "CHANGELOG.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
-        "play.html": play_page(home="index.html"),
+        "play.html": play_page(home="index.html", language="en"),
+        "ko/play.html": play_page(home="index.html", language="ko"),
         **_api_pages(),
     }
     for path in (ROOT / "docs" / "widgets").iterdir():  # where pages in Korean look for them
@@ -118,7 +120,7 @@ def on_page_context(context: Any, page: Page, config: MkDocsConfig, nav: Navigat
     config.theme["language"] = language = "ko" if uri == _korean(uri) else "en"
     config.site_name, config.site_description = TITLES[language]
     *english, korean = nav.items  # what there is in English only follows the pages in Korean
-    context["nav"] = Navigation([*korean.children, *english[2:]] if language == "ko" else english, nav.pages)
+    context["nav"] = Navigation([*korean.children, *english[3:]] if language == "ko" else english, nav.pages)
     context["nav"].homepage = pages["ko/index.md" if language == "ko" else "index.md"]
     return context
 

@@ -10,8 +10,11 @@ import functools
 import os
 import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-LANGUAGES = ("en", "ko")
+if TYPE_CHECKING:
+    import jinja2
+
 _VARIABLES = ("SFT_LANG", "LC_ALL", "LC_MESSAGES", "LANG")  # the first that is set decides
 
 
@@ -29,8 +32,23 @@ def translate(text: str, language: str | None = None, **values: object) -> str:
 
 
 @functools.cache
-def korean() -> dict[str, str]:
-    """English text -> Korean text, each on one line."""
+def korean(room: str | None = None) -> dict[str, str]:
+    """English text -> Korean text, each on one line; of one table of the file, or of all."""
     path = Path(__file__).parent.parent / "locales" / "ko.toml"
-    rooms = tomllib.loads(path.read_text(encoding="utf-8")).values()
-    return {english: " ".join(text.split()) for room in rooms for english, text in room.items()}
+    rooms = tomllib.loads(path.read_text(encoding="utf-8"))
+    texts = [rooms[room]] if room else rooms.values()
+    return {english: " ".join(text.split()) for found in texts for english, text in found.items()}
+
+
+def page_template(name: str, language: str) -> jinja2.Template:
+    """A template of ``templates/``, whose ``{{ t("English text") }}`` is translated and may hold HTML."""
+    import jinja2
+    from markupsafe import Markup
+
+    def t(text: str, **values: object) -> Markup:
+        return Markup(translate(text, language)).format(**values)  # noqa: S704  (values are escaped)
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent.parent / "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True)
+    environment.globals |= {"t": t, "language": language}
+    return environment.get_template(name)

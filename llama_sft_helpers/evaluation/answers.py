@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from llama_sft_helpers.core.language import translate
 from llama_sft_helpers.core.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, new_axes
 
 if TYPE_CHECKING:
@@ -49,12 +50,15 @@ def _answer_lengths(tokens: torch.Tensor, eos_token_id: int) -> tuple[list[int],
     return first.tolist(), ends.any(dim=1).tolist()
 
 
-def list_answers(table: pd.DataFrame) -> list[tuple[str, list[tuple[str, str, str]]]]:
+def list_answers(table: pd.DataFrame, language: str = "en") -> list[tuple[str, list[tuple[str, str, str]]]]:
     """Each prompt of ``summarize_generations`` with its answers: model, how the answer ended, text."""
     names = [column for column in map(str, table) if f"{column}_stopped" in table]
 
     def ending(row: Mapping[Any, Any], name: str) -> str:
-        return f"{'stopped' if row[f'{name}_stopped'] else 'cut'} after {row[f'{name}_tokens']} tokens"
+        stopped, tokens = row[f"{name}_stopped"], row[f"{name}_tokens"]
+        return translate(
+            "stopped after {n} tokens" if stopped else "cut after {n} tokens", language, n=tokens
+        )
 
     return [
         (str(row["prompt"]), [(name, ending(row, name), str(row[name])) for name in names])

@@ -1,12 +1,19 @@
 // The page: reads the controls, asks play_model.js, and writes and draws what it says.
 const DATA = JSON.parse(document.getElementById("data").textContent);
+const TEXTS = JSON.parse(document.getElementById("texts").textContent); // English -> the page's language
 const GROUPS = ["blue", "sky", "green", "green", "green", "orange", "rose", "rose", "grey", "grey"]; // of the plan's components
 const MARKS = { completion: "«»", eos: "«»", lost: "[]" }; // around tokens of a role, for those who see no colours
 
 const inform = (value, digits = 0) => value.toLocaleString("en", { maximumFractionDigits: digits });
 const precise = (value, digits = 3) => value.toLocaleString("en", { maximumSignificantDigits: digits });
 const percent = (share) => `${precise(100 * share)}%`;
-const many = (count, word) => `${inform(count)} ${word}${count === 1 ? "" : "s"}`;
+
+// A text in the page's language, with values put into its {...}; `many` chooses between one and several.
+function t(text, values = {}) {
+  return (TEXTS[text] ?? text).replace(/\{(\w+)\}/g, (_, name) => values[name]);
+}
+
+const many = (count, one, several) => t(count === 1 ? one : several, { n: inform(count) });
 
 function make(tag, attributes = {}, ...children) {
   const drawn = ["svg", "rect", "line", "circle", "text", "title"].includes(tag);
@@ -61,21 +68,27 @@ function bars(rows, width, top = 0) {
 const sections = {
   grid(section, form) {
     const [bits, absmax, outlier] = [form.bits, form.absmax, form.outlier].map((field) => Number(field.value));
-    show(form.outlier, outlier === 1 ? "none" : String(outlier));
+    show(form.outlier, outlier === 1 ? t("none") : String(outlier));
     const { weights, codes, step, error } = quantizeRow(DATA, bits, absmax, outlier);
     const levels = 2 ** bits - 1;
     const zeros = codes.filter((code, i) => code === 0 && weights[i] !== 0).length;
     const used = new Set(codes).size;
-    const whose = outlier > 1 ? `the other ${weights.length - 1} weights'` : "the row's";
-    const sentence = `${inform(levels)} levels, ${precise(step)} apart: ${whose} rounding error is ${percent(error)}.`;
+    const found = { levels: inform(levels), step: precise(step), error: percent(error), others: weights.length - 1 };
+    const sentence = outlier > 1
+      ? t("{levels} levels, {step} apart: the other {others} weights' rounding error is {error}.", found)
+      : t("{levels} levels, {step} apart: the row's rounding error is {error}.", found);
     say(section, sentence, [
-      ["Step", precise(step), "from level to level"],
-      ["Relative error", percent(error), outlier > 1 ? "of all but the outlier" : "norm of the errors / norm of the row"],
-      ["Rounded to 0", `${zeros} of ${weights.length}`, "weights that are lost"],
-      ["Levels in use", `${used} of ${levels}`, "by these weights"],
+      [t("Step"), precise(step), t("from level to level")],
+      [t("Relative error"), percent(error), outlier > 1 ? t("of all but the outlier") : t("norm of the errors / norm of the row")],
+      [t("Rounded to 0"), t("{n} of {all}", { n: zeros, all: weights.length }), t("weights that are lost")],
+      [t("Levels in use"), t("{n} of {all}", { n: used, all: levels }), t("by these weights")],
     ]);
     const height = 250;
-    const words = `${weights.length} weights before and after rounding. ${sentence} ${many(zeros, "weight")} become 0.`;
+    const words = [
+      t("{n} weights before and after rounding.", { n: weights.length }),
+      sentence,
+      many(zeros, "{n} weight becomes 0.", "{n} weights become 0."),
+    ].join(" ");
     draw(section, height, words, (width) => paintGrid(width, height, { weights, codes, step, absmax }));
   },
 
@@ -83,19 +96,20 @@ const sections = {
     const [r, alpha] = [form.r, form.alpha].map((field) => Number(field.value));
     const targets = [...form.target].filter((box) => box.checked).map((box) => box.value);
     if (!targets.length) {
-      say(section, "Choose at least one target module.", [], true);
+      say(section, t("Choose at least one target module."), [], true);
       section.querySelector(".figure").replaceChildren();
       return;
     }
     const { parts, parameters, mib, share } = planAdapter(DATA, r, targets);
-    const sentence = `${inform(parameters)} trainable parameters, ${percent(share)} of Llama 3 8B with its adapter.`;
+    const counted = { n: inform(parameters), share: percent(share) };
+    const sentence = t("{n} trainable parameters, {share} of Llama 3 8B with its adapter.", counted);
     say(section, sentence, [
-      ["Adapter's file", `${inform(mib, 1)} MiB`, "in float32"],
-      ["Beside it in training", `${inform(3 * mib, 1)} MiB`, "gradients and AdamW's two averages"],
-      ["Scaling α / r", precise(alpha / r), "α changes no count"],
+      [t("Adapter's file"), `${inform(mib, 1)} MiB`, t("in float32")],
+      [t("Beside it in training"), `${inform(3 * mib, 1)} MiB`, t("gradients and AdamW's two averages")],
+      [t("Scaling α / r"), precise(alpha / r), t("α changes no count")],
     ]);
     const rows = parts.map(([name, size]) => ({ name, value: size, text: `${precise(size / 1e6)} M`, colour: "blue" }));
-    const words = `Parameters by module: ${rows.map((row) => `${row.name} ${row.text}`).join(", ")}.`;
+    const words = t("Parameters by module: {list}.", { list: listed(rows) });
     draw(section, 26 * rows.length, words, (width) => bars(rows, width));
   },
 
@@ -104,7 +118,7 @@ const sections = {
     const limit = Number(form.limit.value);
     const box = section.querySelector(".pieces");
     if (!strip(row.output)) {
-      say(section, "The answer is empty: the series refuses such a row.", [], true);
+      say(section, t("The answer is empty: the series refuses such a row."), [], true);
       box.replaceChildren();
       return;
     }
@@ -112,14 +126,15 @@ const sections = {
     const whole = maskRow(DATA, row, Infinity);
     const dropped = cut.scored === 0;
     const sentence = dropped
-      ? `Dropped: the prompt alone has ${inform(cut.prompt)} tokens, so no answer is left to score.`
+      ? t("Dropped: the prompt alone has {n} tokens, so no answer is left to score.", { n: inform(cut.prompt) })
       : cut.eos
-        ? `Kept whole: ${inform(cut.scored)} of ${inform(cut.tokens)} tokens are scored, EOS among them.`
-        : `Cut: EOS is lost, and with it ${many(cut.tokens - limit - 1, "token")} of the answer.`;
+        ? t("Kept whole: {n} of {all} tokens are scored, EOS among them.", { n: inform(cut.scored), all: inform(cut.tokens) })
+        : many(cut.tokens - limit - 1, "Cut: EOS is lost, and with it {n} token of the answer.", "Cut: EOS is lost, and with it {n} tokens of the answer.");
+    const sizes = { prompt: inform(whole.prompt), answer: inform(whole.scored), share: percent(cut.scored / cut.pieces.length) };
     say(section, sentence, [
-      ["Tokens", inform(cut.tokens), `${inform(whole.prompt)} of the prompt, ${inform(whole.scored)} of the answer with EOS`],
-      ["Scored", inform(cut.scored), dropped ? "trl drops the row" : `${percent(cut.scored / cut.pieces.length)} of what is read`],
-      ["EOS", cut.eos ? "scored" : "lost", cut.eos ? "the model learns to stop" : "nothing teaches it to stop"],
+      [t("Tokens"), inform(cut.tokens), t("{prompt} of the prompt, {answer} of the answer with EOS", sizes)],
+      [t("Scored"), inform(cut.scored), dropped ? t("trl drops the row") : t("{share} of what is read", sizes)],
+      ["EOS", cut.eos ? t("scored") : t("lost"), cut.eos ? t("the model learns to stop") : t("nothing teaches it to stop")],
     ], !cut.eos);
     const roles = whole.pieces.map((_, i) => cut.roles[i] ?? "lost");
     box.replaceChildren(...whole.pieces.flatMap((piece, i) => [
@@ -136,15 +151,15 @@ const sections = {
     show(form.batch, inform(card.batches[batch]));
     show(form.max_length, inform(card.lengths[length]));
     const plan = planMemory(DATA, form.card.value, form.checkpointing.checked, batch, length);
-    const fits = { fits: "It fits", tight: "It is tight", "does not fit": "It does not fit" }[plan.verdict];
-    const change = plan.change ? ` Change: ${plan.change.replaceAll("=", " = ")}.` : "";
-    const needed = `${plan.total.toFixed(1)} of ${card.gib.toFixed(1)} GiB`;
+    const fits = { fits: t("It fits"), tight: t("It is tight"), "does not fit": t("It does not fit") }[plan.verdict];
+    const change = plan.change ? ` ${t("Change: {change}.", { change: plan.change.replaceAll("=", " = ") })}` : "";
+    const needed = t("{n} of {all} GiB", { n: plan.total.toFixed(1), all: card.gib.toFixed(1) });
     const sentence = `${fits}: ${needed}, ${inform((100 * plan.total) / card.gib)}%.${change}`;
     say(section, sentence, [], plan.verdict !== "fits");
     const rows = DATA.memory.components.map((name, i) => ({
-      name, value: plan.gib[i], text: `${inform(plan.gib[i], 2)} GiB`, colour: GROUPS[i],
+      name: t(name), value: plan.gib[i], text: `${inform(plan.gib[i], 2)} GiB`, colour: GROUPS[i],
     }));
-    const words = `${sentence} By component: ${rows.map((row) => `${row.name} ${row.text}`).join(", ")}.`;
+    const words = `${sentence} ${t("By component: {list}.", { list: listed(rows) })}`;
     draw(section, 76 + 26 * rows.length, words, (width) => [
       ...paintStack(width, rows, plan.total, card.gib),
       ...bars(rows, width, 76),
@@ -156,32 +171,37 @@ const sections = {
     const [rows, rowTokens, price] = [form.rows, form.row_tokens, form.price].map((field) => Number(field.value));
     show(form.price, price.toFixed(2));
     if (!(rows >= 1 && rowTokens >= 1)) {
-      say(section, "The rows and their tokens must be numbers of at least 1.", [], true);
+      say(section, t("The rows and their tokens must be numbers of at least 1."), [], true);
       return;
     }
     const tokens = rows * rowTokens * epochs;
     const found = Object.fromEntries(DATA.speed.rungs.map(({ rung }) => [rung, planEpoch(DATA, rung, tokens, price)]));
     const chosen = form.rung.value;
     const { change, speed } = DATA.speed.rungs.find(({ rung }) => rung === chosen);
-    const sentence = `“${chosen}” takes ${duration(found[chosen].hours)} and costs ${found[chosen].price.toFixed(2)}.`;
+    const spent = { rung: chosen, time: duration(found[chosen].hours), price: found[chosen].price.toFixed(2) };
+    const sentence = t("“{rung}” takes {time} and costs {price}.", spent);
     const first = DATA.speed.rungs[0];
     say(section, sentence, [
-      ["Tokens", inform(tokens), `${many(epochs, "epoch")} of ${many(rows, "row")}`],
-      ["Tokens a second", inform(speed), change],
-      ["Against “plain”", `${precise(speed / first.speed)} times as fast`, `plain costs ${found[first.rung].price.toFixed(2)}`],
+      [t("Tokens"), inform(tokens), t("{epochs} of {rows}", { epochs: many(epochs, "{n} epoch", "{n} epochs"), rows: many(rows, "{n} row", "{n} rows") })],
+      [t("Tokens a second"), inform(speed), t(change)],
+      [t("Against “plain”"), t("{n} times as fast", { n: precise(speed / first.speed) }), t("plain costs {price}", { price: found[first.rung].price.toFixed(2) })],
     ]);
     const lengths = DATA.speed.rungs.map(({ rung }) => ({
       name: rung, value: found[rung].hours, text: duration(found[rung].hours),
       colour: rung === chosen ? "orange" : "blue", bold: rung === chosen,
     }));
-    const words = `Time by rung: ${lengths.map((row) => `${row.name} ${row.text}`).join(", ")}.`;
+    const words = t("Time by rung: {list}.", { list: listed(lengths) });
     draw(section, 26 * lengths.length, words, (width) => bars(lengths, width));
   },
 };
 
+function listed(rows) {
+  return rows.map((row) => `${row.name} ${row.text}`).join(", ");
+}
+
 function duration(hours) {
-  if (hours >= 1.995) return `${precise(hours)} h`;
-  return hours * 60 >= 1 ? `${precise(hours * 60)} min` : `${precise(hours * 3600)} s`;
+  if (hours >= 1.995) return t("{n} h", { n: precise(hours) });
+  return hours * 60 >= 1 ? t("{n} min", { n: precise(hours * 60) }) : t("{n} s", { n: precise(hours * 3600) });
 }
 
 // Weights from left to right, their value upwards: a ring before rounding, a dot on its level after.
@@ -204,15 +224,15 @@ function paintGrid(width, height, { weights, codes, step, absmax }) {
     if (Math.abs(weight) > reach) { // the outlier, far above the picture
       shapes.push(line(x(i), y(0), x(i), top - 2, "orange", { "stroke-width": 2 }));
       const anchor = i * 2 < weights.length ? "start" : "end";
-      shapes.push(label(x(i) + (anchor === "start" ? 6 : -6), top - 3, `outlier ${precise(weight)}, far above`, { "text-anchor": anchor }));
+      shapes.push(label(x(i) + (anchor === "start" ? 6 : -6), top - 3, t("outlier {weight}, far above", { weight: precise(weight) }), { "text-anchor": anchor }));
       return;
     }
     shapes.push(line(x(i), y(weight), x(i), y(codes[i] * step), "orange", { "stroke-width": 2 }));
     shapes.push(make("circle", { cx: x(i), cy: y(weight), r: 4.5, style: "fill: none; stroke: var(--soft); stroke-width: 1.5" }));
     shapes.push(make("circle", { cx: x(i), cy: y(codes[i] * step), r: 3.2, style: "fill: var(--blue)" }));
   });
-  const lines = gap >= 2 ? "lines: levels" : "too many levels to draw";
-  shapes.push(label(left, height - 4, `ring: weight, dot: after rounding, ${lines}`, { class: "soft" }));
+  const lines = gap >= 2 ? t("lines: levels") : t("too many levels to draw");
+  shapes.push(label(left, height - 4, `${t("ring: weight, dot: after rounding")}, ${lines}`, { class: "soft" }));
   return shapes;
 }
 
@@ -230,7 +250,7 @@ function paintStack(width, rows, total, cardGib) {
   return [
     ...parts,
     line(end, 8, end, 66, "red", { "stroke-width": 2.5 }),
-    label(end + (anchor === "end" ? -6 : 6), 18, `the card ends at ${inform(cardGib, 1)} GiB`, { "text-anchor": anchor }),
+    label(end + (anchor === "end" ? -6 : 6), 18, t("the card ends at {n} GiB", { n: inform(cardGib, 1) }), { "text-anchor": anchor }),
   ];
 }
 

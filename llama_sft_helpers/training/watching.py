@@ -23,6 +23,7 @@ from llama_sft_helpers.training.findings import rose, seen_again
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 _THROUGHPUT = ["step", "seconds", "tokens", "tokens_per_second", "peak_gib", "seconds_left"]
 _SECONDS_BETWEEN_DRAWINGS = 2.0
@@ -60,22 +61,35 @@ class ThroughputCallback(TrainerCallback):
         self._seconds = 0.0  # since the last log
         self._tokens_before = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Take over the steps that a resumed run's log already holds; trl counts its tokens from 0 again."""
         self.rows = [{key: row[key] for key in _THROUGHPUT} for row in state.log_history if "seconds" in row]
         self._tokens_before = 0.0
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Start the step's clock."""
         self._started = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Stop the step's clock."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._seconds += time.perf_counter() - self._started
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Add the row of the step that was just logged."""
         if not logs or "loss" not in logs:
             return
@@ -120,16 +134,20 @@ class LiveLossCallback(TrainerCallback):
         self._drawn = 0.0
         self._handle: Any = None
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Draw again, unless the last drawing is too recent."""
         if time.perf_counter() - self._drawn >= _SECONDS_BETWEEN_DRAWINGS:
             self._draw(state)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Draw the finished curve."""
         self._draw(state)
 
-    def _draw(self, state: Any) -> None:
+    def _draw(self, state: TrainerState) -> None:
         import matplotlib.pyplot as plt
         from IPython.display import display
 
@@ -148,9 +166,11 @@ class LiveLossCallback(TrainerCallback):
         plt.close(ax.figure)
         self._drawn = time.perf_counter()
 
-    def _title(self, state: Any) -> str:
+    def _title(self, state: TrainerState) -> str:
         held_out = _held_out(state.log_history, self._before)
-        title = f"step {state.global_step} of {state.max_steps}"
+        title = (
+            f"{state.global_step} of {state.max_steps} steps done"  # the bar counts the one that runs, too
+        )
         if len(held_out) > 1:
             title += f", held-out loss {held_out[min(held_out)]:.2f} → {held_out[max(held_out)]:.2f}"
         if self._throughput.rows:

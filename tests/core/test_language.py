@@ -12,10 +12,12 @@ from llama_sft_helpers.core.language import korean, reader_language, translate
 from llama_sft_helpers.doctor import TABLE, explain
 from llama_sft_helpers.doctor.explanation import _UNKNOWN
 from llama_sft_helpers.doctor.table import RENAMED_ARGUMENTS
-from llama_sft_helpers.evaluation.chat import chat_box
-from llama_sft_helpers.login import login_widget
-from llama_sft_helpers.login.access import _REMEDIES, AccessError
+from llama_sft_helpers.evaluation import chat_box
+from llama_sft_helpers.login import AccessError, login_widget
+from llama_sft_helpers.login.access import _REMEDIES
 from llama_sft_helpers.login.tokens import PLACES
+from llama_sft_helpers.play import play_data, play_page
+from llama_sft_helpers.result_page import _card, result_page
 
 ROOT = Path(__file__).parents[2]
 GLOSSARY = (ROOT / "translations" / "ko" / "glossary.toml").read_text(encoding="utf-8")
@@ -27,25 +29,41 @@ def texts_in_tables():
     yield from filter(None, _UNKNOWN.values())
     yield from (text for reason in _REMEDIES.values() for name, text in reason.items() if name != "page")
     yield from PLACES.values()
+    yield from (_card(path.stem, None, None)[1][5:] for path in (ROOT / "notebooks").glob("*.ipynb"))
     yield from (new for new in RENAMED_ARGUMENTS.values() if " " in new)  # the others are code
 
 
 def texts_in_code():
-    """First argument of every call of ``translate``, where it is a text."""
+    """Every text that ``translate`` or a page's ``t`` is called with."""
     for path in (ROOT / "llama_sft_helpers").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "translate":
                 for part in ast.walk(node.args[0]):
                     if isinstance(part, ast.Constant) and isinstance(part.value, str):
                         yield part.value
+    for path in (ROOT / "llama_sft_helpers" / "templates").glob("*.jinja"):
+        calls = re.findall(r"""\bt\((?:"([^"]+)"|'([^']+)')""", path.read_text(encoding="utf-8"))
+        yield from (double or single for double, single in calls)
 
 
-USED = {*texts_in_tables(), *texts_in_code()}
+def texts_in_script():
+    """What ``play.js`` says, and the names in the data that it shows."""
+    script = (ROOT / "llama_sft_helpers" / "templates" / "play.js").read_text(encoding="utf-8")
+    yield from re.findall(r'\bt\("([^"]+)"', script)
+    for both in re.findall(r'\bmany\([^"]+"([^"]+)", "([^"]+)"', script):
+        yield from both
+    yield from play_data()["memory"]["components"]
+    yield from (rung["change"] for rung in play_data()["speed"]["rungs"])
+
+
+SCRIPT = {*texts_in_script()}
+USED = {*texts_in_tables(), *texts_in_code(), *SCRIPT}
 
 
 def test_every_text_of_the_package_has_its_korean_and_no_korean_is_left_over():
-    missing = {text for text in USED - korean().keys() if not re.fullmatch(r"\{\w+\}", text)}
+    missing = {text for text in USED - korean().keys() if not re.fullmatch(r"\{\w+\}|LoRA", text)}
     assert sorted(missing) == []
+    assert sorted(SCRIPT - korean("play_js").keys()) == []
     assert sorted(korean().keys() - USED) == []
 
 
@@ -119,3 +137,32 @@ def test_the_chat_field_is_labelled_in_korean(monkeypatch):
     monkeypatch.setenv("SFT_LANG", "ko")
     row, choice, _ = chat_box(lambda text, tuned: iter(())).children
     assert (row.children[1].description, choice.label, choice.value) == ("보내기", "조정된 모델", "tuned")
+
+
+def test_the_play_page_differs_in_its_words_only():
+    english, page = (play_page(language=language) for language in ("en", "ko"))
+    assert '<html lang="ko">' in page
+    kept = (
+        r'(?s)<script>.*?</script>|<script [^>]*"data">.*?</script>| (?:id|name|min|max|step|value)="[^"]*"'
+    )
+    assert re.findall(kept, page) == re.findall(kept, english)
+    words = re.sub(r"(?s)<(script|style|select).*?</\1>|<[^>]+>", " ", page)
+    sentences = re.findall(r"(?:[A-Za-z,']+ ){4,}", words)
+    assert sentences == []
+
+
+def test_the_result_page_is_korean_for_a_korean_reader(monkeypatch, tmp_path):
+    monkeypatch.setenv("SFT_LANG", "ko")
+    page = result_page(
+        tmp_path, "cpu-demo", "a model", {"04_lora": 8.0, "06_training": None}, ["06_training"]
+    )
+    for part in (
+        '<html lang="ko">',
+        "노트북 2개 가운데 1개가 끝났습니다",
+        "06 · 학습",
+        "실행 중",
+        "0:08 만에 끝남",
+    ):
+        assert part in page
+    words = re.sub(r"(?s)<(script|style|code).*?</\1>|<[^>]+>", " ", page)
+    assert re.findall(r"(?:[A-Za-z,']+ ){4,}", words) == []

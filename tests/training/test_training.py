@@ -388,7 +388,7 @@ def test_the_live_figure_updates_in_place(tmp_path, monkeypatch):
     assert len(shown) == 1
     assert len(updated) >= 4
     title = updated[-1].axes[0].get_title()
-    assert title.startswith("step 4 of 4, held-out loss 9.00 → ")
+    assert title.startswith("4 of 4 steps done, held-out loss 9.00 → ")
     assert "tokens/s" in title
     axes = [figure.axes[0] for figure in (shown[0], *updated)]
     assert len({ax.get_xlim() + ax.get_ylim() for ax in axes}) == 1
