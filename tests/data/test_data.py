@@ -1,5 +1,6 @@
 """Rows, tokens, labels, lengths, packing against other truths: tiktoken, hand-made masks, brute force."""
 
+import ast
 import html
 import itertools
 import json
@@ -561,3 +562,12 @@ def test_notebook_runs_on_llama_3s_own_tokenizer(tmp_path, monkeypatch):
     shown = json.dumps(notebook, ensure_ascii=False)
     assert "<|reserved_special_token_2|>', 128004" in shown
     assert "375 of 375 rows are used, 0 are left out" in shown
+
+
+def test_what_05_says_that_korean_costs_with_llama3s_tokenizer(llama3):
+    path = Path(__file__).parents[2] / "notebooks" / "05_data.ipynb"
+    cells = {cell["id"]: "".join(cell["source"]) for cell in json.loads(path.read_text("utf-8"))["cells"]}
+    texts = ast.literal_eval(cells["05-015"].removeprefix("both = ").partition("\ncost")[0])
+    english, korean = data.summarize_tokens(llama3, texts)["tokens"]
+    said = f"{english} tokens in English and {korean} in Korean, {korean / english:.1f} times"
+    assert said in cells["05-014"]

@@ -155,3 +155,21 @@ def test_a_missing_file_is_named_and_an_empty_folder_too(tmp_path, monkeypatch):
             load_rows(source)
     with pytest.raises(DataError, match=r"holds no file of the kinds \.csv, "):
         load_rows(tmp_path)
+
+
+def test_a_set_with_dollys_columns_is_read_as_alpaca_rows(tmp_path):
+    row = {
+        "instruction": "물은 몇 도에서 끓나요?",
+        "context": "",
+        "response": "100도입니다.",
+        "category": "open_qa",
+    }
+    path = tmp_path / "dolly_ko.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    rows, layout = load_rows(path, "context=input,response=output")
+    assert layout == "alpaca"
+    assert (rows[0]["instruction"], rows[0]["input"], rows[0]["output"]) == (
+        row["instruction"],
+        "",
+        row["response"],
+    )
