@@ -94,6 +94,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     earlier = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.add else []
+    if other := {run["commit"] for run in earlier} - set(args.commits):
+        parser.error(f"{args.out} holds rounds of {other}, expected {args.commits}; take another --out")
     result = {**report.source(report.card()), "limit": args.limit, "runs": earlier}
     first = max((run["round"] + 1 for run in earlier), default=0)
     capability = torch.backends.cpu.get_cpu_capability()
@@ -105,7 +107,7 @@ def main():
             for number in range(first, first + args.rounds):
                 for part in args.parts.split(","):
                     for commit, tree in trees.items():
-                        run = {"round": number, "part": part, "commit": commit, "cpu": capability}
+                        run = {"round": number, "part": part, "commit": commit, "host_cpu": capability}
                         run |= one_run(part, tree, args)
                         result["runs"].append(run)
                         print(run, flush=True)

@@ -290,9 +290,10 @@ def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
     import logging
     import warnings
 
-    # bitsandbytes logs a line for every int8 product and one on import, the hub one for every retry
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # bitsandbytes logs a line for every int8 product and one on import, the hub one for every retry; torch
+    # warns of what torchao 0.17 registers, which peft imports where Python is 3.13
+    for name in ("bitsandbytes", "huggingface_hub", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # peft 0.21 asks newer versions of transformers by an older name
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 

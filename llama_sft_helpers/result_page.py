@@ -129,7 +129,8 @@ def _answers(folder: Path) -> list[tuple[str, list[tuple[str, str, str]]]]:
 
     from llama_sft_helpers.evaluation.answers import list_answers
 
-    return list_answers(pd.read_csv(path, keep_default_na=False), reader_language())
+    listed = list_answers(pd.read_csv(path, keep_default_na=False), reader_language())
+    return [(ask, [(translate(name), end, text) for name, end, text in pair]) for ask, pair in listed]
 
 
 def _card(stem: str, took: float | None, at_work: Collection[str] | None) -> tuple[str, str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ _VARIABLES = ("SFT_LANG", "LC_ALL", "LC_MESSAGES", "LANG")  # the first that is 
 def reader_language() -> str:
     """``"ko"`` where ``$SFT_LANG``, or else the system's locale, asks for Korean; ``"en"`` elsewhere."""
     asked = next((value for name in _VARIABLES if (value := os.environ.get(name))), "")
-    return "ko" if asked.lower().startswith("ko") else "en"
+    return "ko" if re.split(r"[-_.@]", asked.lower())[0] == "ko" else "en"
 
 
 def translate(text: str, language: str | None = None, **values: object) -> str:
@@ -46,7 +47,8 @@ def page_template(name: str, language: str) -> jinja2.Template:
     from markupsafe import Markup
 
     def t(text: str, **values: object) -> Markup:
-        return Markup(translate(text, language)).format(**values)  # noqa: S704  (values are escaped)
+        marked = Markup(translate(text, language))  # noqa: S704  (values are escaped)
+        return marked.format(**values) if values else marked
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent.parent / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True)

@@ -138,14 +138,20 @@ def plot_memory(plan: pd.DataFrame, card_gib: float) -> Axes:
 
 
 def plot_fit(plan: pd.DataFrame, card_gib: float) -> Axes:
-    """Draw the plan beside a card: each component's bar begins where the one above it ends."""
+    """Draw the plan beside a card: each component's bar begins where the one above it ends.
+
+    Args:
+        plan: As from ``plan_memory``.
+        card_gib: The card's memory in GiB.
+    """
     ax = new_axes(3.8)
     ends, total = plan["gib"].cumsum(), plan["gib"].sum()
     fits = total <= card_gib
+    verdict = ("Fits, tightly" if total > _TIGHT * card_gib else "Fits") if fits else "Does not fit"
     ax.barh(plan["component"], plan["gib"], left=ends - plan["gib"], color=BLUE if fits else ORANGE)
     ax.axvline(card_gib, color=RED, linestyle="--")
     ax.invert_yaxis()
-    ax.set_title(f"{'Fits' if fits else 'Does not fit'}: {total:.1f} of {card_gib:g} GiB (dashed line)")
+    ax.set_title(f"{verdict}: {total:.1f} of {card_gib:g} GiB (dashed line)")
     ax.set(xlabel="GiB, added up from the top", xlim=(0, 1.1 * max(total, card_gib)))
     return ax
 

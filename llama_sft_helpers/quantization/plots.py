@@ -84,12 +84,14 @@ def plot_rounding(weights: torch.Tensor, bits: int) -> Axes:
         bits: Of a code, 2 to 8; there are ``2 ** bits - 1`` levels, as in int8.
 
     Raises:
-        ValueError: Another number of bits.
+        ValueError: Another number of bits, or no weight but 0.
     """
     if bits not in range(2, 9):
         raise ValueError(f"bits is {bits!r}; expected a whole number from 2 to 8.")
-    top, values = 2 ** (bits - 1) - 1, weights.half().float()  # as bitsandbytes casts them
+    top, values = 2 ** (bits - 1) - 1, weights.detach().cpu().half().float()  # as bitsandbytes casts them
     step = values.abs().max() / top
+    if not step > 0:
+        raise ValueError("All weights are 0 in float16, expected one that is not: no step divides them.")
     codes = (values / step).round()
     levels = (step * torch.arange(-top, top + 1)).tolist()
     error = (codes * step - values).square().mean().sqrt()

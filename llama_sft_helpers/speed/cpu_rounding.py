@@ -16,7 +16,9 @@ import torch
 def use_fast_rounding() -> None:
     """Let int8 layers on a CPU round their inputs faster in ``eval()`` mode, to the same bits.
 
-    It holds for all models of this Python process. Tensors on a GPU keep bitsandbytes' own kernel.
+    It holds for all models of this Python process, and for weights that are quantized on a CPU. Tensors on a
+    GPU keep bitsandbytes' own kernel. bitsandbytes 0.50 has none for CPUs; from a version on that brings one,
+    this switch is not needed.
     """
     import bitsandbytes  # noqa: F401 (it names the operator)
 
@@ -36,14 +38,13 @@ def round_to_int8(
     Returns:
         int8 codes [rows, columns]; each row's largest entry, float32 [rows]; the outliers' columns, int64.
     """
-    values = x.to(torch.float32, copy=True)
-    sizes, columns = values.abs(), None
+    values, columns = x.to(torch.float32, copy=True), None
     if threshold > 0:
-        columns = (sizes.amax(dim=0) >= threshold).nonzero().view(-1)
+        outliers = x.abs() >= threshold  # compared in the dtype of x, as bitsandbytes does
+        columns = outliers.any(dim=0).nonzero().view(-1)
         if columns.numel():
-            values[:, columns] = values[:, columns].masked_fill(sizes[:, columns] >= threshold, 0)
-            sizes = values.abs()
-    largest = sizes.amax(dim=1)
+            values[:, columns] = values[:, columns].masked_fill(outliers[:, columns], 0)
+    largest = values.abs().amax(dim=1)
     codes = values.mul_((127.0 / largest)[:, None]).round_().to(torch.int8)
     if columns is not None and len(x) > 1:
         codes[:, columns] = 0

@@ -89,6 +89,7 @@ def fields_of(text):
         ({"LANG": "ko_KR.UTF-8", "LC_ALL": "C"}, "en"),
         ({"LANG": "ko_KR.UTF-8", "SFT_LANG": "en"}, "en"),
         ({"LANG": "en_US.UTF-8", "SFT_LANG": "ko"}, "ko"),
+        ({"LANG": "kok_IN"}, "en"),
         ({"LANG": "fr_FR.UTF-8"}, "en"),
         ({}, "en"),
     ],

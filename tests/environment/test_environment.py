@@ -161,7 +161,7 @@ PROBLEMS = [
     # Colab's own datasets, which trl 1.x refuses; transformers has an upper bound on tokenizers
     ({"on_disk": with_package(datasets="4.0.0")}, "datasets", "too old", TESTED["datasets"]),
     ({"on_disk": with_package(tokenizers="0.99.0")}, "tokenizers", "too new", "tokenizers"),
-    ({"on_disk": with_package(torchao="0.10.0")}, "torchao", "too old", '--no-deps -U "torchao>='),
+    ({"on_disk": with_package(torchao="0.10.0")}, "torchao", "too old", '--no-deps -U "torchao'),
     ({"in_memory": {"pyarrow": "18.1.0"}}, "pyarrow", "restart", "Restart session"),
     ({**NO_GPU, "colab": False}, "GPU", "no GPU", "SFT_PROFILE=cpu-demo"),
     ({**HIDDEN, "on_disk": with_package(torch="2.13.0+cpu")}, "GPU", "GPU hidden", "--force-reinstall"),

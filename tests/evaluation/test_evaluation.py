@@ -1,5 +1,6 @@
 """Losses, intervals, answers, stops and merge fidelity, each against an independent truth."""
 
+import contextlib
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,10 +254,10 @@ def test_kl_and_top1_by_hand():
     found = summarize_merge_fidelity(reference, merged)
     kl = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert found.tolist() == pytest.approx([kl / 2, kl, 0.5, 2], rel=1e-4)
-    check_merge_fidelity(reference, reference.clone(), layers=32)
+    check_merge_fidelity(reference, reference.clone(), reference, layers=32)
     for other in (merged, reference * float("nan")):
         with pytest.raises(EvaluationError, match="fresh 16-bit"):
-            check_merge_fidelity(reference, other, layers=32)
+            check_merge_fidelity(reference, other, reference, layers=32)
     with pytest.raises(ValueError, match="differ"):
         summarize_merge_fidelity(reference, merged[:1])
 
@@ -268,6 +269,25 @@ def test_a_16_bit_merge_is_faithful_and_a_lost_adapter_is_not(trained, encoded):
     reference = next_token_log_probs(model, rows)
     with model.disable_adapter():
         without_adapter = next_token_log_probs(model, rows)
-    check_merge_fidelity(reference, next_token_log_probs(model.merge_and_unload(), rows), layers)
+    merged = next_token_log_probs(model.merge_and_unload(), rows)
+    check_merge_fidelity(reference, merged, without_adapter, layers)
     with pytest.raises(EvaluationError, match="not onto the quantized one"):
-        check_merge_fidelity(reference, without_adapter, layers)
+        check_merge_fidelity(reference, without_adapter, without_adapter, layers)
+
+
+@pytest.mark.parametrize(("times", "passes"), [(10, False), (15, False), (17, True)])
+def test_a_divergence_beyond_rounding_is_held_against_what_the_adapter_changes(times, passes):
+    """The base's divergence is so many times the merged model's, by bisection on the odds of two tokens."""
+
+    def tilted(by):
+        return torch.log(torch.tensor([[0.5 + by, 0.5 - by]], dtype=torch.float64))
+
+    reference, merged = tilted(0), tilted(0.12)
+    goal, low, high = times * -math.log(1 - 0.24**2) / 2, 0.12, 0.5
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if -math.log(1 - 4 * middle**2) / 2 < goal else (low, middle)
+    without = tilted(low)
+    assert summarize_merge_fidelity(reference, merged)["kl_nats"] > 0.028  # what 32 layers explain
+    with contextlib.nullcontext() if passes else pytest.raises(EvaluationError, match="a sixteenth"):
+        check_merge_fidelity(reference, merged, without, layers=32)

@@ -286,7 +286,7 @@ def test_the_figure_shows_every_component_and_its_size():
     assert ax.get_xlabel() == "GiB"
 
 
-@pytest.mark.parametrize(("card_gib", "said"), [(40, "Fits"), (6.5, "Fits"), (6.4, "Does not fit")])
+@pytest.mark.parametrize(("card_gib", "said"), [(40, "Fits"), (6.5, "Fits, tightly"), (6.4, "Does not fit")])
 def test_the_bars_beside_a_card_add_up(card_gib, said):
     plan = pd.DataFrame({"component": ["weights", "activations", "loss"], "gib": [4.0, 0.0, 2.5]})
     ax = plot_fit(plan, card_gib)
