@@ -127,8 +127,8 @@ def check_merge_fidelity(
     relative error of 0.21 eps, and the errors add up like a random walk: ``0.21 eps sqrt(9 layers)``. Logits
     spread by about 3 nats, so that is three times as much in a logit, and the divergence of two models whose
     logits differ by d is about d squared; half of it for each of the two that round. Four times that estimate
-    is allowed, or a sixteenth of what the adapter itself changes (one at three quarters of its strength is off
-    by as much): with random weights a small difference grows from layer to layer.
+    is allowed, or a sixteenth of what the adapter itself changes (one at three quarters of its strength is
+    off by as much): with random weights a small difference grows from layer to layer.
 
     Args:
         reference: As ``summarize_merge_fidelity`` takes it.
