@@ -92,15 +92,17 @@ def _eos_ids(model: PreTrainedModel | PeftModel) -> list[int]:
 def _scored_logits(
     model: PreTrainedModel | PeftModel, rows: Sequence[EncodedRow]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [rows, tokens - 1, vocabulary] and the labels they predict [rows, tokens - 1]."""
+    """Logits [rows, places, vocabulary] and the labels they predict, from the first place that is scored on."""
     texts, labels = ([torch.tensor(row[key]) for row in rows] for key in ("input_ids", "labels"))
     input_ids = pad_sequence(texts, batch_first=True, padding_value=(_eos_ids(model) or [0])[0])
     mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
     targets = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
-    device = model.device
+    scored = (targets[:, 1:] != IGNORED).any(dim=0).nonzero()
+    first, device = int(scored[0]) if len(scored) else 0, model.device
+    inputs = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
     with evaluation_mode(model):
-        logits = model(input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-    return logits[:, :-1], targets[:, 1:].to(device)
+        logits = model(**inputs, logits_to_keep=targets.shape[1] - first).logits
+    return logits[:, :-1], targets[:, first + 1 :].to(device)
 
 
 def summarize_perplexity(rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

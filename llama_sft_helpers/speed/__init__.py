@@ -9,7 +9,7 @@ from llama_sft_helpers.core.contents import load_on_demand
 CONTENTS = {
     "use_fast_int8": "int8_product",  # switch: int8 weights in a 16-bit product
     "use_int8_units": "int8_units",  # switch: int8 inputs too, on the GPU's int8 units
-    "use_fast_rounding": "cpu_rounding",  # switch: int8 inputs on a CPU, the same to the bit
+    "use_cpu_kernels": "cpu_kernels",  # switch: int8 layers on a CPU, the same to the bit
     "register_varlen_attention": "varlen",  # switch: attention that skips what packing masks
     "document_bounds": "core.batches",  # where the packed rows begin and end
     "compile_decoder_layers": "compiled_layers",  # switch: each decoder layer compiled
