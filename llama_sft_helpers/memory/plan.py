@@ -9,7 +9,6 @@ https://huggingface.co/docs/transformers/model_memory_anatomy.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING
 
 from llama_sft_helpers.core.llama import Shape
@@ -92,8 +91,7 @@ def plan_fit(
     fit = pd.DataFrame({"card": list(cards_gib), "card_gib": list(cards_gib.values())})
     fit["planned_gib"] = float(plan_memory(config, profile, quantization=quantization)["gib"].sum())
     fit["share"] = fit["planned_gib"] / fit["card_gib"]
-    verdicts = ["fits", "tight", "does not fit"]
-    fit["verdict"] = pd.cut(fit["share"], [0, _TIGHT, 1, math.inf], labels=verdicts).astype(str)
+    fit["verdict"] = [_verdict(*sizes) for sizes in zip(fit["planned_gib"], fit["card_gib"], strict=True)]
     fit["change"] = [
         "" if verdict == "fits" else _change_that_fits(config, profile, quantization, card)
         for card, verdict in zip(fit["card_gib"], fit["verdict"], strict=True)
@@ -146,12 +144,13 @@ def plot_fit(plan: pd.DataFrame, card_gib: float) -> Axes:
     """
     ax = new_axes(3.8)
     ends, total = plan["gib"].cumsum(), plan["gib"].sum()
-    fits = total <= card_gib
-    verdict = ("Fits, tightly" if total > _TIGHT * card_gib else "Fits") if fits else "Does not fit"
-    ax.barh(plan["component"], plan["gib"], left=ends - plan["gib"], color=BLUE if fits else ORANGE)
+    verdict = _verdict(total, card_gib)
+    colour = ORANGE if verdict == "does not fit" else BLUE
+    ax.barh(plan["component"], plan["gib"], left=ends - plan["gib"], color=colour)
     ax.axvline(card_gib, color=RED, linestyle="--")
     ax.invert_yaxis()
-    ax.set_title(f"{verdict}: {total:.1f} of {card_gib:g} GiB (dashed line)")
+    said = "Fits, tightly" if verdict == "tight" else verdict.capitalize()
+    ax.set_title(f"{said}: {total:.1f} of {card_gib:g} GiB (dashed line)")
     ax.set(xlabel="GiB, added up from the top", xlim=(0, 1.1 * max(total, card_gib)))
     return ax
 
@@ -229,6 +228,13 @@ def _check_profile(profile: object) -> None:
         raise ValueError(
             f"profile is {profile!r}, a {type(profile).__name__}; expected a Profile: pass {hint}."
         )
+
+
+def _verdict(planned_gib: float, card_gib: float) -> str:
+    """What ``plan_fit`` and ``plot_fit`` say of a plan on a card."""
+    if planned_gib > card_gib:
+        return "does not fit"
+    return "tight" if planned_gib > _TIGHT * card_gib else "fits"
 
 
 def _change_that_fits(config: ModelConfig, profile: Profile, quantization: str, card_gib: float) -> str:
