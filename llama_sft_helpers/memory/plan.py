@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from llama_sft_helpers.core.language import translate
 from llama_sft_helpers.core.llama import Shape
 from llama_sft_helpers.core.plots import BLUE, ORANGE, RED, new_axes
 from llama_sft_helpers.memory.counts import plan_rows
@@ -35,7 +36,9 @@ _CONTEXT_GIB = 0.6  # driver, kernels and cuBLAS handles: what nvidia-smi shows 
 _SLACK = 0.06  # share of the peak that the caching allocator holds but does not use (measured: 2 to 9 %)
 
 
-def plan_memory(config: ModelConfig, profile: Profile, *, quantization: str = "int8") -> pd.DataFrame:
+def plan_memory(
+    config: ModelConfig, profile: Profile, *, quantization: str = "int8", language: str = "en"
+) -> pd.DataFrame:
     """Predict the memory of a LoRA training step (rank 16, all seven linears), component by component.
 
     A micro-batch is taken as full: ``per_device_train_batch_size * max_length`` tokens.
@@ -44,6 +47,7 @@ def plan_memory(config: ModelConfig, profile: Profile, *, quantization: str = "i
         config: A ``LlamaConfig`` (``AutoConfig.from_pretrained`` loads no weights).
         profile: Gives batch, length, packing, checkpointing, precision, attention and speed switches.
         quantization: ``int8`` (LLM.int8), ``nf4`` (QLoRA's, not doubly quantized) or ``16-bit`` (none).
+        language: Of the column ``how``: ``en``, or ``ko``, in which the doctor quotes it to Korean readers.
 
     Returns:
         Columns ``component``, ``gib`` and ``how`` (what the figure is made of). The sum is what the card has
@@ -58,10 +62,11 @@ def plan_memory(config: ModelConfig, profile: Profile, *, quantization: str = "i
     _check_profile(profile)
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}.")
-    rows = plan_rows(shape, profile, quantization)
+    rows = plan_rows(shape, profile, quantization, language)
     allocated, on_gpu = sum(size for _, size, _ in rows), profile.gpu_gib > 0
-    rows.append(("allocator slack", allocated * _SLACK * on_gpu, "memory that PyTorch keeps for later use"))
-    rows.append(("CUDA context", _CONTEXT_GIB * GIB * on_gpu, "what CUDA itself takes"))
+    kept = translate("memory that PyTorch keeps for later use", language)
+    rows.append(("allocator slack", allocated * _SLACK * on_gpu, kept))
+    rows.append(("CUDA context", _CONTEXT_GIB * GIB * on_gpu, translate("what CUDA itself takes", language)))
     table = [(component, size / GIB, how) for component, size, how in rows]
     return pd.DataFrame(table, columns=["component", "gib", "how"])
 
