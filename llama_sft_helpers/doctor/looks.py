@@ -139,12 +139,13 @@ def _planned(case: Case) -> Values:
     config: Any = _config_in(case) or (load_llama3_config() if is_llama3(profile.model_id, "8B") else None)
     plan = plan_memory(config, profile, language=reader_language())
     largest, total = plan.loc[plan["gib"].idxmax()], plan["gib"].sum()
+    component = str(largest["component"])
     text = translate(
         "The plan for profile {profile} is {total:.2f} GiB; its largest item is {component}: {gib:.2f} GiB "
         "({how}).",
         profile=profile.name,
         total=total,
-        component=translate(largest["component"]),
+        component=translate(component),
         gib=largest["gib"],
         how=largest["how"],
     )

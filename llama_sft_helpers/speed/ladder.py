@@ -86,7 +86,7 @@ def plot_ladder(
     return ax
 
 
-def _decimals(values: pd.Series) -> int:
+def _decimals(values: pd.Series[float]) -> int:
     """As few decimals as tell apart the values that differ by over a percent; one at least below 100."""
     decimals, rising = 0 if values.max() > 100 else 1, sorted(values.dropna())
     apart = [(a, b) for a, b in itertools.pairwise(rising) if b > 1.01 * a]
