@@ -118,11 +118,11 @@ def run_notebook(
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    notebook = nbformat.read(path, as_version=4)
+    from llama_sft_helpers.execution import read_without_outputs
+
+    notebook = read_without_outputs(path)
     left_out = {}
     for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
         if job.model == "llama3-8b-shape" and cell.get("id") in RANDOM_WEIGHTS_LACK:
             left_out[cell.id] = RANDOM_WEIGHTS_LACK[cell.id]
             cell.source = ""

@@ -26,8 +26,9 @@ ColumnsOption = Annotated[
 
 
 def _speak(language: str | None) -> None:
+    """Set the variable by which this process and its kernels know the language; commands read no other."""
     if language:
-        os.environ["SFT_LANG"] = language  # as the kernels will read it too
+        os.environ["SFT_LANG"] = language
 
 
 LanguageOption = Annotated[

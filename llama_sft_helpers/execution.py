@@ -52,7 +52,7 @@ def execute(path: Path, run: Run) -> float:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    start, notebook = time.monotonic(), _read_without_outputs(path)
+    start, notebook = time.monotonic(), read_without_outputs(path)
     code_cells = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in notebook.cells)
     task = run.progress.add_task(path.stem, total=code_cells)
     with tempfile.TemporaryFile() as kernel_log, tempfile.TemporaryDirectory() as scratch:
@@ -87,7 +87,7 @@ def execute(path: Path, run: Run) -> float:
     return time.monotonic() - start
 
 
-def _read_without_outputs(path: Path) -> Any:
+def read_without_outputs(path: Path) -> Any:
     """A notebook whose saved outputs are gone: those of a run that stops early would pass for its own."""
     import nbformat
 

@@ -21,6 +21,7 @@ TABLE = 'CONTENTS = {\n    "f": "tables",  # draws a figure of it\n}'
 FIGURE = nbformat.v4.new_output("display_data", {"image/png": "iVBOR"}, metadata={"image/png": {"alt": "x"}})
 KOREAN = "translations/ko/01_a.md"
 GLOSSARY = '[[term]]\nenglish = "loss"\nkorean = "손실"\nforbidden = ["로스"]'
+MINUTES = "| [1](x/01_a.ipynb)<sub>CPU demo: 3 min · 8B: 9 min · GPU for 8B: none</sub> |"
 CODE, WORDS = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
 
 
@@ -160,9 +161,14 @@ BROKEN = {
     "minutes_are_measured": [
         ({"notebooks/01_a.ipynb": []}, "was never timed"),
         (
-            {"README.md": "| [1](x/01_a.ipynb)<sub>3 min, 9 min</sub> |", "benchmarks/results/cpu_demo.json":
-             '{"seconds": {"01_a": 100}}'},
-            "README.md:1: 01_a took 100 s",
+            {"README.md": MINUTES, "benchmarks/results/cpu_demo.json": '{"seconds": {"01_a": 100}}'},
+            r"README.md:1: 01_a took 100 s \(CPU demo\)",
+        ),
+        (
+            {"README.md": MINUTES, "benchmarks/results/notebooks_on_gpu.json":
+             '{"runs": [{"notebook": "01_a", "model": "llama3-8b-shape", "profile": "colab-a100", '
+             '"seconds": 60}]}'},
+            r"README.md:1: 01_a took 60 s \(8B\)",
         ),
     ],
     "wheel_has_every_package": [({LORA: ""}, "llama_sft_helpers.lora is not listed")],

@@ -89,6 +89,21 @@ def test_plan_advises_length_and_batch_before_a_smaller_model(gpu_gib, advice):
         assert plan(*asked, "--gpu-gib", gpu_gib)[0] == 0
 
 
+@pytest.mark.parametrize(("language", "advice"), [("ko", "원인: "), ("en", "Cause: ")])
+def test_the_language_asked_for_is_that_of_page_kernel_and_advice(
+    language, advice, write_notebooks, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SFT_LANG", {"ko": "en", "en": "ko"}[language])  # the test ends with the old value
+    cell = "import os; raise OSError(28, 'No space left on device', os.environ['SFT_LANG'])"
+    out = tmp_path / "out"
+    arguments = ["--profile", "ci-tiny", "--out", out, "--notebooks", write_notebooks(n01_full=[cell])]
+    done = invoke("run", *arguments, "--lang", language)
+    assert done.exit_code == 1
+    assert f"No space left on device: '{language}'" in done.stderr
+    assert advice in done.stderr
+    assert f'<html lang="{language}">' in (out / "index.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_and_its_kernel(number, code, write_notebooks, tmp_path):
     cell = "import os, time; open('in_cell', 'w').write(str(os.getpid())); time.sleep(600)"

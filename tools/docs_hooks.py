@@ -119,8 +119,10 @@ def on_page_context(context: Any, page: Page, config: MkDocsConfig, nav: Navigat
     ]
     config.theme["language"] = language = "ko" if uri == _korean(uri) else "en"
     config.site_name, config.site_description = TITLES[language]
-    *english, korean = nav.items  # what there is in English only follows the pages in Korean
-    context["nav"] = Navigation([*korean.children, *english[3:]] if language == "ko" else english, nav.pages)
+    *items, korean = nav.items
+    if language == "ko":  # what there is in English only follows the pages in Korean
+        items = [*korean.children, *(item for item in items if not _is_translated(item, pages))]
+    context["nav"] = Navigation(items, nav.pages)
     context["nav"].homepage = pages["ko/index.md" if language == "ko" else "index.md"]
     return context
 
@@ -128,6 +130,13 @@ def on_page_context(context: Any, page: Page, config: MkDocsConfig, nav: Navigat
 def _korean(uri: str) -> str:
     """Where a page's translation is, if it has one."""
     return f"ko/{uri.removeprefix('ko/')}"
+
+
+def _is_translated(item: Any, pages: dict[str, Page]) -> bool:
+    """Whether an entry of the menu, or one below it, has a page in Korean."""
+    if item.is_page:
+        return _korean(item.file.src_uri) in pages
+    return any(_is_translated(child, pages) for child in item.children or [])
 
 
 def _api_pages() -> dict[str, str]:

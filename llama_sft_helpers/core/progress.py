@@ -23,7 +23,7 @@ def report_step(step: int, max_steps: int, loss: float, seconds_left: float) -> 
         told = f"training step {step} of {max_steps}, loss {loss:.4f}"
         told += f", {clock(seconds_left)} left" if step < max_steps else ""  # evaluation may follow
         with contextlib.suppress(OSError):  # a full disk must not end the training
-            Path(path).write_text(told, encoding="utf-8")
+            Path(path).write_text(told + "\n", encoding="utf-8")
 
 
 class ProgressLines:
@@ -47,7 +47,10 @@ class ProgressLines:
 
     def news(self) -> str:
         """The line to print now: empty if nothing has changed, or the last line is too recent."""
-        now, step = time.monotonic(), self._step.read_text(encoding="utf-8")
+        now = time.monotonic()
+        step, end, _ = self._step.read_text(encoding="utf-8").partition("\n")
+        if step and not end:  # the kernel is writing it
+            return ""
         line = f"{self._name}: {self._done} of {self._cells} cells" + (step and f", {step}")
         if line == self._told or now - self._at < _SECONDS_BETWEEN_LINES:
             return ""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_sft_helpers.core.language import translate
+from llama_sft_helpers.core.language import reader_language, translate
 from llama_sft_helpers.doctor.cases import Case
 from llama_sft_helpers.doctor.table import RENAMED_ARGUMENTS
 from llama_sft_helpers.environment.versions import same_version, version_on_disk
@@ -137,14 +137,17 @@ def _planned(case: Case) -> Values:
 
     profile = read_profile()
     config: Any = _config_in(case) or (load_llama3_config() if is_llama3(profile.model_id, "8B") else None)
-    plan = plan_memory(config, profile)
+    plan = plan_memory(config, profile, language=reader_language())
     largest, total = plan.loc[plan["gib"].idxmax()], plan["gib"].sum()
+    component = str(largest["component"])
     text = translate(
         "The plan for profile {profile} is {total:.2f} GiB; its largest item is {component}: {gib:.2f} GiB "
         "({how}).",
         profile=profile.name,
         total=total,
-        **largest,
+        component=translate(component),
+        gib=largest["gib"],
+        how=largest["how"],
     )
     for change, smaller in smaller_profiles(profile):
         needed = plan_memory(config, smaller)["gib"].sum()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from llama_sft_helpers.core.language import translate
 from llama_sft_helpers.core.llama import Shape, linear_bytes
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class _Step:
     shape: Shape
     profile: Profile
     quantization: str
+    language: str  # of the words that say what a figure is made of
 
     @property
     def element(self) -> int:  # bytes
@@ -54,9 +56,9 @@ class _Step:
         return self.quantization == "16-bit" and self.element == 2
 
 
-def plan_rows(shape: Shape, profile: Profile, quantization: str) -> list[_Row]:
+def plan_rows(shape: Shape, profile: Profile, quantization: str, language: str) -> list[_Row]:
     """Component, bytes and what they are, of a training step."""
-    step = _Step(shape, profile, quantization)
+    step = _Step(shape, profile, quantization, language)
     return [*_weight_rows(step), *_adapter_rows(step), *_activation_rows(step)]
 
 
@@ -69,53 +71,73 @@ def _weight_rows(step: _Step) -> list[_Row]:
     else:
         kind = "nf4 single" if step.quantization == "nf4" else step.quantization
         quantized = shape.layers * sum(sum(linear_bytes(kind, *linear)) for linear in shape.linears.values())
+    scaled = translate("{count:,} weights and their scales", step.language, count=count)
+    rest = translate("{count:,} weights that are not quantized", step.language, count=plain)
     return [
-        ("quantized weights", quantized, f"{count:,} weights and their scales"),
-        (f"{8 * element}-bit weights", plain * element, f"{plain:,} weights that are not quantized"),
+        ("quantized weights", quantized, scaled),
+        (f"{8 * element}-bit weights", plain * element, rest),
     ]
 
 
 def _adapter_rows(step: _Step) -> list[_Row]:
     """The adapters, their gradients and the optimizer's state."""
-    shape, profile = step.shape, step.profile
+    shape, profile, language = step.shape, step.profile, step.language
     count = shape.layers * _LORA_RANK * sum(sum(linear) for linear in shape.linears.values())
     copies = 0 if profile.dtype == "float32" or profile.fast_int8 else 2 * count
-    also = ", and autocast's 16-bit copies" if copies else ""
+    trainable = translate(
+        "{count:,} trainable weights in float32, and autocast's 16-bit copies"
+        if copies
+        else "{count:,} trainable weights in float32",
+        language,
+        count=count,
+    )
     accumulates = profile.gradient_accumulation_steps > 1
     gradients = 4 * count if accumulates else 4 * count / shape.layers
-    when = "4 bytes each" if accumulates else "one layer's, 4 bytes each: at the peak the others do not exist"
+    when = translate(
+        "4 bytes each" if accumulates else "one layer's, 4 bytes each: at the peak the others do not exist",
+        language,
+    )
     return [
-        ("LoRA adapters", 4 * count + copies, f"{count:,} trainable weights in float32{also}"),
+        ("LoRA adapters", 4 * count + copies, trainable),
         ("gradients", gradients, when),
-        ("optimizer state", 8 * count, "AdamW's two averages in float32"),
+        ("optimizer state", 8 * count, translate("AdamW's two averages in float32", language)),
     ]
 
 
 def _activation_rows(step: _Step) -> list[_Row]:
     """What the micro-batch's tokens need: kept activations, the loss, the layer at work."""
-    layers, (kept, how) = step.shape.layers, _kept_by_layer(step)
+    layers, language, (kept, how) = step.shape.layers, step.language, _kept_by_layer(step)
     kept = kept * layers + step.masked_pairs  # the mask, one byte a pair, is shared by all layers
+    sizes = {"tokens": step.tokens, "layers": layers, "how": how}
     loss = _loss(step)
+    scoring = translate(
+        "the last layer's results and, piece by piece, the logits with their gradient", language
+    )
     rest = max(0.0, _working(step) - loss)
+    working = translate("the layer whose backward pass runs, where it needs more than the loss", language)
     return [
-        ("activations", kept, f"{step.tokens:,} tokens x {layers} layers: {how}"),
-        ("loss", loss, "the last layer's results and, piece by piece, the logits with their gradient"),
-        ("one layer at work", rest, "the layer whose backward pass runs, where it needs more than the loss"),
+        ("activations", kept, translate("{tokens:,} tokens x {layers} layers: {how}", language, **sizes)),
+        ("loss", loss, scoring),
+        ("one layer at work", rest, working),
     ]
 
 
 def _kept_by_layer(step: _Step) -> tuple[float, str]:
     """Bytes that one decoder layer keeps from the forward to the backward pass, and what they are."""
-    profile = step.profile
+    profile, language = step.profile, step.language
     if profile.gradient_checkpointing:
-        kept, how = step.element * step.shape.hidden, "the input of each layer"
-        if step.quantization == "int8" and not profile.fast_int8:
-            kept += _linear_inputs(step)
-            how += " and, kept by LLM.int8 in spite of checkpointing, of each linear"
-        return kept * step.tokens, how
+        kept = step.tokens * step.element * step.shape.hidden
+        if step.quantization != "int8" or profile.fast_int8:
+            return kept, translate("the input of each layer", language)
+        how = translate(
+            "the input of each layer and, kept by LLM.int8 in spite of checkpointing, of each linear",
+            language,
+        )
+        return kept + step.tokens * _linear_inputs(step), how
     if profile.compile_layers:
-        return _kept_compiled(step), f"what a budget of {profile.activation_memory_budget:g} keeps"
-    return _saved_by_autograd(step), "results kept for the backward pass"
+        budget = profile.activation_memory_budget
+        return _kept_compiled(step), translate("what a budget of {budget:g} keeps", language, budget=budget)
+    return _saved_by_autograd(step), translate("results kept for the backward pass", language)
 
 
 def _saved_by_autograd(step: _Step) -> float:

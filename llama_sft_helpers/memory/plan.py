@@ -9,9 +9,9 @@ https://huggingface.co/docs/transformers/model_memory_anatomy.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING
 
+from llama_sft_helpers.core.language import translate
 from llama_sft_helpers.core.llama import Shape
 from llama_sft_helpers.core.plots import BLUE, ORANGE, RED, new_axes
 from llama_sft_helpers.memory.counts import plan_rows
@@ -36,7 +36,9 @@ _CONTEXT_GIB = 0.6  # driver, kernels and cuBLAS handles: what nvidia-smi shows 
 _SLACK = 0.06  # share of the peak that the caching allocator holds but does not use (measured: 2 to 9 %)
 
 
-def plan_memory(config: ModelConfig, profile: Profile, *, quantization: str = "int8") -> pd.DataFrame:
+def plan_memory(
+    config: ModelConfig, profile: Profile, *, quantization: str = "int8", language: str = "en"
+) -> pd.DataFrame:
     """Predict the memory of a LoRA training step (rank 16, all seven linears), component by component.
 
     A micro-batch is taken as full: ``per_device_train_batch_size * max_length`` tokens.
@@ -45,6 +47,7 @@ def plan_memory(config: ModelConfig, profile: Profile, *, quantization: str = "i
         config: A ``LlamaConfig`` (``AutoConfig.from_pretrained`` loads no weights).
         profile: Gives batch, length, packing, checkpointing, precision, attention and speed switches.
         quantization: ``int8`` (LLM.int8), ``nf4`` (QLoRA's, not doubly quantized) or ``16-bit`` (none).
+        language: Of the column ``how``: ``en``, or ``ko``, in which the doctor quotes it to Korean readers.
 
     Returns:
         Columns ``component``, ``gib`` and ``how`` (what the figure is made of). The sum is what the card has
@@ -59,10 +62,11 @@ def plan_memory(config: ModelConfig, profile: Profile, *, quantization: str = "i
     _check_profile(profile)
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}.")
-    rows = plan_rows(shape, profile, quantization)
+    rows = plan_rows(shape, profile, quantization, language)
     allocated, on_gpu = sum(size for _, size, _ in rows), profile.gpu_gib > 0
-    rows.append(("allocator slack", allocated * _SLACK * on_gpu, "memory that PyTorch keeps for later use"))
-    rows.append(("CUDA context", _CONTEXT_GIB * GIB * on_gpu, "what CUDA itself takes"))
+    kept = translate("memory that PyTorch keeps for later use", language)
+    rows.append(("allocator slack", allocated * _SLACK * on_gpu, kept))
+    rows.append(("CUDA context", _CONTEXT_GIB * GIB * on_gpu, translate("what CUDA itself takes", language)))
     table = [(component, size / GIB, how) for component, size, how in rows]
     return pd.DataFrame(table, columns=["component", "gib", "how"])
 
@@ -92,8 +96,7 @@ def plan_fit(
     fit = pd.DataFrame({"card": list(cards_gib), "card_gib": list(cards_gib.values())})
     fit["planned_gib"] = float(plan_memory(config, profile, quantization=quantization)["gib"].sum())
     fit["share"] = fit["planned_gib"] / fit["card_gib"]
-    verdicts = ["fits", "tight", "does not fit"]
-    fit["verdict"] = pd.cut(fit["share"], [0, _TIGHT, 1, math.inf], labels=verdicts).astype(str)
+    fit["verdict"] = [_verdict(*sizes) for sizes in zip(fit["planned_gib"], fit["card_gib"], strict=True)]
     fit["change"] = [
         "" if verdict == "fits" else _change_that_fits(config, profile, quantization, card)
         for card, verdict in zip(fit["card_gib"], fit["verdict"], strict=True)
@@ -146,12 +149,13 @@ def plot_fit(plan: pd.DataFrame, card_gib: float) -> Axes:
     """
     ax = new_axes(3.8)
     ends, total = plan["gib"].cumsum(), plan["gib"].sum()
-    fits = total <= card_gib
-    verdict = ("Fits, tightly" if total > _TIGHT * card_gib else "Fits") if fits else "Does not fit"
-    ax.barh(plan["component"], plan["gib"], left=ends - plan["gib"], color=BLUE if fits else ORANGE)
+    verdict = _verdict(total, card_gib)
+    colour = ORANGE if verdict == "does not fit" else BLUE
+    ax.barh(plan["component"], plan["gib"], left=ends - plan["gib"], color=colour)
     ax.axvline(card_gib, color=RED, linestyle="--")
     ax.invert_yaxis()
-    ax.set_title(f"{verdict}: {total:.1f} of {card_gib:g} GiB (dashed line)")
+    said = "Fits, tightly" if verdict == "tight" else verdict.capitalize()
+    ax.set_title(f"{said}: {total:.1f} of {card_gib:g} GiB (dashed line)")
     ax.set(xlabel="GiB, added up from the top", xlim=(0, 1.1 * max(total, card_gib)))
     return ax
 
@@ -229,6 +233,13 @@ def _check_profile(profile: object) -> None:
         raise ValueError(
             f"profile is {profile!r}, a {type(profile).__name__}; expected a Profile: pass {hint}."
         )
+
+
+def _verdict(planned_gib: float, card_gib: float) -> str:
+    """What ``plan_fit`` and ``plot_fit`` say of a plan on a card."""
+    if planned_gib > card_gib:
+        return "does not fit"
+    return "tight" if planned_gib > _TIGHT * card_gib else "fits"
 
 
 def _change_that_fits(config: ModelConfig, profile: Profile, quantization: str, card_gib: float) -> str:

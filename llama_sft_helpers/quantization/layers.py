@@ -19,22 +19,30 @@ if TYPE_CHECKING:
 _GIB = 2**30
 
 
-def quantize_absmax(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_absmax(weight: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a matrix row by row: a row's largest magnitude becomes level 127 (symmetric, no zero point).
 
-    ``codes = round(weight * (127 / absmax))``: one step of a row is ``absmax / 127``. This is what
+    ``codes = round(weight * (127 / absmax))``: one step of a row is ``absmax / 127``; with fewer bits,
+    ``2 ** (bits - 1) - 1`` stands in the place of 127. With 8 bits this is what
     ``bitsandbytes.functional.int8_vectorwise_quant`` computes on the CPU, bit for bit: weights are cast to
     float16 first (whatever the checkpoint's type), the scales are float32, a tie goes to the even level, and
     a row of zeros keeps zeros. Its CUDA kernel takes ``127 / absmax`` from a fast division, so that a weight
     on a tie (exactly half of its row's absmax is level 63.5) can land one level away; the scales are equal.
     Paper: https://huggingface.co/papers/2208.07339, section 2.1.
 
+    Args:
+        weight: Floating-point matrix, shape (d_out, d_in).
+        bits: Of a code, 2 to 8.
+
     Returns:
         The codes, int8, shape (d_out, d_in), in [-127, 127]; the absmax of each row, float32, shape (d_out,).
 
     Raises:
-        ValueError: Not a floating-point matrix, an empty one, or one with values that float16 cannot hold.
+        ValueError: Not a floating-point matrix, an empty one, or one with values that float16 cannot hold;
+            another number of bits.
     """
+    if bits not in range(2, 9):
+        raise ValueError(f"bits is {bits!r}; expected a whole number from 2 to 8.")
     if weight.ndim != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(
             f"quantize_absmax got a tensor of shape {tuple(weight.shape)} and type {weight.dtype}; "
@@ -47,7 +55,8 @@ def quantize_absmax(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             f"{weight.detach().abs().max().item():g}): bitsandbytes cannot quantize it. Check the checkpoint."
         )
     absmax = half.abs().amax(dim=1).float()
-    scaled = half * (127.0 / absmax)[:, None]  # float16 * float32 is computed in float32
+    top = 2 ** (bits - 1) - 1
+    scaled = half * (top / absmax)[:, None]  # float16 * float32 is computed in float32
     codes = torch.where(absmax[:, None] > 0, scaled.round(), 0.0).to(torch.int8)
     return codes, absmax
 

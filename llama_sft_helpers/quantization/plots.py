@@ -84,15 +84,14 @@ def plot_rounding(weights: torch.Tensor, bits: int) -> Axes:
         bits: Of a code, 2 to 8; there are ``2 ** bits - 1`` levels, as in int8.
 
     Raises:
-        ValueError: Another number of bits, or no weight but 0.
+        ValueError: Another number of bits, no weight but 0, or what ``quantize_absmax`` refuses.
     """
-    if bits not in range(2, 9):
-        raise ValueError(f"bits is {bits!r}; expected a whole number from 2 to 8.")
-    top, values = 2 ** (bits - 1) - 1, weights.detach().cpu().half().float()  # as bitsandbytes casts them
-    step = values.abs().max() / top
-    if not step > 0:
+    values = weights.detach().cpu().half().float()  # as bitsandbytes casts them
+    (codes,), (absmax,) = quantize_absmax(values[None], bits)
+    if not absmax > 0:
         raise ValueError("All weights are 0 in float16, expected one that is not: no step divides them.")
-    codes = (values / step).round()
+    top = 2 ** (bits - 1) - 1
+    step = absmax / top
     levels = (step * torch.arange(-top, top + 1)).tolist()
     error = (codes * step - values).square().mean().sqrt()
     ax = new_axes(3.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +63,8 @@ def plot_ladder(
 ) -> Axes:
     """Horizontal bars of one column of ``summarize_ladder``, the first rung on top, each with its value.
 
-    A rung without a value has ``missing`` in its place.
+    Values that differ by over a percent are never told alike. A rung without a value has ``missing`` in its
+    place.
 
     Raises:
         ValueError: The table has no such column; the message lists those it has.
@@ -72,9 +74,8 @@ def plot_ladder(
     ax = ax or new_axes(0.36 * len(table) + 1.2)
     values = table[column]
     bars = ax.barh(range(len(values)), values.fillna(0), color=BLUE)
-    pattern = "{:,.0f}" if values.max() > 100 else "{:.1f}"
-    labels = values.map(pattern.format, na_action="ignore").fillna(missing)
-    ax.bar_label(bars, labels=labels, padding=3)
+    labels = values.map(f"{{:,.{_decimals(values)}f}}".format, na_action="ignore")
+    ax.bar_label(bars, labels=labels.fillna(missing), padding=3)
     ax.set_yticks(range(len(values)), [str(name) for name in values.index])
     ax.invert_yaxis()
     ax.set_xlim(0, float(values.max()) * 1.3)
@@ -83,3 +84,12 @@ def plot_ladder(
     ax.xaxis.set_major_formatter("{x:,g}")
     ax.set_title(f"{column.replace('_', ' ').replace(' gib', '')} by rung")
     return ax
+
+
+def _decimals(values: pd.Series[float]) -> int:
+    """As few decimals as tell apart the values that differ by over a percent; one at least below 100."""
+    decimals, rising = 0 if values.max() > 100 else 1, sorted(values.dropna())
+    apart = [(a, b) for a, b in itertools.pairwise(rising) if b > 1.01 * a]
+    while any(f"{a:.{decimals}f}" == f"{b:.{decimals}f}" for a, b in apart):
+        decimals += 1
+    return decimals

@@ -6,9 +6,11 @@ import string
 from pathlib import Path
 
 import pytest
+import torch
 from translation_parts import glossary_findings, part_findings
 
 from llama_sft_helpers.core.language import korean, reader_language, translate
+from llama_sft_helpers.core.llama import load_llama3_config
 from llama_sft_helpers.doctor import TABLE, explain
 from llama_sft_helpers.doctor.explanation import _UNKNOWN
 from llama_sft_helpers.doctor.table import RENAMED_ARGUMENTS
@@ -16,7 +18,9 @@ from llama_sft_helpers.evaluation import chat_box
 from llama_sft_helpers.login import AccessError, login_widget
 from llama_sft_helpers.login.access import _REMEDIES
 from llama_sft_helpers.login.tokens import PLACES
+from llama_sft_helpers.memory import plan_memory
 from llama_sft_helpers.play import play_data, play_page
+from llama_sft_helpers.profiles import read_profile
 from llama_sft_helpers.result_page import _card, result_page
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +35,8 @@ def texts_in_tables():
     yield from PLACES.values()
     yield from (_card(path.stem, None, None)[1][5:] for path in (ROOT / "notebooks").glob("*.ipynb"))
     yield from (new for new in RENAMED_ARGUMENTS.values() if " " in new)  # the others are code
+    for profile in ("ci-tiny", "colab-t4"):
+        yield from plan_memory(load_llama3_config(), read_profile(profile))["component"]
 
 
 def texts_in_code():
@@ -121,6 +127,23 @@ def test_the_doctor_speaks_korean_with_its_values_filled_in(monkeypatch):
     assert "\n  원인:" in repr(found)
     assert "<br>해결: " in found._repr_html_()
     assert explain(OSError(28, "No space left on device", "/data")).cause.endswith("못했습니다: /data.")
+
+
+def test_the_doctor_quotes_the_memory_plan_in_korean(monkeypatch):
+    monkeypatch.setenv("SFT_LANG", "ko")
+    monkeypatch.setenv("SFT_PROFILE", "colab-t4")
+    found = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.25 GiB."))
+    assert re.search(
+        r"가장 큰 항목은 양자화한 가중치 6\.\d\d GiB입니다\(가중치 [\d,]+개와 그 스케일\)", found.cause
+    )
+
+
+@pytest.mark.parametrize("profile", ["ci-tiny", "colab-a100", "colab-l4", "colab-t4"])
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "fast_int8": False}])
+def test_every_figure_of_the_plan_is_explained_in_korean(profile, changes):
+    plan = plan_memory(load_llama3_config(), read_profile(profile, **changes), language="ko")
+    for how in plan["how"]:
+        assert re.findall(r"[A-Za-z]{3,} [a-z]+", how) == [], how
 
 
 def test_the_login_field_is_labelled_in_korean(monkeypatch):

@@ -32,6 +32,16 @@ def test_a_line_names_cells_and_step_and_comes_every_ten_seconds(step_file, monk
     assert lines.news() == "09_your_run: 2 of 25 cells"
 
 
+def test_a_step_that_is_half_written_is_not_told(step_file):
+    lines = ProgressLines("09_your_run", 25, step_file)
+    report_step(3, 30, 2.0, 83.4)
+    whole = step_file.read_text()
+    step_file.write_text(whole[:20])
+    assert not lines.news()
+    step_file.write_text(whole)
+    assert lines.news().endswith("loss 2.0000, 1:23 left")
+
+
 def test_a_step_is_reported_nowhere_or_on_a_full_disk_without_an_error(tmp_path, monkeypatch):
     report_step(1, 2, 0.5, 1.0)
     monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / "none" / "step"))

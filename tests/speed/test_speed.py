@@ -4,6 +4,7 @@ import copy
 import functools
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import tiny_training
 import torch
@@ -517,6 +518,20 @@ def test_results_of_the_project_are_read_by_name_and_an_unknown_name_lists_them(
     assert speed.read_results("speed_h200_40gib")["cap_gib"] == 40
     with pytest.raises(FileNotFoundError, match=r"no results 'nonsense'; expected one of .*speed_h200_40gib"):
         speed.read_results("nonsense")
+
+
+@pytest.mark.parametrize(
+    ("prices", "labels"),
+    [
+        ([5.88, 0.58, 0.57, 0.571], ["5.88", "0.58", "0.57", "0.57"]),
+        ([5.88, 0.58, float("nan")], ["5.9", "0.6", "did not finish"]),
+        ([588.1, 58.31, 57.2], ["588", "58", "57"]),
+        ([0.2, 0.0], ["0.2", "0.0"]),
+    ],
+)
+def test_the_labels_of_bars_tell_their_values_apart(prices, labels):
+    ax = speed.plot_ladder(pd.DataFrame({"epoch_price": prices}), "epoch_price")
+    assert [text.get_text() for text in ax.texts] == labels
 
 
 def test_plot_ladder_shows_each_rung(results):

@@ -58,9 +58,7 @@ def _grid(data, chance):
         row[place] = outlier
     half = (row * absmax).half().float()
     largest, top = half.abs().max(), 2 ** (bits - 1) - 1
-    codes = torch.round(half * (top / largest))  # quantize_absmax, for other levels than 127
-    if bits == 8:
-        assert torch.equal(codes, quantize_absmax((row * absmax)[None])[0][0].float())
+    codes = quantize_absmax((row * absmax)[None], bits)[0][0]
     step, half = largest.item() / top, half.double()
     others = torch.arange(len(row)) != (place if outlier > 1 else -1)
     error = ((codes.double() * step - half)[others].norm() / half[others].norm()).item()

@@ -95,7 +95,7 @@ def test_throughput_counts_all_the_time_since_the_last_log(finished, tmp_path, m
     table = second.to_frame()
     loss = trainer.state.log_history[1]["loss"]
     told = f"training step 4 of 4, loss {loss:.4f}"
-    assert (tmp_path / "step").read_text(encoding="utf-8") == told
+    assert (tmp_path / "step").read_text(encoding="utf-8") == told + "\n"
     assert table.index.tolist() == [2, 4]
     assert table["tokens"].sum() == finished[1]["tokens"].sum()
     assert table["tokens_per_second"].tolist() == pytest.approx((table["tokens"] / table["seconds"]).tolist())
