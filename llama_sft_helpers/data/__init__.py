@@ -22,6 +22,7 @@ CONTENTS = {
     "render_prompt": "formats",  # what a model is given to answer
     "training_template": "formats",  # the template that goes with the tokenizer
     "count_row_tokens": "formats",  # tokens of each formatted row
+    "sort_by_length": "formats",  # held-out rows from the shortest on, so that batches are padded little
     "count_tokens": "rows",  # tokens of each row, EOS counted
     "DataError": "rows",  # rows or a file cannot be trained on
     "summarize_lengths": "packing",  # what each max_length cuts off

@@ -140,6 +140,15 @@ def count_row_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[
     return list(rows.map(count_tokens, batched=True, fn_kwargs={"tokenizer": tokenizer})["tokens"])
 
 
+def sort_by_length(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Rows that ``format_rows`` made from the shortest to the longest, equally long ones in their order.
+
+    For held-out rows: rows of like length share a batch, so that little of it is padding.
+    """
+    tokens = count_row_tokens(rows, tokenizer)
+    return rows.select(sorted(range(len(rows)), key=tokens.__getitem__))
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],

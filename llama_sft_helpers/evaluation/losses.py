@@ -64,21 +64,25 @@ def summarize_row_losses(
 ) -> pd.DataFrame:
     """Summed loss and the probability of EOS of each row, in one pass in ``eval()`` mode.
 
-    Rows are taken in order and padded with EOS, as ``SFTTrainer`` does: LLM.int8() picks its outlier columns
-    a batch, so that an 8-bit loss depends a little on which rows share one.
+    Rows of like length share a batch, as after ``data.sort_by_length``, and are padded with EOS, as by
+    ``SFTTrainer``: LLM.int8() picks its outlier columns a batch, so that an 8-bit loss depends a little on
+    which rows share one.
 
     Returns:
-        One row each, in order: ``tokens`` (scored), ``loss_nats`` (summed over them), ``eos_probability``
-        (at the answer's end; NaN for a cut row).
+        One row each, in the order given: ``tokens`` (scored), ``loss_nats`` (summed over them),
+        ``eos_probability`` (at the answer's end; NaN for a cut row).
     """
     ends, found = _eos_ids(model), []
+    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]["input_ids"]))
     for start in range(0, len(encoded), batch_size):
-        for logits, labels in zip(*_scored_logits(model, encoded[start : start + batch_size]), strict=True):
+        batch = [encoded[row] for row in order[start : start + batch_size]]
+        for logits, labels in zip(*_scored_logits(model, batch), strict=True):
             target, chosen = labels[labels != IGNORED], logits[labels != IGNORED].float()
             losses = torch.nn.functional.cross_entropy(chosen, target, reduction="none").double()
             last = float(torch.exp(-losses[-1])) if len(losses) and int(target[-1]) in ends else float("nan")
             found.append((len(losses), float(losses.sum()), last))
-    return pd.DataFrame(found, columns=["tokens", "loss_nats", "eos_probability"])
+    columns = ["tokens", "loss_nats", "eos_probability"]
+    return pd.DataFrame(found, columns=columns, index=order).sort_index()
 
 
 def _eos_ids(model: PreTrainedModel | PeftModel) -> list[int]:
@@ -92,7 +96,7 @@ def _eos_ids(model: PreTrainedModel | PeftModel) -> list[int]:
 def _scored_logits(
     model: PreTrainedModel | PeftModel, rows: Sequence[EncodedRow]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [rows, places, vocabulary] and the labels they predict, from the first place that is scored on."""
+    """Logits [rows, places, vocabulary] from the first scored place on, and the labels they predict."""
     texts, labels = ([torch.tensor(row[key]) for row in rows] for key in ("input_ids", "labels"))
     input_ids = pad_sequence(texts, batch_first=True, padding_value=(_eos_ids(model) or [0])[0])
     mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)

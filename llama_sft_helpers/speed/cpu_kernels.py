@@ -1,8 +1,8 @@
 """Two parts of LLM.int8() on a CPU, to the same bits as bitsandbytes gives and in less time.
 
-bitsandbytes brings no kernels for them on CPUs. Its general code rounds the inputs in float16, which a CPU does
-by way of float32, and looks at every number several times; and it rescales the products of the codes in three
-new tensors. PyTorch has a place for another device's kernel:
+bitsandbytes brings no kernels for them on CPUs. Its general code rounds the inputs in float16, which a CPU
+does by way of float32, and looks at every number several times; and it rescales the products of the codes in
+three new tensors. PyTorch has a place for another device's kernel:
 https://docs.pytorch.org/docs/stable/library.html.
 """
 

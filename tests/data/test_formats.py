@@ -142,3 +142,11 @@ def test_rows_are_judged_by_the_format_they_are_trained_in(smollm2):
     assert data.summarize_rows([with_tool], smollm2, size - 1, "chat").loc["too-long", "rows"] == 1
     for row in (chat(("user", "a")), chat(("user", "a<|im_end|>"), ("assistant", "b"))):
         assert data.summarize_rows([row], smollm2, size, "chat").attrs["usable"] == []
+
+
+@pytest.mark.parametrize("prompt_format", ["alpaca", "chat"])
+def test_rows_are_sorted_by_their_tokens_and_keep_their_order_where_equally_long(smollm2, prompt_format):
+    rows = [{"instruction": f"Say it: {n}", "output": "yes " * (1 + n % 3)} for n in range(9)]
+    formatted = data.format_rows(Dataset.from_list(rows), smollm2, prompt_format)
+    done = data.sort_by_length(formatted, smollm2)
+    assert done.to_list() == [formatted[n] for n in (0, 3, 6, 1, 4, 7, 2, 5, 8)]

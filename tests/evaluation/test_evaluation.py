@@ -57,6 +57,16 @@ def test_row_losses_are_those_of_transformers_one_row_at_a_time(trained, encoded
             assert table["loss_nats"][index] == pytest.approx(mean * scored, rel=1e-4)
 
 
+def test_rows_in_another_order_share_the_same_batches(trained, encoded):
+    """An int8 model: with other rows beside them the losses would differ."""
+    table = summarize_row_losses(trained.model, encoded)
+    lengths = [len(row["input_ids"]) for row in encoded]
+    assert len(set(lengths)) > len(lengths) // 2
+    order = sorted(range(len(encoded)), key=lambda row: (row * 7 % 5, lengths[row], row))
+    again = summarize_row_losses(trained.model, [encoded[row] for row in order])
+    pd.testing.assert_frame_equal(again, table.loc[order].reset_index(drop=True))
+
+
 def test_averaged_over_batches_the_loss_is_the_trainers(trained, encoded):
     with trained.model.disable_adapter():
         before = summarize_row_losses(trained.model, encoded)
@@ -75,7 +85,7 @@ def test_the_trainer_counts_a_batch_by_its_rows_where_the_table_counts_tokens(
     table = summarize_row_losses(tiny_model, encode_rows(tiny_tokenizer, rows, 64), 2)
     space = {
         "by_model": {"base": table, "tuned": table},
-        "base_rows": table,
+        "held_out": encode_rows(tiny_tokenizer, rows, 64),
         "batch_size": 2,
         "training": {},
         "pd": pd,

@@ -15,13 +15,14 @@ def train_adapter(profile, folder: Path):
     from tiny_models import SEVEN, build_trainer, load_int8
     from transformers import AutoTokenizer, set_seed
 
-    from llama_sft_helpers.data import to_prompt_completion, training_template
+    from llama_sft_helpers.data import sort_by_length, to_prompt_completion, training_template
 
     set_seed(42)
     rows = load_dataset(profile.dataset_id, split="train")
     rows = rows.map(to_prompt_completion, remove_columns=rows.column_names)
     split = rows.train_test_split(test_size=profile.eval_rows, seed=42)
     tokenizer = AutoTokenizer.from_pretrained(profile.model_id)
+    held_out = sort_by_length(split["test"], tokenizer)
     lora = {"lora_alpha": 16, "lora_dropout": 0, "bias": "none", "task_type": "CAUSAL_LM"}
     model = get_peft_model(load_int8(profile.model_id), LoraConfig(r=16, target_modules=SEVEN, **lora))
     trainer = build_trainer(
@@ -29,7 +30,7 @@ def train_adapter(profile, folder: Path):
         folder / "checkpoints",
         tokenizer,
         split["train"].select(range(profile.train_rows or len(split["train"]))),
-        eval_rows=split["test"],
+        eval_rows=held_out,
         max_length=profile.max_length,
         per_device_train_batch_size=profile.per_device_train_batch_size,
         per_device_eval_batch_size=profile.per_device_train_batch_size,
@@ -47,7 +48,7 @@ def train_adapter(profile, folder: Path):
     summary |= {"train_seconds": seconds, "train_tokens": 1234, "peak_gib": 0.5}
     summary["versions"] = {name: version(name) for name in packages}
     (folder / "training_summary.json").write_text(json.dumps(summary), encoding="utf-8")
-    made = {"model": model.eval(), "tokenizer": tokenizer, "trainer": trainer, "eval_rows": split["test"]}
+    made = {"model": model.eval(), "tokenizer": tokenizer, "trainer": trainer, "eval_rows": held_out}
     places = {"folder": folder, "adapter": folder / "adapter"}
     return SimpleNamespace(summary=summary, profile=profile, **made, **places)
 
