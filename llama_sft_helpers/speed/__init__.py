@@ -10,6 +10,7 @@ CONTENTS = {
     "use_fast_int8": "int8_product",  # switch: int8 weights in a 16-bit product
     "use_int8_units": "int8_units",  # switch: int8 inputs too, on the GPU's int8 units
     "use_cpu_kernels": "cpu_kernels",  # switch: int8 layers on a CPU, the same to the bit
+    "score_labels_only": "cpu_kernels",  # switch: trl's loss on a CPU, without logits that have no label
     "register_varlen_attention": "varlen",  # switch: attention that skips what packing masks
     "document_bounds": "core.batches",  # where the packed rows begin and end
     "compile_decoder_layers": "compiled_layers",  # switch: each decoder layer compiled

@@ -8,6 +8,7 @@ import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.functional import int8_vectorwise_quant
+from tiny_models import build_trainer
 
 from llama_sft_helpers import speed
 from llama_sft_helpers.speed.cpu_kernels import rescale_product, round_to_int8
@@ -120,3 +121,30 @@ print(calls, all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
 def test_after_the_switch_bitsandbytes_operators_run_the_kernels():
     done = subprocess.run([sys.executable, "-c", REGISTERED], capture_output=True, text=True, check=True)
     assert done.stdout == "['round_to_int8', 'round_to_int8', 'rescale_product'] True\n"
+
+
+def test_trl_scores_the_labels_only_and_finds_the_same_loss_and_gradients(
+    monkeypatch, tmp_path, tiny_model, tiny_tokenizer
+):
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer import utils
+
+    monkeypatch.setattr(utils, "_use_triton", utils._use_triton)  # put back after the test
+    rows = [{"prompt": "A long question:\n" * 3, "completion": "apples " * (1 + n)} for n in range(4)]
+    trainer = build_trainer(tiny_model, tmp_path, tiny_tokenizer, rows)
+    batch, apply, scored = next(iter(trainer.get_train_dataloader())), ChunkedLogProbFunction.apply, []
+    monkeypatch.setattr(
+        ChunkedLogProbFunction,
+        "apply",
+        lambda hidden, *rest: scored.append(len(hidden)) or apply(hidden, *rest),
+    )
+    found = []
+    for switch in (lambda: None, speed.score_labels_only):
+        switch()
+        tiny_model.zero_grad()
+        loss = trainer.compute_loss(tiny_model, dict(batch))
+        loss.backward()
+        found.append([loss.detach(), *(weight.grad.clone() for weight in tiny_model.parameters())])
+    torch.testing.assert_close(*found)
+    assert scored == [batch["labels"][:, 1:].numel(), int((batch["labels"][:, 1:] != -100).sum())]
+    assert scored[1] < scored[0] / 2
