@@ -204,6 +204,18 @@ def test_each_instruction_set_has_a_compile_cache_of_its_own():
     assert avx2.endswith("inductor-avx2")
 
 
+def test_processes_of_the_tests_share_out_physical_cores():
+    """Two processes on four cores, which the system counts as eight CPUs, get two threads each."""
+    code = "import os, psutil; os.sched_getaffinity = lambda process: range(8); "
+    code += "psutil.cpu_count = lambda logical=True: 8 if logical else 4; "
+    code += "import conftest; print(os.environ['OMP_NUM_THREADS'])"
+    outside = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    said = run(
+        sys.executable, "-c", code, cwd=ROOT / "tests", env=outside | {"PYTEST_XDIST_WORKER_COUNT": "2"}
+    )
+    assert said == "2\n"
+
+
 @pytest.mark.slow
 def test_the_wheel_installs_in_a_clean_venv_with_data_inside(tmp_path):
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT)
