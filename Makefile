@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 DEMO   := demo
 REQS   := pyproject.toml requirements-colab.txt requirements-tested.txt requirements-test.txt requirements-models.txt
 LOCK   := constraints-tested.txt
+HASHED := requirements-hashed.txt
 UV     := $(shell command -v uv)
 # uv where it is there, pip else.
 INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check) --quiet --constraint $(LOCK)
@@ -13,7 +14,7 @@ TORCH_FROM = $$($(BIN)/python tools/torch_index.py $(TORCH_INDEX))
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: colab-lookalike demo install lock newest test test-only test-avx2 test-default test-one-thread test-cpus test-slow test-gpu test-browser test-site lint format record failures badges docs clean tiny-llama
+.PHONY: colab-lookalike demo install lock hashes newest test test-only test-avx2 test-default test-one-thread test-cpus test-slow test-gpu test-browser test-site lint format record failures badges docs clean tiny-llama
 
 $(VENV)/.installed: $(REQS) $(LOCK)
 	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12"'
@@ -82,13 +83,21 @@ newest:  ## the suite with the newest libraries, deprecations in this package as
 	$(BIN)/python -m pip list --disable-pip-version-check
 	$(BIN)/python -m pytest -o "filterwarnings=$$(printf '$(NEWEST_WARNINGS)')" $(ARGS)
 
-# The versions as they are resolved today from the pins that people keep; the remark at the file's head stays.
-lock:  ## write constraints-tested.txt anew
+# The versions as they are resolved today from the pins that people keep; the remarks at the files' heads stay.
+lock:  ## write constraints-tested.txt and requirements-hashed.txt anew
 	rm -rf $(VENV)-lock
 	$(MAKE) --no-print-directory install VENV=$(VENV)-lock LOCK=requirements-tested.txt
 	$(VENV)-lock/bin/python -m pip freeze --exclude-editable > $(VENV)-lock/frozen
 	{ grep '^#' $(LOCK); sed 's/^\(torch==[0-9.]*\).*/\1/' $(VENV)-lock/frozen; } > $(VENV)-lock/new
 	mv $(VENV)-lock/new $(LOCK)
+	$(MAKE) --no-print-directory hashes
+
+hashes:  ## write requirements-hashed.txt anew: PyPI's hashes of the versions in constraints-tested.txt
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	{ grep '^#' $(HASHED); $(VENV)-lock/bin/uv pip compile --quiet --no-deps --generate-hashes --no-emit-package torch \
+	  --no-header --no-annotate --python $(VENV)-lock/bin/python $(LOCK); } > $(VENV)-lock/new
+	mv $(VENV)-lock/new $(HASHED)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
