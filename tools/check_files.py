@@ -124,10 +124,10 @@ def dependencies_are_audited(repo: Repository) -> Iterator[str]:
 
 
 def actions_are_pinned(repo: Repository) -> Iterator[str]:
-    """A workflow names each action by its commit, as a tag can be moved to other code."""
+    """A workflow names each action of others by its commit, as a tag can be moved to other code."""
     for path in sorted((repo.root / ".github" / "workflows").glob("*.yml")):
         for number, line in enumerate(repo.text(path).splitlines(), 1):
-            used = re.search(r"uses: (\S+)", line)
+            used = re.search(r"uses: (?!\./)(\S+)", line)
             if used and not re.search(r"@[0-9a-f]{40}$", used[1]):
                 text = f"{used[1]} is no commit; name its 40 digits, and the tag in a remark"
                 yield repo.at(path, number, text)
