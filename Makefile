@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := demo
-REQS   := pyproject.toml requirements-colab.txt requirements-tested.txt requirements-test.txt requirements-models.txt
+REQS   := pyproject.toml $(addprefix requirements-,$(addsuffix .txt,colab models run test tested widgets))
 LOCK   := constraints-tested.txt
 UV     := $(shell command -v uv)
 # uv where it is there, pip else. An address in TORCH_INDEX is where torch comes from, and torch alone.
