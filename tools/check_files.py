@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from check_notebooks import REAL_CALLS
 from check_package import STEPS
-from repository import Repository, by_name
+from repository import Repository
 
 COLABS_OWN = {"torch", "numpy", "pandas"}
 COLABS_TORCH = "2.11.0"
@@ -81,7 +81,7 @@ def bounds_are_met_by_colab(repo: Repository) -> Iterator[str]:
         for name, pin in repo.requirements("constraints-colab.txt").items()
     }
     image["torch"] = COLABS_TORCH
-    for name, item in by_name(repo.project.get("project", {}).get("dependencies", [])).items():
+    for name, item in (repo.dependencies | repo.of_extra("run") | repo.of_extra("widgets")).items():
         lower_only = all(bound.operator == ">=" for bound in item.specifier)
         if not lower_only or not item.specifier.contains(image.get(name, "0")):
             text = f"{item} moves Colab's {name} {image.get(name, '(none)')}; loosen the bound"
@@ -90,11 +90,8 @@ def bounds_are_met_by_colab(repo: Repository) -> Iterator[str]:
 
 def lock_holds_every_requirement(repo: Repository) -> Iterator[str]:
     """The full set of tested versions has each requirement, in a version that the requirement allows."""
-    names = [f"requirements-{name}.txt" for name in ("colab", "test", "tested", "models")]
-    required = [
-        by_name(repo.project.get("project", {}).get("dependencies", [])),
-        *map(repo.requirements, names),
-    ]
+    names = [f"requirements-{name}.txt" for name in ("colab", "models", "run", "test", "tested", "widgets")]
+    required = [repo.dependencies, *map(repo.requirements, names)]
     lock = repo.requirements("constraints-tested.txt")
     for name, item in [pair for group in required for pair in group.items() if not pair[1].marker]:
         pins = list(lock[name].specifier) if name in lock else []
