@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from check_notebooks import REAL_CALLS
 from check_package import STEPS
-from repository import Repository
+from repository import Repository, by_name
 
 COLABS_OWN = {"torch", "numpy", "pandas"}
 COLABS_TORCH = "2.11.0"
