@@ -203,6 +203,16 @@ def test_a_run_that_cannot_start_is_one_clear_line(
     assert (tmp_path / "originals" / "01_any.ipynb").read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["run", "train"])
+def test_without_the_runner_a_run_names_what_is_missing_and_the_command(command, tmp_path, monkeypatch):
+    for name in ("nbclient", "nbformat"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = CliRunner().invoke(app, [command, "--profile", "ci-tiny", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert 'not installed here: nbclient, nbformat. Install them: pip install "llama-sft-' in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_find_notebooks_selects_by_number():
     root = Path(__file__).parent.parent / "notebooks"
     assert [path.name for path in find_notebooks(root, "3, 04")] == ["03_quantization.ipynb", "04_lora.ipynb"]

@@ -78,7 +78,7 @@ def namespace(profile, count=64):
         "model": tiny_model(profile.torch_dtype),
         "tokenizer": transformers.AutoTokenizer.from_pretrained(profile.model_id),
         "train_rows": rows(count),
-        "split": {"test": rows(16)},
+        "held_out": rows(16),
         "profile": profile,
         "every": profile.eval_steps,
         "before": None,
