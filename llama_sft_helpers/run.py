@@ -19,7 +19,7 @@ from rich.console import Console
 from llama_sft_helpers.core.files import FilesError
 from llama_sft_helpers.core.language import reader_language
 from llama_sft_helpers.core.progress import clock
-from llama_sft_helpers.execution import Run, RunError, execute, say, tell, write
+from llama_sft_helpers.execution import Run, RunError, check_runner, execute, say, tell, write
 from llama_sft_helpers.play import play_page
 from llama_sft_helpers.result_page import RESULTS, result_page
 from llama_sft_helpers.settings import environment_settings
@@ -74,12 +74,14 @@ def run_notebooks(
         Seconds that each notebook took, its kernel's start included.
 
     Raises:
-        RunError: Nothing to run, a folder that cannot be written or is in use, or the failing cell's message.
+        RunError: Nothing to run, or nothing to run it with; a folder that cannot be written or is in use; or
+            the failing cell's message.
         ProfileError: The profile is not valid.
         KeyboardInterrupt: Ctrl-C; the kernel is gone by then, and no file half-written.
     """
     from llama_sft_helpers.profiles import load_profile, pick_profile
 
+    check_runner()
     paths = find_notebooks(notebooks, only)
     out = out.expanduser().resolve()
     if any(path.resolve().parent == out for path in paths):
@@ -96,7 +98,7 @@ def run_notebooks(
         environment.pop("MPLBACKEND", None)  # figures belong in the notebooks
         jobs = min(len(paths), jobs or (2 if profile.gpu_gib == 0 and _two_fit() else 1))
         if profile.gpu_gib == 0:  # threads that wait for threads without a core wait long
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // jobs)))
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
         say(f"profile {profile.name}, model {profile.model_id}, data {profile.dataset_id}, into {out}")
 
         def show(seconds: Mapping[str, float | None], at_work: Collection[str] | None) -> None:
@@ -142,6 +144,14 @@ def find_notebooks(folder: Path | None = None, only: str | None = None) -> list[
     return [path for path in paths if path.name[:2] in wanted]
 
 
+def cores() -> int:
+    """Physical cores that this process may use."""
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or usable, usable)
+
+
 @contextmanager
 def _output_folder(out: Path) -> Iterator[None]:
     """Make the folder, prove it can be written, and hold it for this run alone."""
@@ -182,18 +192,10 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _cores() -> int:
-    """Physical cores that this process may use."""
-    import psutil
-
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(psutil.cpu_count(logical=False) or usable, usable)
-
-
 def _two_fit() -> bool:
     import psutil
 
-    return _cores() > 1 and psutil.virtual_memory().available > _GIB_FOR_TWO * 2**30
+    return cores() > 1 and psutil.virtual_memory().available > _GIB_FOR_TWO * 2**30
 
 
 def _execute_all(

@@ -23,7 +23,9 @@ if _limit := os.environ.get("ATEN_CPU_CAPABILITY"):
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / f"inductor-{_limit}"))
 # Processes that share the cores share them out: threads that wait for threads without a core wait very long.
 if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
+    from llama_sft_helpers.run import cores
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // _workers)))
 
 # Files that run whole notebooks, the longest first: what takes minutes must not be what is begun last.
 LONG = ("test_notebooks", "test_small_data", "test_your_run", "test_speed", "test_doctor")
