@@ -35,15 +35,15 @@ LINES_OF_A_FAILURE = 30
 RUN = ["-m", "llama_sft_helpers.cli", "run", "--profile", "cpu-demo", "--out"]
 
 
-def options_of(makefile, target):
-    """The words after ``pytest`` in a Makefile's rule, so that each commit runs as its own ``make`` does."""
-    rule = makefile.read_text(encoding="utf-8").split(f"\n{target}:", 1)[1].split("\n\n", 1)[0]
-    return rule.split("-m pytest ", 1)[1].splitlines()[0].split()
+def options_of(tree, target):
+    """The words after ``pytest`` in what make would run, so that each commit runs as its own make does."""
+    plan = subprocess.run(["make", "-n", target], cwd=tree, check=True, stdout=subprocess.PIPE, text=True)
+    return plan.stdout.split("-m pytest ", 1)[1].splitlines()[0].split()
 
 
 def command(part, tree, scratch, only):
     if part == "tests":
-        return [sys.executable, "-m", "pytest", "-q", *options_of(tree / "Makefile", "test-only")]
+        return [sys.executable, "-m", "pytest", "-q", *options_of(tree, "test-only")]
     return [sys.executable, *RUN, str(scratch / "demo"), *(["--only", only] if only else [])]
 
 

@@ -223,6 +223,14 @@ BROKEN = {
             "numpy>=2.2": {"pyproject.toml": '[project]\ndependencies = ["numpy>=2.2"]'},
         }.items()
     ],
+    "hashes_follow_the_lock": [
+        ({"constraints-tested.txt": "torch==2\npeft==1", "requirements-hashed.txt": text}, f"1: {pin} is not")
+        for text, pin in {
+            "peft==0 \\\n    --hash=sha256:" + "0" * 64: "peft==0",
+            "peft==1 \\\n    --hash=sha256:short": "peft==1",
+            "": "peft==1",
+        }.items()
+    ],
     "dependencies_are_audited": [({}, "no workflow runs pip-audit")],
     "actions_are_pinned": [
         ({".github/workflows/a.yml": "- uses: a/b@v4"}, "a.yml:1: a/b@v4 is no commit"),

@@ -262,6 +262,73 @@ def test_the_wheel_runs_in_a_clean_venv_without_the_checkout(tmp_path):
     assert built == theirs
 
 
+# YAML takes the key `on` of a workflow for true.
+WORKFLOWS = {
+    path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))
+    for path in (ROOT / ".github" / "workflows").glob("*.yml")
+}
+
+
+def commands(job):
+    """What a job's steps run in the shell."""
+    return "\n".join(step.get("run", "") for step in job.get("steps", ()))
+
+
+def test_the_jobs_that_may_write_run_neither_the_repository_nor_pull_requests():
+    """Code of a pull request, npm and the build get a token that reads."""
+    assert all(workflow["permissions"] == {"contents": "read"} for workflow in WORKFLOWS.values())
+    jobs = {(name, job): body for name in WORKFLOWS for job, body in WORKFLOWS[name]["jobs"].items()}
+    writing = {key for key, job in jobs.items() if "write" in job.get("permissions", {}).values()}
+    assert writing == {("docs", "deploy"), ("release", "publish"), ("tell", "tell")}
+    for key in writing:
+        assert not re.search(r"\b(make|npm|mkdocs|build)\b", commands(jobs[key])), key
+    deploy = jobs["docs", "deploy"]
+    assert (deploy["if"], deploy["needs"]) == ("github.event_name == 'push'", "build")
+
+
+def test_a_release_is_tested_before_it_is_built_and_built_before_it_is_published():
+    jobs = WORKFLOWS["release"]["jobs"]
+    assert jobs["test"] == {"uses": "./.github/workflows/tests.yml"}
+    assert "workflow_call" in WORKFLOWS["tests"][True]
+    assert (jobs["build"]["needs"], jobs["publish"]["needs"]) == ("test", "build")
+
+
+def test_a_newer_push_ends_older_runs_but_no_weekly_one():
+    pushed = {
+        name for name, workflow in WORKFLOWS.items() if "branches" in (workflow[True].get("push") or {})
+    }
+    assert pushed == {"tests", "docs", "colab-lookalike"}
+    for name in pushed:
+        concurrency = WORKFLOWS[name]["concurrency"]
+        assert concurrency["cancel-in-progress"] is True
+        assert concurrency["group"].startswith("${{ github.workflow }}-${{ github.ref }}")
+        if "schedule" in WORKFLOWS[name][True]:
+            assert concurrency["group"].endswith("-${{ github.event_name }}")
+
+
+def test_tools_that_workflows_and_make_fetch_have_a_version():
+    run_by = [commands(job) for workflow in WORKFLOWS.values() for job in workflow["jobs"].values()]
+    lines = [*"\n".join(run_by).splitlines(), *(ROOT / "Makefile").read_text(encoding="utf-8").splitlines()]
+    installs = [re.split(r"\b(?:npm|pip) install\b", line.split("&&")[0])[1:] for line in lines]
+    words = [word for parts in installs for word in " ".join(parts).split()]
+    named = {
+        word
+        for word in words
+        if re.match(r"(build|twine|pip-audit|ghp-import|axe|vnu|jupyterlab|playw)", word)
+    }
+    assert len({re.split("[=@]", word)[0] for word in named}) == 8
+    assert not [word for word in named if not re.search(r"(==|@)\d", word)]
+
+
+def test_dependabot_renews_actions_and_python_packages_but_no_copy_of_colabs_image():
+    updates = yaml.safe_load((ROOT / ".github" / "dependabot.yml").read_text(encoding="utf-8"))["updates"]
+    by_kind = {update["package-ecosystem"]: update for update in updates}
+    assert set(by_kind) == {"github-actions", "pip"}
+    excluded = by_kind["pip"]["exclude-paths"]
+    assert "constraints-colab.txt" in excluded
+    assert all((ROOT / name).is_file() for name in excluded)
+
+
 GH = """#!/usr/bin/env python3
 import os, sys
 from pathlib import Path
@@ -284,11 +351,8 @@ else:
 
 def test_each_red_weekly_job_opens_one_issue(tmp_path):
     """The step's own script, run twice with a stand-in for `gh`: the second time its issues are open."""
-    folder = ROOT / ".github" / "workflows"
-    workflows = [yaml.safe_load(path.read_text()) for path in folder.glob("*.yml")]
-    tell = next(workflow for workflow in workflows if workflow["name"] == "tell")
-    # YAML takes the key `on` for true.
-    scheduled = {workflow["name"] for workflow in workflows if "schedule" in workflow[True]}
+    tell = WORKFLOWS["tell"]
+    scheduled = {workflow["name"] for workflow in WORKFLOWS.values() if "schedule" in workflow[True]}
     assert set(tell[True]["workflow_run"]["workflows"]) == scheduled
     (tmp_path / "gh").write_text(GH)
     (tmp_path / "gh").chmod(0o755)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from check_notebooks import REAL_CALLS
 from check_package import STEPS
-from repository import Repository
+from repository import Repository, by_name
 
 COLABS_OWN = {"torch", "numpy", "pandas"}
 COLABS_TORCH = "2.11.0"
@@ -100,6 +100,19 @@ def lock_holds_every_requirement(repo: Repository) -> Iterator[str]:
             yield repo.at(repo.root / "constraints-tested.txt", 1, f"does not meet {item}; run make lock")
 
 
+def hashes_follow_the_lock(repo: Repository) -> Iterator[str]:
+    """The file with hashes has the versions of the lock, but torch, and at least a hash for each."""
+    path = repo.root / "requirements-hashed.txt"
+    pins = re.findall(r"^(\S+==\S+) \\\n    --hash=sha256:[0-9a-f]{64}\b", repo.text(path), re.MULTILINE)
+    tables = repo.requirements("constraints-tested.txt"), by_name(pins)
+    locked, hashed = ({f"{name}{item.specifier}" for name, item in table.items()} for table in tables)
+    for pin in sorted(locked ^ hashed):
+        if not pin.startswith("torch=="):
+            yield repo.at(
+                path, 1, f"{pin} is not in both this file and constraints-tested.txt; run make hashes"
+            )
+
+
 def dependencies_are_audited(repo: Repository) -> Iterator[str]:
     """A workflow looks the requirements up among the known vulnerabilities."""
     workflows = repo.root / ".github" / "workflows"
@@ -109,10 +122,10 @@ def dependencies_are_audited(repo: Repository) -> Iterator[str]:
 
 
 def actions_are_pinned(repo: Repository) -> Iterator[str]:
-    """A workflow names each action by its commit, as a tag can be moved to other code."""
+    """A workflow names each action of others by its commit, as a tag can be moved to other code."""
     for path in sorted((repo.root / ".github" / "workflows").glob("*.yml")):
         for number, line in enumerate(repo.text(path).splitlines(), 1):
-            used = re.search(r"uses: (\S+)", line)
+            used = re.search(r"uses: (?!\./)(\S+)", line)
             if used and not re.search(r"@[0-9a-f]{40}$", used[1]):
                 text = f"{used[1]} is no commit; name its 40 digits, and the tag in a remark"
                 yield repo.at(path, number, text)
@@ -200,6 +213,7 @@ RULES = (
     requirements_leave_colab_alone,
     bounds_are_met_by_colab,
     lock_holds_every_requirement,
+    hashes_follow_the_lock,
     dependencies_are_audited,
     actions_are_pinned,
     results_name_their_source,
