@@ -62,7 +62,7 @@ def test_a_failed_run_is_told_with_its_output(capsys):
 )
 def test_rounds_are_added_to_those_of_the_same_kind(tmp_path, commits, limit, refused):
     path, runs = tmp_path / "minutes.json", [run_of(0, "a", 2), run_of(0, "b", 1)]
-    path.write_text(json.dumps({"limit": "avx2", "runs": runs}))
+    path.write_text(json.dumps({"limit": "avx2", "runs": runs}), encoding="utf-8")
     if refused:
         with pytest.raises(ValueError, match=refused):
             minutes.earlier_runs(path, commits, limit)
