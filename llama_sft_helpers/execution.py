@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib.util
 import sys
 import tempfile
 import threading
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
+_RUNNER = ("ipykernel", "latex2mathml", "nbclient", "nbconvert", "nbformat")  # what the extra `run` brings
+
+
 class RunError(RuntimeError):
     """A run could not start, or a cell failed."""
 
@@ -37,6 +41,19 @@ class Run:
     environment: dict[str, str]  # of their kernels
     progress: Progress  # a bar for each
     stop: threading.Event  # set where all of them must end
+
+
+def check_runner() -> None:
+    """Check that what executes notebooks is installed, which only the extra ``run`` brings.
+
+    Raises:
+        RunError: Something is missing; it names that, and the command that installs it.
+    """
+    if missing := [name for name in _RUNNER if importlib.util.find_spec(name) is None]:
+        raise RunError(
+            f"Notebooks are executed by packages that are not installed here: {', '.join(missing)}. "
+            'Install them: pip install "llama-sft-helpers[run]", or with [colab] all that the series needs.'
+        )
 
 
 def execute(path: Path, run: Run) -> float:

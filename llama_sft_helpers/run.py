@@ -19,7 +19,7 @@ from rich.console import Console
 from llama_sft_helpers.core.files import FilesError
 from llama_sft_helpers.core.language import reader_language
 from llama_sft_helpers.core.progress import clock
-from llama_sft_helpers.execution import Run, RunError, execute, say, tell, write
+from llama_sft_helpers.execution import Run, RunError, check_runner, execute, say, tell, write
 from llama_sft_helpers.play import play_page
 from llama_sft_helpers.result_page import RESULTS, result_page
 from llama_sft_helpers.settings import environment_settings
@@ -74,12 +74,14 @@ def run_notebooks(
         Seconds that each notebook took, its kernel's start included.
 
     Raises:
-        RunError: Nothing to run, a folder that cannot be written or is in use, or the failing cell's message.
+        RunError: Nothing to run, or nothing to run it with; a folder that cannot be written or is in use; or
+            the failing cell's message.
         ProfileError: The profile is not valid.
         KeyboardInterrupt: Ctrl-C; the kernel is gone by then, and no file half-written.
     """
     from llama_sft_helpers.profiles import load_profile, pick_profile
 
+    check_runner()
     paths = find_notebooks(notebooks, only)
     out = out.expanduser().resolve()
     if any(path.resolve().parent == out for path in paths):

@@ -19,6 +19,15 @@ ROWS = f"{PACKAGE}/datasets/alpaca_mini.jsonl"
 RESULT = "benchmarks/results/x.json"
 TABLE = 'CONTENTS = {\n    "f": "tables",  # draws a figure of it\n}'
 FIGURE = nbformat.v4.new_output("display_data", {"image/png": "iVBOR"}, metadata={"image/png": {"alt": "x"}})
+EXTRAS = {
+    "requirements-run.txt": "PyYAML>=2",
+    "requirements-test.txt": "pytest",
+    "pyproject.toml": "[tool.setuptools.dynamic.optional-dependencies]\n"
+    + "".join(
+        f'{extra} = {{ file = ["requirements-{file}.txt"] }}\n'
+        for extra, file in {"colab": "run", "run": "run", "test": "test"}.items()
+    ),
+}
 KOREAN = "translations/ko/01_a.md"
 GLOSSARY = '[[term]]\nenglish = "loss"\nkorean = "손실"\nforbidden = ["로스"]'
 MINUTES = "| [1](x/01_a.ipynb)<sub>CPU demo: 3 min · 8B: 9 min · GPU for 8B: none</sub> |"
@@ -84,6 +93,10 @@ BROKEN = {
             "a.py:3: imports httpx, which nothing declares",
         ),
         ({"notebooks/01_a.ipynb": [CODE("%pip install x\nimport yaml")]}, "ipynb:cell 1: imports yaml"),
+        ({f"{PACKAGE}/a.py": "import yaml, pytest", **EXTRAS}, "a.py:1: imports pytest, which nothing"),
+    ],
+    "extras_are_imported_late": [
+        ({f"{PACKAGE}/a.py": "def f():\n  import yaml\nimport yaml.x", **EXTRAS}, "a.py:3: imports yaml, a"),
     ],
     "requirements_are_used": [
         (
@@ -91,6 +104,7 @@ BROKEN = {
              '[project]\ndependencies = ["jinja2", "PyYAML", "httpx>=1"]'},
             r"^pyproject.toml:1: requires httpx, which",
         ),
+        (EXTRAS, "requires pyyaml, which nothing imports"),
     ],
     "modules_are_short": [({f"{PACKAGE}/a.py": "a = 1\n" * 351}, "a.py:350: has 351 lines; split it")],
     "nothing_runs_foreign_code": [
@@ -197,13 +211,24 @@ BROKEN = {
         ({"pyproject.toml": f'[project]\ndependencies = ["{bound}"]', "constraints-colab.txt": "peft==1.0"},
          "moves Colab's peft 1.0")
         for bound in ("peft>=2", "peft<3")
+    ] + [
+        ({**EXTRAS, "constraints-colab.txt": "pyyaml==1.0"}, "moves Colab's pyyaml 1.0"),
     ],
     "lock_holds_every_requirement": [
         ({"constraints-tested.txt": "numpy==2.1.3\ntrl==1.16.0", **files}, f"txt:1: does not meet {fault}")
         for fault, files in {
             "pytest==9": {"requirements-test.txt": "pytest==9  # x"},
             "trl==1.17": {"requirements-colab.txt": "trl==1.17"},
+            "PyYAML": {"requirements-run.txt": "PyYAML"},
             "numpy>=2.2": {"pyproject.toml": '[project]\ndependencies = ["numpy>=2.2"]'},
+        }.items()
+    ],
+    "hashes_follow_the_lock": [
+        ({"constraints-tested.txt": "torch==2\npeft==1", "requirements-hashed.txt": text}, f"1: {pin} is not")
+        for text, pin in {
+            "peft==0 \\\n    --hash=sha256:" + "0" * 64: "peft==0",
+            "peft==1 \\\n    --hash=sha256:short": "peft==1",
+            "": "peft==1",
         }.items()
     ],
     "dependencies_are_audited": [({}, "no workflow runs pip-audit")],

@@ -163,7 +163,7 @@ def test_nobody_holds_the_file_open_that_the_kernel_reports_in(write_notebooks, 
 
 
 def test_a_dead_kernel_and_a_slow_cell_are_named(write_notebooks, tmp_path):
-    dead = write_notebooks(n01_dead=["import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+    dead = write_notebooks(n01_dead=["import os; os._exit(9)"])
     with pytest.raises(RunError, match=r"01_dead.ipynb: the kernel died"):
         run_notebooks("ci-tiny", only=None, out=tmp_path / "out", notebooks=dead)
     slow = write_notebooks(n02_slow=["import time; time.sleep(60)"])
@@ -194,14 +194,24 @@ def test_a_run_that_cannot_start_is_one_clear_line(
     arguments, expected, write_notebooks, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("kept")
+    (tmp_path / "file").write_text("kept", encoding="utf-8")
     before = (write_notebooks(n01_any=["1"]) / "01_any.ipynb").read_bytes()
     options = ["--profile", "ci-tiny", "--out", "out", "--notebooks", "originals", *arguments]
     result = CliRunner().invoke(app, ["run", *options])
     assert result.exit_code == 1
     assert expected in result.stderr
-    assert (tmp_path / "file").read_text() == "kept"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"
     assert (tmp_path / "originals" / "01_any.ipynb").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["run", "train"])
+def test_without_the_runner_a_run_names_what_is_missing_and_the_command(command, tmp_path, monkeypatch):
+    for name in ("nbclient", "nbformat"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = CliRunner().invoke(app, [command, "--profile", "ci-tiny", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert 'not installed here: nbclient, nbformat. Install them: pip install "llama-sft-' in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_find_notebooks_selects_by_number():
@@ -229,7 +239,7 @@ def test_demo_model_command_prints_the_folder_and_refuses_a_foreign_one(tiny_mod
     good = runner.invoke(app, ["demo-model", str(tiny_model_dir), "--name", "tiny-llama"])
     assert good.exit_code == 0
     assert good.stdout.strip() == str(tiny_model_dir)
-    (tmp_path / "other").write_text("")
+    (tmp_path / "other").write_text("", encoding="utf-8")
     bad = runner.invoke(app, ["demo-model", str(tmp_path)])
     assert bad.exit_code == 1
     assert "was not written by this series" in bad.stderr
@@ -267,7 +277,7 @@ def test_settings_reach_every_notebook(write_notebooks, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [["run"], ["plan"]])
 def test_a_model_that_cannot_be_built_is_one_clear_error(command, tmp_path, monkeypatch):
-    (tmp_path / "taken").write_text("a file where the models' folder should be")
+    (tmp_path / "taken").write_text("a file where the models' folder should be", encoding="utf-8")
     monkeypatch.setenv("SFT_MODELS_DIR", str(tmp_path / "taken"))
     extra = ["--out", tmp_path / "out"] if command == ["run"] else []
     done = run(*command, "--profile", "ci-tiny", *extra)

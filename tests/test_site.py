@@ -114,8 +114,8 @@ TEMPLATING = jinja2.Environment(undefined=jinja2.StrictUndefined)
 @pytest.mark.parametrize(
     ("template", "language", "seen", "facts"),
     [
-        ("index.md", "en", "See `Linear` beside", "CPU demo: 1.5 min · 8B: 2 min"),
-        ("ko/index.md", "ko", "`Linear`와 `Linear8bitLt`를", "CPU 데모: 1.5분 · 8B: 2분"),
+        ("index.md", "en", "See `Linear` beside", r"CPU demo: [\d.]+ min · 8B: [\d.]+ min"),
+        ("ko/index.md", "ko", "`Linear`와 `Linear8bitLt`를", r"CPU 데모: [\d.]+분 · 8B: [\d.]+분"),
     ],
 )
 def test_a_start_page_has_a_card_for_each_notebook_and_the_readmes_figures(template, language, seen, facts):
@@ -126,7 +126,9 @@ def test_a_start_page_has_a_card_for_each_notebook_and_the_readmes_figures(templ
         title = nbformat.read(path, as_version=4).cells[0].source.partition("# ")[2].partition("\n")[0]
         assert f"**[{title}](../{place})**\n\n" in page
         assert f"blob/main/{place})\n" in page  # its link to Colab
-    assert re.search(f"\n    {re.escape(seen)}.*\n\n    {re.escape(facts)}", page)
+    readme = (ROOT / ("README.md" if language == "en" else "README.ko.md")).read_text(encoding="utf-8")
+    told = re.search(f"{re.escape(seen)}.*<sub>({facts})", readme)[1]
+    assert re.search(f"\n    {re.escape(seen)}.*\n\n    {re.escape(told)}", page)
     assert "\n</div>\n\n\n" in page  # then what was measured on
     assert page.count('<img src="../docs/images/') == 2
 
@@ -152,3 +154,9 @@ def test_bars_are_as_long_as_their_values():
     assert '>a&lt;b</th><td><span style="width:50.0%"></span></td><td>2</td>' in chart
     assert '<span style="width:100.0%"></span><i style="left:75.0%"></i></td><td>4 / 3</td>' in chart
     assert "<td>did not finish</td>" in chart
+
+
+def test_shares_of_a_cpus_time_are_of_the_whole(monkeypatch):
+    found = {"limits": {"avx2": {"step": {"seconds": {"attention": 1.0, "products": 3.0}}}}}
+    monkeypatch.setattr(docs_results, "read_results", {"cpu_profile": found}.get)
+    assert docs_results.cpu_shares("step", "avx2") == [("products", 0.75), ("attention", 0.25)]

@@ -103,14 +103,14 @@ def test_the_hash_follows_the_code_and_the_helpers_that_it_reaches_and_no_others
     )
     recorded = record.stamp(notebook)
     for name in ("other.py", "doctor.py"):
-        (package / name).write_text("changed = 1")
+        (package / name).write_text("changed = 1", encoding="utf-8")
     prose.source = "other text"
     assert record.stamp(notebook) == recorded
     for name in ("colours.py", "plots.py", "step.py", "profiles/cpu-demo.toml"):
-        before = (package / name).read_text()
-        (package / name).write_text(f"{before}# another title")
+        before = (package / name).read_text(encoding="utf-8")
+        (package / name).write_text(f"{before}# another title", encoding="utf-8")
         assert record.stamp(notebook) != recorded, name
-        (package / name).write_text(before)
+        (package / name).write_text(before, encoding="utf-8")
     assert record.stamp(notebook) == recorded
     notebook.cells[0].source += "\n1 + 1"
     assert record.stamp(notebook) != recorded
@@ -177,15 +177,18 @@ def test_the_tests_of_other_cpus_run_under_their_limits_and_in_a_fresh_models_fo
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     python = bin_folder / "python"
-    python.write_text(f'#!/bin/sh\nenv > {tmp_path}/seen\nls -A "$SFT_MODELS_DIR" > {tmp_path}/models\n')
+    python.write_text(
+        f'#!/bin/sh\nenv > {tmp_path}/seen\nls -A "$SFT_MODELS_DIR" > {tmp_path}/models\n', encoding="utf-8"
+    )
     python.chmod(0o755)
     (tmp_path / ".installed").touch()
     names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "OMP_NUM_THREADS")
     outside = {name: value for name, value in os.environ.items() if name not in names}
     run("make", "-C", ROOT, target, f"VENV={tmp_path}", f"BIN={bin_folder}", env=outside)
-    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
+    lines = (tmp_path / "seen").read_text(encoding="utf-8").splitlines()
+    seen = dict(line.split("=", 1) for line in lines if "=" in line)
     assert {name: seen[name] for name in names if name in seen} == limits
-    assert (tmp_path / "models").read_text() == ""
+    assert (tmp_path / "models").read_text(encoding="utf-8") == ""
     assert seen["SFT_MODELS_DIR"] != os.environ["SFT_MODELS_DIR"]
     assert not Path(seen["SFT_MODELS_DIR"]).exists()  # taken away again
 
@@ -243,6 +246,73 @@ def test_the_wheel_installs_in_a_clean_venv_with_data_inside(tmp_path):
     assert built == theirs
 
 
+# YAML takes the key `on` of a workflow for true.
+WORKFLOWS = {
+    path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))
+    for path in (ROOT / ".github" / "workflows").glob("*.yml")
+}
+
+
+def commands(job):
+    """What a job's steps run in the shell."""
+    return "\n".join(step.get("run", "") for step in job.get("steps", ()))
+
+
+def test_the_jobs_that_may_write_run_neither_the_repository_nor_pull_requests():
+    """Code of a pull request, npm and the build get a token that reads."""
+    assert all(workflow["permissions"] == {"contents": "read"} for workflow in WORKFLOWS.values())
+    jobs = {(name, job): body for name in WORKFLOWS for job, body in WORKFLOWS[name]["jobs"].items()}
+    writing = {key for key, job in jobs.items() if "write" in job.get("permissions", {}).values()}
+    assert writing == {("docs", "deploy"), ("release", "publish"), ("tell", "tell")}
+    for key in writing:
+        assert not re.search(r"\b(make|npm|mkdocs|build)\b", commands(jobs[key])), key
+    deploy = jobs["docs", "deploy"]
+    assert (deploy["if"], deploy["needs"]) == ("github.event_name == 'push'", "build")
+
+
+def test_a_release_is_tested_before_it_is_built_and_built_before_it_is_published():
+    jobs = WORKFLOWS["release"]["jobs"]
+    assert jobs["test"] == {"uses": "./.github/workflows/tests.yml"}
+    assert "workflow_call" in WORKFLOWS["tests"][True]
+    assert (jobs["build"]["needs"], jobs["publish"]["needs"]) == ("test", "build")
+
+
+def test_a_newer_push_ends_older_runs_but_no_weekly_one():
+    pushed = {
+        name for name, workflow in WORKFLOWS.items() if "branches" in (workflow[True].get("push") or {})
+    }
+    assert pushed == {"tests", "docs", "colab-lookalike"}
+    for name in pushed:
+        concurrency = WORKFLOWS[name]["concurrency"]
+        assert concurrency["cancel-in-progress"] is True
+        assert concurrency["group"].startswith("${{ github.workflow }}-${{ github.ref }}")
+        if "schedule" in WORKFLOWS[name][True]:
+            assert concurrency["group"].endswith("-${{ github.event_name }}")
+
+
+def test_tools_that_workflows_and_make_fetch_have_a_version():
+    run_by = [commands(job) for workflow in WORKFLOWS.values() for job in workflow["jobs"].values()]
+    lines = [*"\n".join(run_by).splitlines(), *(ROOT / "Makefile").read_text(encoding="utf-8").splitlines()]
+    installs = [re.split(r"\b(?:npm|pip) install\b", line.split("&&")[0])[1:] for line in lines]
+    words = [word for parts in installs for word in " ".join(parts).split()]
+    named = {
+        word
+        for word in words
+        if re.match(r"(build|twine|pip-audit|ghp-import|axe|vnu|jupyterlab|playw)", word)
+    }
+    assert len({re.split("[=@]", word)[0] for word in named}) == 8
+    assert not [word for word in named if not re.search(r"(==|@)\d", word)]
+
+
+def test_dependabot_renews_actions_and_python_packages_but_no_copy_of_colabs_image():
+    updates = yaml.safe_load((ROOT / ".github" / "dependabot.yml").read_text(encoding="utf-8"))["updates"]
+    by_kind = {update["package-ecosystem"]: update for update in updates}
+    assert set(by_kind) == {"github-actions", "pip"}
+    excluded = by_kind["pip"]["exclude-paths"]
+    assert "constraints-colab.txt" in excluded
+    assert all((ROOT / name).is_file() for name in excluded)
+
+
 GH = """#!/usr/bin/env python3
 import os, sys
 from pathlib import Path
@@ -265,13 +335,10 @@ else:
 
 def test_each_red_weekly_job_opens_one_issue(tmp_path):
     """The step's own script, run twice with a stand-in for `gh`: the second time its issues are open."""
-    folder = ROOT / ".github" / "workflows"
-    workflows = [yaml.safe_load(path.read_text()) for path in folder.glob("*.yml")]
-    tell = next(workflow for workflow in workflows if workflow["name"] == "tell")
-    # YAML takes the key `on` for true.
-    scheduled = {workflow["name"] for workflow in workflows if "schedule" in workflow[True]}
+    tell = WORKFLOWS["tell"]
+    scheduled = {workflow["name"] for workflow in WORKFLOWS.values() if "schedule" in workflow[True]}
     assert set(tell[True]["workflow_run"]["workflows"]) == scheduled
-    (tmp_path / "gh").write_text(GH)
+    (tmp_path / "gh").write_text(GH, encoding="utf-8")
     (tmp_path / "gh").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUN": "1", "ADDRESS": "https://run/1"}
     script = ["bash", "-e", "-c", tell["jobs"]["tell"]["steps"][0]["run"]]
@@ -280,7 +347,9 @@ def test_each_red_weekly_job_opens_one_issue(tmp_path):
         assert part in said[0]
     assert said[1] == ""
     titles = ["newest", "systems (windows-latest)"]
-    assert (tmp_path / "issues").read_text().splitlines() == [f"Weekly job is red: {name}" for name in titles]
+    assert (tmp_path / "issues").read_text(encoding="utf-8").splitlines() == [
+        f"Weekly job is red: {name}" for name in titles
+    ]
 
 
 @pytest.mark.parametrize(
@@ -337,22 +406,23 @@ def test_torch_comes_without_cuda_where_no_driver_is(monkeypatch, capsys, given,
 
 def test_make_newest_turns_our_own_deprecations_into_errors(tmp_path):
     """The filter as make hands it to the shell, on a submodule of ours that warns, and on another module."""
-    plan = run("make", "-n", "newest", "ARGS=", cwd=ROOT).splitlines()
+    plan = run("make", "-n", "newest", "ARGS=", "PARALLEL=", cwd=ROOT).splitlines()
     command = next(line for line in plan if " -m pytest " in line)
     option = command[command.index('-o "') :]
     package = tmp_path / "llama_sft_helpers"
     package.mkdir()
-    (package / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("", encoding="utf-8")
     warn = "import warnings\ndef f(kind):\n    warnings.warn('old', kind)\n"
-    (package / "lora.py").write_text(warn)
-    (tmp_path / "other.py").write_text(warn)
+    (package / "lora.py").write_text(warn, encoding="utf-8")
+    (tmp_path / "other.py").write_text(warn, encoding="utf-8")
     (tmp_path / "test_it.py").write_text(
         "import pytest, other\nfrom llama_sft_helpers import lora\n"
         "@pytest.mark.parametrize('kind', [DeprecationWarning, FutureWarning])\n"
         "@pytest.mark.parametrize('module', [lora, other])\n"
-        "def test_it(module, kind):\n    module.f(kind)\n"
+        "def test_it(module, kind):\n    module.f(kind)\n",
+        encoding="utf-8",
     )
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
     lean = {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # plugins take seconds
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -m pytest -q -p no:cacheprovider {option}"],

@@ -81,7 +81,7 @@ def bounds_are_met_by_colab(repo: Repository) -> Iterator[str]:
         for name, pin in repo.requirements("constraints-colab.txt").items()
     }
     image["torch"] = COLABS_TORCH
-    for name, item in by_name(repo.project.get("project", {}).get("dependencies", [])).items():
+    for name, item in (repo.dependencies | repo.of_extra("run") | repo.of_extra("widgets")).items():
         lower_only = all(bound.operator == ">=" for bound in item.specifier)
         if not lower_only or not item.specifier.contains(image.get(name, "0")):
             text = f"{item} moves Colab's {name} {image.get(name, '(none)')}; loosen the bound"
@@ -90,16 +90,26 @@ def bounds_are_met_by_colab(repo: Repository) -> Iterator[str]:
 
 def lock_holds_every_requirement(repo: Repository) -> Iterator[str]:
     """The full set of tested versions has each requirement, in a version that the requirement allows."""
-    names = [f"requirements-{name}.txt" for name in ("colab", "test", "tested", "models")]
-    required = [
-        by_name(repo.project.get("project", {}).get("dependencies", [])),
-        *map(repo.requirements, names),
-    ]
+    names = [f"requirements-{name}.txt" for name in ("colab", "models", "run", "test", "tested", "widgets")]
+    required = [repo.dependencies, *map(repo.requirements, names)]
     lock = repo.requirements("constraints-tested.txt")
     for name, item in [pair for group in required for pair in group.items() if not pair[1].marker]:
         pins = list(lock[name].specifier) if name in lock else []
         if not pins or not item.specifier.contains(pins[0].version):
             yield repo.at(repo.root / "constraints-tested.txt", 1, f"does not meet {item}; run make lock")
+
+
+def hashes_follow_the_lock(repo: Repository) -> Iterator[str]:
+    """The file with hashes has the versions of the lock, but torch, and at least a hash for each."""
+    path = repo.root / "requirements-hashed.txt"
+    pins = re.findall(r"^(\S+==\S+) \\\n    --hash=sha256:[0-9a-f]{64}\b", repo.text(path), re.MULTILINE)
+    tables = repo.requirements("constraints-tested.txt"), by_name(pins)
+    locked, hashed = ({f"{name}{item.specifier}" for name, item in table.items()} for table in tables)
+    for pin in sorted(locked ^ hashed):
+        if not pin.startswith("torch=="):
+            yield repo.at(
+                path, 1, f"{pin} is not in both this file and constraints-tested.txt; run make hashes"
+            )
 
 
 def dependencies_are_audited(repo: Repository) -> Iterator[str]:
@@ -111,10 +121,10 @@ def dependencies_are_audited(repo: Repository) -> Iterator[str]:
 
 
 def actions_are_pinned(repo: Repository) -> Iterator[str]:
-    """A workflow names each action by its commit, as a tag can be moved to other code."""
+    """A workflow names each action of others by its commit, as a tag can be moved to other code."""
     for path in sorted((repo.root / ".github" / "workflows").glob("*.yml")):
         for number, line in enumerate(repo.text(path).splitlines(), 1):
-            used = re.search(r"uses: (\S+)", line)
+            used = re.search(r"uses: (?!\./)(\S+)", line)
             if used and not re.search(r"@[0-9a-f]{40}$", used[1]):
                 text = f"{used[1]} is no commit; name its 40 digits, and the tag in a remark"
                 yield repo.at(path, number, text)
@@ -202,6 +212,7 @@ RULES = (
     requirements_leave_colab_alone,
     bounds_are_met_by_colab,
     lock_holds_every_requirement,
+    hashes_follow_the_lock,
     dependencies_are_audited,
     actions_are_pinned,
     results_name_their_source,

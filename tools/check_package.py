@@ -8,11 +8,11 @@ import importlib.metadata
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
-from repository import Repository, by_name, called, code, own_imports
+from repository import Repository, called, code, own_imports
 
 STEPS = ("environment", "login", "quantization", "lora", "data", "training", "evaluation", "speed")
 # Steps act in notebooks; a helper that runs one of these hides the lesson.
@@ -150,34 +150,52 @@ def no_detours(repo: Repository) -> Iterator[str]:
 
 def imports_are_declared(repo: Repository) -> Iterator[str]:
     """What is imported is a requirement: huggingface_hub 2 came without httpx, and notebook 02 stopped."""
-    declared = _dependencies(repo) | repo.requirements("requirements-colab.txt").keys()
+    declared = repo.dependencies.keys() | repo.of_extra("colab").keys()
     for path, place, name, owners in _imports_of_others(repo):
         if not owners & declared:
             yield repo.at(path, place, f"imports {name}, which nothing declares; add it to pyproject.toml")
 
 
+def extras_are_imported_late(repo: Repository) -> Iterator[str]:
+    """A module can be imported without the extras: what only they bring is imported in functions."""
+    brought = repo.of_extra("colab").keys() - repo.dependencies.keys()
+    for path in repo.modules:
+        for statement in ast.parse(repo.text(path)).body:
+            imports = _third_party(statement) if isinstance(statement, ast.Import | ast.ImportFrom) else ()
+            for line, name in imports:
+                if _owners(name) & brought:
+                    yield repo.at(
+                        path, line, f"imports {name}, an extra's; do so in the function that needs it"
+                    )
+
+
 def requirements_are_used(repo: Repository) -> Iterator[str]:
     """What is required is imported, or ``NOT_IMPORTED`` says who needs it."""
     imported = {owner for *_, owners in _imports_of_others(repo) for owner in owners}
-    for name in sorted(_dependencies(repo) - imported - NOT_IMPORTED.keys()):
+    required = repo.dependencies | repo.of_extra("run") | repo.of_extra("widgets")
+    for name in sorted(required.keys() - imported - NOT_IMPORTED.keys()):
         yield repo.at(repo.root / "pyproject.toml", 1, f"requires {name}, which nothing imports; take it out")
-
-
-def _dependencies(repo: Repository) -> set[str]:
-    """Normalized names of what the package itself requires."""
-    return set(by_name(repo.project.get("project", {}).get("dependencies", [])))
 
 
 @functools.cache  # two rules ask
 def _imports_of_others(repo: Repository) -> list[tuple[Path, int, str, set[str]]]:
     """File, place and name of each import of another project, and the distributions that bring it."""
-    owners, found = importlib.metadata.packages_distributions(), []
-    for path in [*repo.modules, *repo.notebooks]:
-        for place, tree in code(path):
-            for line, name in _third_party(tree):
-                brought = {canonicalize_name(owner) for owner in owners.get(name, [name])}
-                found.append((path, place or line, name, brought))
-    return found
+    return [
+        (path, place or line, name, _owners(name))
+        for path in [*repo.modules, *repo.notebooks]
+        for place, tree in code(path)
+        for line, name in _third_party(tree)
+    ]
+
+
+def _owners(package: str) -> set[str]:
+    """Normalized names of the distributions that bring a package."""
+    return {canonicalize_name(owner) for owner in _distributions().get(package, [package])}
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
 
 
 def _third_party(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -238,6 +256,7 @@ RULES = (
     names_have_one_path,
     no_detours,
     imports_are_declared,
+    extras_are_imported_late,
     requirements_are_used,
     modules_are_short,
     nothing_runs_foreign_code,

@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import re
-import resource
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +34,9 @@ from repository import Repository
 
 from llama_sft_helpers.demo_model import models_dir
 from llama_sft_helpers.run import find_notebooks, run_notebooks
+
+if sys.platform != "win32":  # which lacks it; tests import this module there too
+    import resource
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llama_sft_helpers"

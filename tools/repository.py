@@ -56,6 +56,17 @@ class Repository:
         lines = [line.partition("#")[0].strip() for line in self.text(self.root / name).splitlines()]
         return by_name([line for line in lines if line])
 
+    @cached_property
+    def dependencies(self) -> dict[str, Requirement]:
+        """What the package itself requires: normalized name -> requirement."""
+        return by_name(self.project.get("project", {}).get("dependencies", []))
+
+    def of_extra(self, name: str) -> dict[str, Requirement]:
+        """What an extra of the package requires beside that, from its requirements files."""
+        settings = self.project.get("tool", {}).get("setuptools", {}).get("dynamic", {})
+        files = settings.get("optional-dependencies", {}).get(name, {}).get("file", [])
+        return {name: item for file in files for name, item in self.requirements(file).items()}
+
     def module_name(self, path: Path) -> str:
         """A module's dotted name below the package."""
         return ".".join(path.relative_to(self.package).with_suffix("").parts)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_sft_helpers import cli
 from llama_sft_helpers.data import to_prompt_completion
 from llama_sft_helpers.evaluation import ChatError, chat_box, run_chat, stream_answer
 
@@ -142,6 +143,12 @@ def test_the_command_answers_and_explains(trained, chat_command):
     assert bad.exit_code == 1
     assert "Run notebook 06 first" in bad.stderr
     assert "Traceback" not in bad.stderr
+
+
+def test_the_command_computes_in_float32_without_a_gpu_whatever_the_files_hold(trained, tiny_model, tmp_path):
+    tiny_model.bfloat16().save_pretrained(tmp_path / "tiny-llama")
+    model, _ = cli._load_adapter(trained.adapter, str(tmp_path / "tiny-llama"))
+    assert model.dtype == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
 
 
 # --- The box ---
