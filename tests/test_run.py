@@ -56,8 +56,9 @@ def test_the_first_failing_cell_stops_the_run_with_its_own_message(write_noteboo
     saved.cells[2].outputs = [nbformat.v4.new_output("stream", text="of an earlier run")]
     nbformat.write(saved, originals / "01_bad.ipynb")
     out = tmp_path / "out"
-    result = run("run", "--profile", "ci-tiny", "--out", out, "--notebooks", originals)
-    assert result.returncode == 1
+    options = ["--profile", "ci-tiny", "--out", str(out), "--notebooks", str(originals)]
+    result = CliRunner().invoke(app, ["run", *options])
+    assert result.exit_code == 1
     assert "01_bad.ipynb: a cell failed with ValueError: the column output is missing" in result.stderr
     assert "Traceback" not in result.stderr
     assert "of an earlier run" not in (out / "01_bad.html").read_text(encoding="utf-8")

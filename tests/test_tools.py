@@ -406,7 +406,7 @@ def test_torch_comes_without_cuda_where_no_driver_is(monkeypatch, capsys, given,
 
 def test_make_newest_turns_our_own_deprecations_into_errors(tmp_path):
     """The filter as make hands it to the shell, on a submodule of ours that warns, and on another module."""
-    plan = run("make", "-n", "newest", "ARGS=", cwd=ROOT).splitlines()
+    plan = run("make", "-n", "newest", "ARGS=", "PARALLEL=", cwd=ROOT).splitlines()
     command = next(line for line in plan if " -m pytest " in line)
     option = command[command.index('-o "') :]
     package = tmp_path / "llama_sft_helpers"
@@ -423,9 +423,10 @@ def test_make_newest_turns_our_own_deprecations_into_errors(tmp_path):
         encoding="utf-8",
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
+    lean = {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # plugins take seconds
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -m pytest -q -p no:cacheprovider {option}"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        cwd=tmp_path, env={**os.environ, **lean}, capture_output=True, text=True,
     )  # fmt: skip
     assert "2 failed, 2 passed" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("FAILED test_it.py::test_it[llama_sft_helpers.lora-") == 2
