@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from check_notebooks import REAL_CALLS
 from check_package import STEPS
+from packaging.specifiers import SpecifierSet
 from repository import Repository, by_name
 
 COLABS_OWN = {"torch", "numpy", "pandas"}
@@ -26,6 +27,22 @@ def wheel_has_every_package(repo: Repository) -> Iterator[str]:
     for name in sorted(listed ^ wanted):
         what = "is no package; take it out" if name in listed else "is not listed; add it to packages"
         yield repo.at(repo.root / "pyproject.toml", 1, f"{name} {what}")
+
+
+def classifiers_are_true(repo: Repository) -> Iterator[str]:
+    """The classifiers name the Pythons that ``requires-python`` allows, and a workflow tests each."""
+    project = repo.project.get("project", {})
+    allowed = SpecifierSet(project.get("requires-python", ""))
+    wanted = {f"3.{minor}" for minor in range(100) if allowed.contains(f"3.{minor}")}
+    workflow = repo.text(repo.root / ".github" / "workflows" / "tests.yml")
+    named = {
+        "classifiers": re.findall(r":: Python :: (3\.\d+)", "\n".join(project.get("classifiers", []))),
+        "tests.yml": re.findall(r"3\.\d+", "".join(re.findall(r"python: (\[.*\])", workflow))),
+    }
+    for place, versions in named.items():
+        if wanted != set(versions):
+            text = f"requires-python is '{allowed}', but {place} name Python {sorted(versions)}"
+            yield repo.at(repo.root / "pyproject.toml", 1, f"{text}; make them agree")
 
 
 def steps_are_complete(repo: Repository) -> Iterator[str]:
@@ -208,6 +225,7 @@ def rows_are_of_many_kinds(repo: Repository) -> Iterator[str]:
 
 RULES = (
     wheel_has_every_package,
+    classifiers_are_true,
     steps_are_complete,
     one_repository_address,
     requirements_leave_colab_alone,
