@@ -90,7 +90,7 @@ def profile_of(setting: tuple) -> Profile:
 def build_model(folder: Path, std: float) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    raw = json.loads((ROOT / "llama_sft_helpers/configs/llama3_8b.json").read_text())
+    raw = json.loads((ROOT / "llama_sft_helpers/configs/llama3_8b.json").read_text(encoding="utf-8"))
     config = LlamaConfig(**{key: value for key, value in raw.items() if not key.startswith("_")})
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
@@ -394,7 +394,7 @@ def main() -> None:
     tasks = ["fast"] if args.fast else PRESETS if args.presets else map(json.dumps, groups())
     for task in tasks:
         in_process(task)
-    results = [json.loads(line) for line in lines.read_text().splitlines()]
+    results = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
     total_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     about = {**source(card()), "card_gib": total_gib, "std": 0.02 if args.fast else args.std}
     write(args.out, {**about, "results": results})

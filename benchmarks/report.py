@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -23,11 +25,26 @@ from llama_sft_helpers.core.files import write_text  # noqa: E402
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
 
+def cores() -> int:
+    """Logical cores that this process may use; where the system does not say so (macOS, Windows), all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_gib() -> float:
+    """The peak of this process's main memory so far."""
+    if sys.platform == "win32":  # where the standard library has no module resource
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 def card() -> str:
     """The GPU that torch takes, or the CPU; torch opens the GPU for it."""
     import torch
 
-    cpu = f"CPU, {len(os.sched_getaffinity(0))} cores, {platform.machine()}"
+    cpu = f"CPU, {cores()} cores, {platform.machine()}"
     return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
 
 

@@ -340,7 +340,8 @@ def run_rung(rung: Rung, args: argparse.Namespace) -> dict[str, Any]:  # noqa: P
     steady = statistics.median(step_seconds[warm:])
     if args.profile:
         (Path(args.profile)).write_text(
-            profiler.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90)
+            profiler.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90),
+            encoding="utf-8",
         )
         with contextlib.suppress(OSError):
             profiler.export_chrome_trace(args.profile + ".trace.json")
@@ -416,7 +417,8 @@ def run_all(args: argparse.Namespace, rungs: list[Rung]) -> list[dict[str, Any]]
         if result.exists():
             results.append(json.loads(result.read_text(encoding="utf-8")))
         else:
-            results.append({"rung": rung.name, **dataclasses.asdict(rung), "error": log.read_text()[-1500:]})
+            error = log.read_text(encoding="utf-8")[-1500:]
+            results.append({"rung": rung.name, **dataclasses.asdict(rung), "error": error})
         show = {
             k: results[-1].get(k)
             for k in ("tokens_per_second", "peak_reserved_gib", "warm_up_seconds", "error")

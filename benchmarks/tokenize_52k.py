@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import datasets
+import psutil
 from llama3_tokenizer import build_llama3_tokenizer
-from report import card, source, write
+from report import card, cores, peak_gib, source, write
 
 from llama_sft_helpers import data
 from llama_sft_helpers.profiles import read_profile
@@ -75,7 +74,7 @@ def measure(path: Path, cache: Path, max_length: int) -> dict[str, object]:
         "seconds": seconds,
         "total_seconds": round(sum(seconds.values()), 2),
         "tokens_per_second": round(sum(lengths) / seconds["tokenize"]),
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_memory_gib": round(peak_gib(), 2),
         "recommended_max_length": int(table.index[table["recommended"]][0]),
         "rows_with_a_problem": int(checked["rows"].sum()),
         "padding_share": plan["padding_share"].round(4).to_dict(),
@@ -88,7 +87,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tokenize_52k.json")
     options = parser.parse_args()
     about = source(card(), ("datasets", "tokenizers", "transformers", "pyarrow", "llama-models"))
-    about |= {"cpus": len(os.sched_getaffinity(0)), "load_average_before": round(os.getloadavg()[0], 2)}
+    about |= {"cpus": cores(), "load_average_before": round(psutil.getloadavg()[0], 2)}
     about |= {"machine": platform.machine(), "python": platform.python_version()}
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "rows.jsonl"

@@ -297,6 +297,7 @@ def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
     # peft 0.21 asks newer versions of transformers by an older name
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
+    import torch
     import transformers
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
@@ -312,7 +313,8 @@ def _load_adapter(folder: Path, base_model: str | None) -> tuple[Any, Any]:
             base_model,
             quantization_config=BitsAndBytesConfig(load_in_8bit=True),
             device_map=device_map(),
-            dtype="auto",
+            # the files' type, but float32 on a CPU: many compute 16-bit numbers slowly, and training used it
+            dtype="auto" if torch.cuda.is_available() else torch.float32,
         )
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else base_model)

@@ -2,6 +2,7 @@
 
 import json
 
+import cpu_profile
 import minutes
 import pytest
 
@@ -61,9 +62,31 @@ def test_a_failed_run_is_told_with_its_output(capsys):
 )
 def test_rounds_are_added_to_those_of_the_same_kind(tmp_path, commits, limit, refused):
     path, runs = tmp_path / "minutes.json", [run_of(0, "a", 2), run_of(0, "b", 1)]
-    path.write_text(json.dumps({"limit": "avx2", "runs": runs}))
+    path.write_text(json.dumps({"limit": "avx2", "runs": runs}), encoding="utf-8")
     if refused:
         with pytest.raises(ValueError, match=refused):
             minutes.earlier_runs(path, commits, limit)
     else:
         assert minutes.earlier_runs(path, commits, limit) == runs
+
+
+@pytest.mark.parametrize(
+    ("path", "cause"),
+    [
+        (["aten::mm", "aten::matmul", "ChunkedLogProbFunction"], "trl's head"),
+        (["aten::_int_mm", "bitsandbytes::int8_linear_matmul", "MatMul8bitLt"], "int8 products"),
+        (["aten::mm", "aten::linear", "MatMul8bitFp"], "float32 products, int8 layers"),
+        (["aten::mul_", "MatMul8bitFpBackward"], "dequantizing"),
+        (["aten::round_", "bitsandbytes::int8_vectorwise_quant", "MatMul8bitLt"], "rounding and rescaling"),
+        (["aten::copy_", "aten::clone", "aten::reshape"], "copies, as of keys and values"),
+        (["aten::copy_", "aten::clone", "aten::scaled_dot_product_attention"], "attention"),
+        (["aten::mm", "aten::linear"], "float32 products, LoRA and head"),
+        (["aten::add_", "autograd::engine::evaluate_function: MatMul8bitFpBackward"], "norms, SwiGLU, sums"),
+        (["MatMul8bitLt"], "Python and calls"),
+    ],
+)
+def test_a_cause_is_known_by_the_callers(path, cause):
+    assert cpu_profile.cause_of(path) == cause
+    found = cpu_profile.by_cause([(path, 2.0)], wall=3.0)
+    assert sum(found.values()) == 3
+    assert found[cause] == (3 if cause == "Python and calls" else 2)

@@ -92,13 +92,13 @@ class GoogleAccount:
         self.folder, self.hub, self.machines = folder, hub, 0
         for name, text in FAKE_COLAB.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, encoding="utf-8")
         self.set(secret="missing", drive="refused")
 
     def set(self, **answers):
         """What the reader answers in Colab's dialogs."""
         for name, text in answers.items():
-            (self.folder / name).write_text(text)
+            (self.folder / name).write_text(text, encoding="utf-8")
 
     @contextlib.contextmanager
     def machine(self, profile):

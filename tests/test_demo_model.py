@@ -2,7 +2,6 @@ import errno
 import hashlib
 import importlib.util
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +31,7 @@ def test_tiny_llama_is_a_llama_3_in_small(tiny_model, tiny_tokenizer):
 
 def build_fake(folder):
     for name in demo_model._NEEDED[:-1]:
-        (folder / name).write_text("{}")
+        (folder / name).write_text("{}", encoding="utf-8")
 
 
 def build_with(error):
@@ -49,14 +48,14 @@ def test_a_model_is_built_anew_only_for_another_recipe(tmp_path, monkeypatch):
     target = tmp_path / "model"
     monkeypatch.setitem(demo_model._BUILDERS, "tiny-llama", build_fake)
     ensure_model("tiny-llama", target)
-    (target / "config.json").write_text("old")
+    (target / "config.json").write_text("old", encoding="utf-8")
     assert ensure_model("tiny-llama", target) == target
-    assert (target / "config.json").read_text() == "old"
+    assert (target / "config.json").read_text(encoding="utf-8") == "old"
     for stamp in ('{"model": "tiny-llama", "recipe": "1-0123456789abcdef"}', ""):
-        (target / demo_model._STAMP).write_text(stamp)
-        (target / "config.json").write_text("old")
+        (target / demo_model._STAMP).write_text(stamp, encoding="utf-8")
+        (target / "config.json").write_text("old", encoding="utf-8")
         ensure_model("tiny-llama", target)
-        assert (target / "config.json").read_text() == "{}"
+        assert (target / "config.json").read_text(encoding="utf-8") == "{}"
 
 
 def test_the_shipped_tiny_llama_is_copied_as_it_is(tmp_path):
@@ -69,7 +68,7 @@ def test_the_shipped_tiny_llama_is_copied_as_it_is(tmp_path):
 def test_the_shipped_stamp_is_that_of_the_recipe_and_of_the_weights():
     """Red after a change to the recipe or its rows: ``make tiny-llama`` ships what the new one makes."""
     weights = hashlib.sha256((SHIPPED / "model.safetensors").read_bytes()).hexdigest()
-    stamp = json.loads((SHIPPED / demo_model._STAMP).read_text())
+    stamp = json.loads((SHIPPED / demo_model._STAMP).read_text(encoding="utf-8"))
     expected = {"model": "tiny-llama", "recipe": tiny_llama.recipe(), "weights": weights[:16]}
     assert stamp == expected, "If you changed tools/tiny_llama.py or alpaca_mini.jsonl, run: make tiny-llama"
 
@@ -142,26 +141,26 @@ def test_a_failing_build_leaves_nothing_and_says_why(tmp_path, monkeypatch, erro
 
 def test_a_killed_build_leaves_nothing_that_looks_finished(tmp_path):
     code = f"""
-import os, signal
+import os
 from llama_sft_helpers import demo_model
 
 def copy_and_die(folder, copy=demo_model._copy_tiny_llama):
     copy(folder)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(9)  # as if killed: nothing is cleaned up
 
 demo_model._BUILDERS["tiny-llama"] = copy_and_die
 demo_model.ensure_model("tiny-llama", {str(tmp_path / "model")!r})
 """
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     assert list(tmp_path.glob(".model.*/new/tokenizer_config.json"))
     assert not (tmp_path / "model").exists()
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
     with pytest.raises(ModelBuildError, match="was not written by this series"):
         ensure_model("tiny-llama", tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "thesis.txt").read_text(encoding="utf-8") == "years of work"
 
 
 def test_unknown_names_and_unwritable_folders_are_named(tmp_path):
@@ -169,7 +168,7 @@ def test_unknown_names_and_unwritable_folders_are_named(tmp_path):
         ModelBuildError, match=r"no local model 'gpt-5'\. Valid names: smollm2-135m-instruct, t"
     ):
         ensure_model("gpt-5")
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ModelBuildError, match=r"Cannot write the model tiny-llama to .* may write to"):
         ensure_model("tiny-llama", tmp_path / "file" / "model")
 

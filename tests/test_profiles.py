@@ -233,7 +233,9 @@ def test_the_tokens_and_rows_of_an_update_are_the_settings_product(name):
 
 @pytest.mark.parametrize("name", ["colab-a100", "colab-l4"])
 def test_reserved_memory_in_a_reason_is_the_measured_one(name):
-    results = json.loads((ROOT / "benchmarks/results/memory_presets_h100.json").read_text())["results"]
+    results = json.loads((ROOT / "benchmarks/results/memory_presets_h100.json").read_text(encoding="utf-8"))[
+        "results"
+    ]
     (measured,) = (row["reserved_gib"] for row in results if row["preset"] == name)
     reason = read_profile(name).reasons["per_device_train_batch_size"]
     assert number(reason, "GiB reserved on an H100") == round(measured, 1)

@@ -56,8 +56,9 @@ def test_the_first_failing_cell_stops_the_run_with_its_own_message(write_noteboo
     saved.cells[2].outputs = [nbformat.v4.new_output("stream", text="of an earlier run")]
     nbformat.write(saved, originals / "01_bad.ipynb")
     out = tmp_path / "out"
-    result = run("run", "--profile", "ci-tiny", "--out", out, "--notebooks", originals)
-    assert result.returncode == 1
+    options = ["--profile", "ci-tiny", "--out", str(out), "--notebooks", str(originals)]
+    result = CliRunner().invoke(app, ["run", *options])
+    assert result.exit_code == 1
     assert "01_bad.ipynb: a cell failed with ValueError: the column output is missing" in result.stderr
     assert "Traceback" not in result.stderr
     assert "of an earlier run" not in (out / "01_bad.html").read_text(encoding="utf-8")
@@ -162,7 +163,7 @@ def test_nobody_holds_the_file_open_that_the_kernel_reports_in(write_notebooks, 
 
 
 def test_a_dead_kernel_and_a_slow_cell_are_named(write_notebooks, tmp_path):
-    dead = write_notebooks(n01_dead=["import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+    dead = write_notebooks(n01_dead=["import os; os._exit(9)"])
     with pytest.raises(RunError, match=r"01_dead.ipynb: the kernel died"):
         run_notebooks("ci-tiny", only=None, out=tmp_path / "out", notebooks=dead)
     slow = write_notebooks(n02_slow=["import time; time.sleep(60)"])
@@ -193,13 +194,13 @@ def test_a_run_that_cannot_start_is_one_clear_line(
     arguments, expected, write_notebooks, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("kept")
+    (tmp_path / "file").write_text("kept", encoding="utf-8")
     before = (write_notebooks(n01_any=["1"]) / "01_any.ipynb").read_bytes()
     options = ["--profile", "ci-tiny", "--out", "out", "--notebooks", "originals", *arguments]
     result = CliRunner().invoke(app, ["run", *options])
     assert result.exit_code == 1
     assert expected in result.stderr
-    assert (tmp_path / "file").read_text() == "kept"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"
     assert (tmp_path / "originals" / "01_any.ipynb").read_bytes() == before
 
 
@@ -233,12 +234,21 @@ def test_notebooks_are_in_the_language_asked_for_or_the_systems(asked, system, f
     assert find_notebooks() == [Path("notebooks", folder, "03_quantization.ipynb")]
 
 
+def test_a_readers_own_notebooks_are_not_taken_for_the_series(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "01_mine.ipynb").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SFT_LANG", "en")
+    series = Path(__file__).parent.parent / "notebooks"
+    assert find_notebooks(only="1, 9") == [series / "01_environment.ipynb", series / "09_your_run.ipynb"]
+
+
 def test_demo_model_command_prints_the_folder_and_refuses_a_foreign_one(tiny_model_dir, tmp_path):
     runner = CliRunner()
     good = runner.invoke(app, ["demo-model", str(tiny_model_dir), "--name", "tiny-llama"])
     assert good.exit_code == 0
     assert good.stdout.strip() == str(tiny_model_dir)
-    (tmp_path / "other").write_text("")
+    (tmp_path / "other").write_text("", encoding="utf-8")
     bad = runner.invoke(app, ["demo-model", str(tmp_path)])
     assert bad.exit_code == 1
     assert "was not written by this series" in bad.stderr
@@ -276,7 +286,7 @@ def test_settings_reach_every_notebook(write_notebooks, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [["run"], ["plan"]])
 def test_a_model_that_cannot_be_built_is_one_clear_error(command, tmp_path, monkeypatch):
-    (tmp_path / "taken").write_text("a file where the models' folder should be")
+    (tmp_path / "taken").write_text("a file where the models' folder should be", encoding="utf-8")
     monkeypatch.setenv("SFT_MODELS_DIR", str(tmp_path / "taken"))
     extra = ["--out", tmp_path / "out"] if command == ["run"] else []
     done = run(*command, "--profile", "ci-tiny", *extra)

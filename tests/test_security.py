@@ -38,7 +38,7 @@ def test_a_planted_token_is_nowhere_after_a_whole_run(tmp_path, tiny_model_dir):
     token = "hf_" + "".join(chr(ord("a") + (i * 7) % 26) for i in range(34))
     home = tmp_path / "hf_home"
     home.mkdir()
-    (home / "token").write_text(token)  # where `hf auth login` keeps it
+    (home / "token").write_text(token, encoding="utf-8")  # where `hf auth login` keeps it
     out = tmp_path / "out"
     with FakeHub() as hub:
         hub.accounts[token] = Account("ada")
@@ -60,7 +60,7 @@ def test_a_planted_token_is_nowhere_after_a_whole_run(tmp_path, tiny_model_dir):
     found = {"files searched": len(files), "tokens leaked": len(leaks)}
     counts.record("drills", "a planted token hunted in every file of a run", **found)
     assert not leaks
-    assert code == 0, (tmp_path / "printed.txt").read_text()[-3000:]
+    assert code == 0, (tmp_path / "printed.txt").read_text(encoding="utf-8")[-3000:]
 
 
 def _watch(process, token):
@@ -123,10 +123,9 @@ def test_an_adapter_in_a_pickle_is_refused(adapter, tiny_model_dir):
         PeftModel.from_pretrained(base, adapter)
 
 
-def test_the_chat_command_refuses_a_pickle(adapter):
-    command = [sys.executable, "-m", "llama_sft_helpers.cli", "chat", str(adapter), "--prompt", "hi"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1, done.stderr
+def test_the_chat_command_refuses_a_pickle(adapter, chat_command):
+    done = chat_command(adapter, "--prompt", "hi")
+    assert done.exit_code == 1, done.stderr
     assert "adapter_model.safetensors" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -161,7 +160,7 @@ def test_a_models_own_code_is_not_run(tmp_path, tiny_model_dir):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_dir, folder)
     marker = tmp_path / "remote-code-was-run"
-    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\n", encoding="utf-8")
     for name, classes in (
         ("config.json", {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}),
         ("tokenizer_config.json", {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}),

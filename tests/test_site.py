@@ -154,3 +154,9 @@ def test_bars_are_as_long_as_their_values():
     assert '>a&lt;b</th><td><span style="width:50.0%"></span></td><td>2</td>' in chart
     assert '<span style="width:100.0%"></span><i style="left:75.0%"></i></td><td>4 / 3</td>' in chart
     assert "<td>did not finish</td>" in chart
+
+
+def test_shares_of_a_cpus_time_are_of_the_whole(monkeypatch):
+    found = {"limits": {"avx2": {"step": {"seconds": {"attention": 1.0, "products": 3.0}}}}}
+    monkeypatch.setattr(docs_results, "read_results", {"cpu_profile": found}.get)
+    assert docs_results.cpu_shares("step", "avx2") == [("products", 0.75), ("attention", 0.25)]

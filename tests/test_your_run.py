@@ -45,7 +45,7 @@ def train(source, out, *options):
 def test_a_file_becomes_an_adapter_that_keeps_its_template(form, tmp_path, tiny_model_dir, monkeypatch):
     source, columns, layout = write_form(form, tmp_path / "data")
     if form == "hub":
-        (tmp_path / "sitecustomize.py").write_text(HUB.format(path=str(source)))
+        (tmp_path / "sitecustomize.py").write_text(HUB.format(path=str(source)), encoding="utf-8")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
         source = "me/own"
     options = ["--columns", columns] if columns else []

@@ -139,6 +139,13 @@ def minutes() -> str:
     return _markdown(table, 1)
 
 
+def cpu_shares(part: str, limit: str) -> list[tuple[str, float]]:
+    """By cause its share of a part's CPU time, the largest first."""
+    seconds = read_results("cpu_profile")["limits"][limit][part]["seconds"]
+    whole = sum(seconds.values())
+    return sorted(((cause, value / whole) for cause, value in seconds.items()), key=lambda row: -row[1])
+
+
 def advice() -> str:
     """The best setting for each number of rows."""
     return _markdown(summarize_advice(read_results("advice_sweep")), 2, learning_rate="{:.0e}")

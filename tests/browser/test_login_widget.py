@@ -84,7 +84,7 @@ def test_right_token_with_the_button(page, hub, folder):
     assert f"{MODEL} is open" in text
     assert field.input_value() == ""
     page.screenshot(path=ARTIFACTS / "4-logged-in.png")
-    assert (folder / "hf" / "token").read_text() == RIGHT
+    assert (folder / "hf" / "token").read_text(encoding="utf-8") == RIGHT
 
 
 def test_saved_notebook_holds_no_token(page, folder):
@@ -92,7 +92,7 @@ def test_saved_notebook_holds_no_token(page, folder):
     page.keyboard.press("Control+s")
     assert wait_for(lambda: f"<th>{LAST_CELL}</th>" in notebook.read_text(encoding="utf-8"), 20)
     saved = notebook.read_text(encoding="utf-8")
-    for text in (saved, page.content(), (ARTIFACTS / "jupyterlab.log").read_text()):
+    for text in (saved, page.content(), (ARTIFACTS / "jupyterlab.log").read_text(encoding="utf-8")):
         for token in (WRONG, RIGHT):
             assert token not in text
             assert token[3:-4] not in text

@@ -20,17 +20,17 @@ def target(tmp_path):
     """A folder that an earlier run has written."""
     target = tmp_path / "deep" / "merged"
     with new_folder(target) as folder:
-        (folder / "weights").write_text("old")
+        (folder / "weights").write_text("old", encoding="utf-8")
         assert not target.exists()
     return target
 
 
 def test_a_folder_is_replaced_by_the_next_run_when_complete(target):
     with new_folder(target) as folder:
-        (folder / "more").write_text("new")
+        (folder / "more").write_text("new", encoding="utf-8")
         assert (target / "weights").exists()
     assert not (target / "weights").exists()
-    assert (target / "more").read_text() == "new"
+    assert (target / "more").read_text(encoding="utf-8") == "new"
     assert list(target.parent.iterdir()) == [target]
 
 
@@ -48,7 +48,7 @@ FULL = "too full to write.*Nothing was overwritten"
 def test_an_error_leaves_the_earlier_folder_as_it_was(target, error, kind, told):
     with pytest.raises(kind, match=told), new_folder(target):
         raise error
-    assert (target / "weights").read_text() == "old"
+    assert (target / "weights").read_text(encoding="utf-8") == "old"
     assert list(target.parent.iterdir()) == [target]
 
 
@@ -57,11 +57,11 @@ def test_what_somebody_else_wrote_is_left_alone(tmp_path, kind):
     target = tmp_path / "mine"
     kept = target / "thesis.txt" if kind == "folder" else target
     kept.parent.mkdir(exist_ok=True)
-    kept.write_text("precious")
+    kept.write_text("precious", encoding="utf-8")
     told = "not written by this series; nothing was changed"
     with pytest.raises(FilesError, match=told), new_folder(target):
         pytest.fail("the body must not run")
-    assert kept.read_text() == "precious"
+    assert kept.read_text(encoding="utf-8") == "precious"
 
 
 def test_too_little_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
@@ -116,8 +116,8 @@ def test_a_rename_that_fails_puts_the_old_folder_back(target, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="Input/output error"), new_folder(target) as folder:
-        (folder / "weights").write_text("new")
-    assert (target / "weights").read_text() == "old"
+        (folder / "weights").write_text("new", encoding="utf-8")
+    assert (target / "weights").read_text(encoding="utf-8") == "old"
 
 
 def test_two_writers_of_one_file_never_show_half_of_it(tmp_path):

@@ -35,10 +35,10 @@ def test_a_line_names_cells_and_step_and_comes_every_ten_seconds(step_file, monk
 def test_a_step_that_is_half_written_is_not_told(step_file):
     lines = ProgressLines("09_your_run", 25, step_file)
     report_step(3, 30, 2.0, 83.4)
-    whole = step_file.read_text()
-    step_file.write_text(whole[:20])
+    whole = step_file.read_text(encoding="utf-8")
+    step_file.write_text(whole[:20], encoding="utf-8")
     assert not lines.news()
-    step_file.write_text(whole)
+    step_file.write_text(whole, encoding="utf-8")
     assert lines.news().endswith("loss 2.0000, 1:23 left")
 
 

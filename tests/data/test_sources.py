@@ -37,7 +37,8 @@ def test_a_renamed_column_takes_the_place_of_another(tmp_path):
 def test_a_column_that_only_later_rows_have_is_kept(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(
-        '{"instruction": "a", "output": "b"}\n{"instruction": "c", "input": "d", "output": "e"}\n'
+        '{"instruction": "a", "output": "b"}\n{"instruction": "c", "input": "d", "output": "e"}\n',
+        encoding="utf-8",
     )
     assert load_rows(path)[0]["input"][:] == [None, "d"]
 
@@ -106,7 +107,8 @@ def test_an_array_names_the_line_on_which_the_row_begins(tmp_path, indent):
     rows = [{"instruction": "a", "output": answer} for answer in ("}], [{\n", "b", "c", 4, "d")]
     path.write_text("\n" + json.dumps(rows, indent=indent), encoding="utf-8")
     # counted by a second way: the fourth line that opens an object, or the one line of all
-    opening = [number for number, line in enumerate(path.read_text().split("\n"), 1) if line.strip() == "{"]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    opening = [number for number, line in enumerate(lines, 1) if line.strip() == "{"]
     line = opening[3] if indent is not None else 2
     with pytest.raises(DataError, match=rf"\[wrong-type\] a\.json, line {line} \(row 3\)"):
         check_file(path)

@@ -24,7 +24,10 @@ from provocations import read_only, small_disk
 
 from llama_sft_helpers.doctor import explain
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="needs fork, signals and groups of processes"),
+]
 SEED = int(os.environ.get("DRILL_SEED", random.randrange(10**6)))
 TRAINING = Path(__file__).parents[1] / "support" / "drill_training.py"
 COMMAND = [sys.executable, "-m", "llama_sft_helpers.cli"]
@@ -176,7 +179,7 @@ def test_read_only_folders(tmp_path, originals, tiny_model):
 
     folder = originals("1")
     with small_disk(tmp_path / "disk", 2000) as disk:
-        (disk / "kept.txt").write_text("kept")
+        (disk / "kept.txt").write_text("kept", encoding="utf-8")
         read_only(disk)
         command = [*COMMAND, "demo-model", disk / "model", "--name", "tiny-llama"]
         built = subprocess.run(command, capture_output=True, text=True, timeout=120)

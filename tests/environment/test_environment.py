@@ -130,7 +130,7 @@ def test_tested_comes_from_the_requirement_files(table):
 
 def test_packages_that_cannot_be_imported_do_not_hide_the_table(tmp_path):
     for module, error in (("torch", "OSError('no libcudart.so.13')"), ("huggingface_hub", "ImportError()")):
-        (tmp_path / f"{module}.py").write_text(f"raise {error}")
+        (tmp_path / f"{module}.py").write_text(f"raise {error}", encoding="utf-8")
     code = "from llama_sft_helpers.environment import summarize_environment as table\n"
     code += "print(*table().query('component == \"torch\"').iloc[0], sep='; ')"
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
@@ -216,7 +216,7 @@ def test_only_a_cpu_runtime_of_colab_that_nobody_chose_is_a_mistake(table, tmp_p
     row = problem(table(None, **NO_GPU))
     assert (row.status, row.fix.partition(" > ")[2][:19]) == ("no GPU", "Change runtime type")
     assert problems(table(None, colab=False, **NO_GPU)).empty  # a laptop
-    (tmp_path / "llama-sft.toml").write_text('profile = "cpu-demo"')
+    (tmp_path / "llama-sft.toml").write_text('profile = "cpu-demo"', encoding="utf-8")
     assert problems(table(None, **NO_GPU)).empty
 
 
@@ -400,7 +400,7 @@ def tool(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(folder))
 
     def write(name, script):
-        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
         (folder / name).chmod(0o755)
 
     return write

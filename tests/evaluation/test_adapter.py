@@ -54,7 +54,7 @@ def test_a_wrong_folder_is_told(tmp_path, tiny_model, tiny_model_dir):
     with pytest.raises(AdapterError, match=r"no adapter folder: it has no adapter_config.json"):
         check_adapter(tiny_model_dir, tiny_model, "x")
     for config, told in (('{"peft_type": "IA3"}', "no LoRA adapter"), ('{"peft_type"', "is damaged")):
-        (tmp_path / "adapter_config.json").write_text(config)
+        (tmp_path / "adapter_config.json").write_text(config, encoding="utf-8")
         with pytest.raises(AdapterError, match=told):
             check_adapter(tmp_path, tiny_model, "x")
 
@@ -123,20 +123,20 @@ def test_another_base_and_a_changed_byte_are_noticed_by_name_and_hash(folder, we
 
 
 def test_an_adapter_names_a_demo_model_and_not_this_machine(folder, tiny_model, tiny_model_dir):
-    assert str(tiny_model_dir) in (folder / "adapter_config.json").read_text()
+    assert str(tiny_model_dir) in (folder / "adapter_config.json").read_text(encoding="utf-8")
     for _ in range(2):
         assert evaluation.name_base_model(folder) == "local:tiny-llama"
-    assert str(tiny_model_dir) not in (folder / "adapter_config.json").read_text()
+    assert str(tiny_model_dir) not in (folder / "adapter_config.json").read_text(encoding="utf-8")
     assert find_base_model(folder) == str(tiny_model_dir)
     check_adapter(folder, tiny_model, str(tiny_model_dir))
 
 
 def test_another_base_model_keeps_its_name(folder):
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     text = json.dumps({**config, "base_model_name_or_path": "meta-llama/Meta-Llama-3-8B"})
-    (folder / "adapter_config.json").write_text(text)
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     assert evaluation.name_base_model(folder) == find_base_model(folder) == "meta-llama/Meta-Llama-3-8B"
-    assert (folder / "adapter_config.json").read_text() == text
+    assert (folder / "adapter_config.json").read_text(encoding="utf-8") == text
 
 
 # --- Why not into int8 ---

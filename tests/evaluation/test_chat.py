@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_sft_helpers import cli
 from llama_sft_helpers.data import to_prompt_completion
 from llama_sft_helpers.evaluation import ChatError, chat_box, run_chat, stream_answer
 
@@ -131,19 +132,23 @@ def test_ctrl_c_ends_an_answer_not_the_talk(talk):
     assert "begun and done" in out
 
 
-def test_the_command_answers_and_explains(trained):
-    def command(*arguments):
-        program = [sys.executable, "-m", "llama_sft_helpers.cli", "chat", *map(str, arguments)]
-        return subprocess.run(program, capture_output=True, text=True, timeout=120)
-
-    good = command(trained.adapter, "--prompt", "Name a fruit.", "--max-new-tokens", 12)
+def test_the_command_answers_and_explains(trained, chat_command):
+    program = [sys.executable, "-m", "llama_sft_helpers.cli", "chat", str(trained.adapter)]
+    program += ["--prompt", "Name a fruit.", "--max-new-tokens", "12"]
+    good = subprocess.run(program, capture_output=True, text=True, timeout=120)
     assert (good.returncode, good.stderr) == (0, "")  # no line a product, no progress bars
     prompt = to_prompt_completion({"instruction": "Name a fruit.", "output": "-"})["prompt"]
     assert good.stdout == "".join(stream(trained, prompt, max_new_tokens=12)) + "\n"
-    bad = command(trained.folder / "none")
-    assert bad.returncode == 1
+    bad = chat_command(trained.folder / "none")
+    assert bad.exit_code == 1
     assert "Run notebook 06 first" in bad.stderr
     assert "Traceback" not in bad.stderr
+
+
+def test_the_command_computes_in_float32_without_a_gpu_whatever_the_files_hold(trained, tiny_model, tmp_path):
+    tiny_model.bfloat16().save_pretrained(tmp_path / "tiny-llama")
+    model, _ = cli._load_adapter(trained.adapter, str(tmp_path / "tiny-llama"))
+    assert model.dtype == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
 
 
 # --- The box ---

@@ -48,7 +48,7 @@ def test_trl_and_accelerate_read_every_key(tmp_path, name, in_bits, distributed,
     write(tmp_path, profile, dtype="float32")
     path = tmp_path / f"sft_{name}.yaml"
     # trl's parser refuses bf16 on a machine that cannot compute it
-    path.write_text(yaml.safe_dump(read(path) | {"bf16": False, "use_cpu": True}))
+    path.write_text(yaml.safe_dump(read(path) | {"bf16": False, "use_cpu": True}), encoding="utf-8")
     parser = make_parser()
     script, training, model, _ = parser.parse_args_and_config(
         ["--config", str(path)], fail_with_unknown_args=True
@@ -192,7 +192,7 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(tmp_path, tiny_model_
     script = [sys.executable, ROOT / "benchmarks" / "several_gpus.py"]
     done = subprocess.run([*script, *options], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "out.json").read_text())
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert found["effective_batch_rows"] == 2
     (two,) = found["scaling"]
     assert (two["processes"], two["updates"]) == (2, 12)

@@ -96,7 +96,9 @@ def test_another_architecture_and_an_unknown_layer_are_refused(folders, tmp_path
     with pytest.raises(AdapterError, match=r"no place for model.layers.0.mlp.odd_proj"):
         write(tmp_path / "x.gguf", folders)
     config = folders["base_folder"] / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "qwen2"}))
+    config.write_text(
+        json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"model_type": "qwen2"}), encoding="utf-8"
+    )
     with pytest.raises(AdapterError, match="'qwen2', expected 'llama'"):
         write(tmp_path / "x.gguf", folders)
     assert not list(tmp_path.glob("*.gguf"))

@@ -166,10 +166,14 @@ def test_the_peak_is_a_shard_and_some_weights_and_not_the_model(tmp_path):
         weight_map |= dict.fromkeys(weights, f"model-{number}.safetensors")
         factors |= {f"base_model.model.{path}.lora_A.weight": torch.ones(4, 2048) for path in paths}
         factors |= {f"base_model.model.{path}.lora_B.weight": torch.ones(2048, 4) for path in paths}
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (base / "config.json").write_text("{}")
+    (base / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map}), encoding="utf-8"
+    )
+    (base / "config.json").write_text("{}", encoding="utf-8")
     save_file(factors, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}), encoding="utf-8"
+    )
     command = [sys.executable, "-c", _PEAK, str(base), str(adapter), str(folder)]
     # glibc gives blocks over 32 MB back at once, as a real model's are; here the smaller ones, too
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}

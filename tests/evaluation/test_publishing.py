@@ -179,7 +179,7 @@ def test_an_edited_or_foreign_card_is_kept_and_the_new_one_lies_beside_it(tmp_pa
 def test_a_summary_that_cannot_be_read_is_explained(tmp_path, text, told):
     path = tmp_path / "training_summary.json"
     if text:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     with pytest.raises(FilesError, match=told):
         read_training_summary(path)
 

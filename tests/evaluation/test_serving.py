@@ -69,6 +69,6 @@ def test_llama_cpp_gets_the_template_the_stop_and_the_adapter(tmp_path, llama_cp
 def test_without_an_adapter_none_is_given_and_an_incomplete_modelfile_is_refused(tmp_path, llama_cpp):
     ask(write(tmp_path), [])
     assert not hasattr(Server.last.params, "lora_adapters")
-    (tmp_path / "Modelfile").write_text("FROM ./m.gguf\n")
+    (tmp_path / "Modelfile").write_text("FROM ./m.gguf\n", encoding="utf-8")
     with pytest.raises(ValueError, match="is not as write_modelfile writes it"):
         ask(tmp_path / "Modelfile", [])

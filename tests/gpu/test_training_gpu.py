@@ -193,7 +193,7 @@ def test_presets_train_llama3_8b_on_their_cards_with_10_percent_to_spare(tmp_pat
     out = tmp_path / "presets.json"
     script = ROOT / "benchmarks" / "calibrate_memory.py"
     subprocess.run([sys.executable, script, "--presets", "--out", out], check=True)
-    results = {row["preset"]: row for row in json.loads(out.read_text())["results"]}
+    results = {row["preset"]: row for row in json.loads(out.read_text(encoding="utf-8"))["results"]}
     assert set(results) == {"colab-a100", "colab-l4", "colab-t4"}
     for name, row in results.items():
         assert len(row["losses"]) == 20, name

@@ -196,7 +196,7 @@ class TestAccess:
 class TestFindToken:
     def test_order_is_the_client_s(self, no_token, monkeypatch):
         assert tuple(find_token()) == (None, "none")
-        (no_token / "token").write_text(f"{GOOD}\n")
+        (no_token / "token").write_text(f"{GOOD}\n", encoding="utf-8")
         assert tuple(find_token()) == (GOOD, "cache")
         assert huggingface_hub.get_token() == GOOD
         for name, token in (("HUGGING_FACE_HUB_TOKEN", FINE), ("HF_TOKEN", TOKEN)):
@@ -310,7 +310,7 @@ class TestWidget:
         assert 'data-state="ok"' in text
         assert "Logged in as ada" in text
         assert (field.value, field.disabled, button.disabled) == ("", False, False)
-        assert (no_token / "token").read_text() == GOOD
+        assert (no_token / "token").read_text(encoding="utf-8") == GOOD
         assert (no_token / "token").stat().st_mode & 0o077 == 0
 
     def test_enter_submits(self, hub):
@@ -447,8 +447,10 @@ class TestNotebook:
         saved, outputs = run_notebook(log_in, HF_TOKEN=TOKEN, HF_DEBUG="1")
         assert "Logged in as gil" in outputs
         assert {user for *_, user in hub.requests} == {"gil"}
-        assert (no_token / "hf" / "token").read_text() == TOKEN  # the one place where it belongs
-        log = (no_token / "kernel.log").read_text()
+        assert (no_token / "hf" / "token").read_text(
+            encoding="utf-8"
+        ) == TOKEN  # the one place where it belongs
+        log = (no_token / "kernel.log").read_text(encoding="utf-8")
         assert "auth-check" in log
         for name, text in {
             "outputs and saved notebook": saved,

@@ -36,7 +36,7 @@ PRESETS = ["colab-a100", "colab-l4", "colab-t4"]
 MEASURED = [
     result
     for path in sorted((ROOT / "benchmarks/results").glob("memory_*.json"))
-    for result in json.loads(path.read_text())["results"]
+    for result in json.loads(path.read_text(encoding="utf-8"))["results"]
 ]
 
 

@@ -89,7 +89,7 @@ def train(raised, folder, callbacks=(), dies_saving=None, **changes):
         trainer.save_model(str(folder / "adapter"))
         keys = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
         history = [{key: row[key] for key in keys if key in row} for row in trainer.state.log_history]
-        (folder / "history.json").write_text(json.dumps(history))
+        (folder / "history.json").write_text(json.dumps(history), encoding="utf-8")
     except Exception as error:
         known = explain(error)
         raised.put([type(error).__name__, str(error), known.key if known else None])
@@ -109,7 +109,7 @@ def in_child(folder, seconds=None, **settings):
 
 def result(folder):
     weights = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    history = json.loads((folder / "history.json").read_text())
+    history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
     return {"history": history, "adapter": hashlib.sha256(weights).hexdigest()}
 
 

@@ -146,7 +146,11 @@ def small_disk(folder, kib):
     """A tmpfs of some KiB."""
     folder.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+    if (
+        sys.platform == "win32"
+        or os.geteuid() != 0
+        or subprocess.run(mount, capture_output=True).returncode != 0
+    ):
         pytest.skip("needs root to mount a small tmpfs")
     try:
         yield folder

@@ -96,13 +96,13 @@ def test_the_sweep_trains_what_is_missing(tmp_path):
     script, out = ROOT / "benchmarks" / "advice_sweep.py", tmp_path / "sweep.json"
     command = [sys.executable, str(script), "--tiny", "--seeds", "1", "--out", str(out)]
     subprocess.run([*command, "--at-a-time", "2"], check=True, timeout=600)
-    report = json.loads(out.read_text())
+    report = json.loads(out.read_bytes())
     report["runs"].pop()
-    out.write_text(json.dumps(report))
+    out.write_text(json.dumps(report), encoding="utf-8")
     subprocess.run([*command, "--add"], check=True, timeout=600)
-    runs = json.loads(out.read_text())["runs"]
+    runs = json.loads(out.read_bytes())["runs"]
     assert {(row["rows"], row["rank"]) for row in runs} == {(8, 4), (8, 8), (16, 4), (16, 8)}
     assert len(runs) == 4
     # the same rows held out, and an adapter that changes nothing before it is trained
     assert len({row["loss_before"] for row in runs}) == 1
-    assert summarize_advice(json.loads(out.read_text()))["lowest"].lt(runs[0]["loss_before"]).all()
+    assert summarize_advice(json.loads(out.read_bytes()))["lowest"].lt(runs[0]["loss_before"]).all()

@@ -10,9 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "support" / "drill_training.py"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 def test_a_run_killed_three_times_equals_the_uninterrupted_one(tmp_path, tiny_model_dir):
     seed = os.environ.get("KILL_DRILL_SEED", "15")
     command = [sys.executable, SCRIPT, "resume", tmp_path, seed, "3"]

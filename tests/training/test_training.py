@@ -206,14 +206,14 @@ def test_the_newest_whole_checkpoint_is_found(finished, run_folder, tmp_path):
     assert latest_checkpoint(run_folder, describe_run(finished[0])) == str(run_folder / "checkpoint-4")
     assert latest_checkpoint(run_folder, before_step=2) is None
     (tmp_path / "checkpoint-x").mkdir()
-    (tmp_path / "checkpoint-9").write_text("a file")
+    (tmp_path / "checkpoint-9").write_text("a file", encoding="utf-8")
     assert latest_checkpoint(tmp_path) is latest_checkpoint(tmp_path / "not there") is None
 
 
 def test_a_checkpoint_is_sealed_without_pefts_empty_model_card(run_folder):
     for folder in run_folder.glob("checkpoint-*"):
         files = {path.name for path in folder.iterdir()}
-        assert files == {*json.loads((folder / "checksums.json").read_text()), "checksums.json"}
+        assert files == {*json.loads((folder / "checksums.json").read_bytes()), "checksums.json"}
         assert "adapter_model.safetensors" in files
         assert "README.md" not in files
 
