@@ -234,6 +234,15 @@ def test_notebooks_are_in_the_language_asked_for_or_the_systems(asked, system, f
     assert find_notebooks() == [Path("notebooks", folder, "03_quantization.ipynb")]
 
 
+def test_a_readers_own_notebooks_are_not_taken_for_the_series(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "01_mine.ipynb").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SFT_LANG", "en")
+    series = Path(__file__).parent.parent / "notebooks"
+    assert find_notebooks(only="1, 9") == [series / "01_environment.ipynb", series / "09_your_run.ipynb"]
+
+
 def test_demo_model_command_prints_the_folder_and_refuses_a_foreign_one(tiny_model_dir, tmp_path):
     runner = CliRunner()
     good = runner.invoke(app, ["demo-model", str(tiny_model_dir), "--name", "tiny-llama"])
