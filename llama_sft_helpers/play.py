@@ -7,6 +7,7 @@ both equal to the functions that the notebooks call.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import random
@@ -86,6 +87,7 @@ def _tokens() -> dict[str, Any]:
     }
 
 
+@functools.cache  # over a thousand plans, the same for each page
 def _memory() -> dict[str, Any]:
     """For each card the plans of its profile, over lengths and batches, without and with checkpointing."""
     from llama_sft_helpers.memory import plan_memory

@@ -25,7 +25,8 @@ from llama_sft_helpers.result_page import RESULTS, result_page
 from llama_sft_helpers.settings import environment_settings
 from llama_sft_helpers.training.summary import read_training_summary
 
-_IN_CHECKOUT = Path(__file__).parent.parent / "notebooks"
+# Where the series may lie: in the reader's own folder, in a wheel, in a checkout.
+_PLACES = tuple(place / "notebooks" for place in (Path(), Path(__file__).parent, Path(__file__).parents[1]))
 
 # notebooks of the series -> those whose results they read; any other notebook waits for all before it. Where
 # several run at a time they are begun in this order: after two short ones the longest, and 07 has 06 in time.
@@ -117,15 +118,15 @@ def run_notebooks(
 
 
 def find_notebooks(folder: Path | None = None, only: str | None = None) -> list[Path]:
-    """The notebooks in order, of ``./notebooks`` or else of the checkout unless a folder is given.
+    """The notebooks in order: of a folder, or else those of the series in the reader's language.
 
-    Without a folder they are those in the reader's language.
+    The series is that of ``./notebooks`` if it lies there, else what came with this package.
 
     Raises:
         RunError: No notebook is found, or a number in ``only`` is not among them.
     """
     if folder is None:
-        folder = Path("notebooks") if Path("notebooks").is_dir() else _IN_CHECKOUT
+        folder = next(filter(_holds_the_series, _PLACES), _PLACES[0])
         translated = folder / reader_language()
         folder = translated if translated.is_dir() else folder
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
@@ -150,6 +151,11 @@ def cores() -> int:
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(psutil.cpu_count(logical=False) or usable, usable)
+
+
+def _holds_the_series(folder: Path) -> bool:
+    """Whether it does; a reader's ``./notebooks`` often holds others."""
+    return any((folder / f"{stem}.ipynb").is_file() for stem in _NEEDS)
 
 
 @contextmanager

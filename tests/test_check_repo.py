@@ -19,6 +19,9 @@ ROWS = f"{PACKAGE}/datasets/alpaca_mini.jsonl"
 RESULT = "benchmarks/results/x.json"
 TABLE = 'CONTENTS = {\n    "f": "tables",  # draws a figure of it\n}'
 FIGURE = nbformat.v4.new_output("display_data", {"image/png": "iVBOR"}, metadata={"image/png": {"alt": "x"}})
+PYTHONS = """[project]
+requires-python = ">=3.11,<3.13"
+classifiers = ["Programming Language :: Python :: 3.11", "Typing :: Typed"]"""
 EXTRAS = {
     "requirements-run.txt": "PyYAML>=2",
     "requirements-test.txt": "pytest",
@@ -186,6 +189,12 @@ BROKEN = {
         ),
     ],
     "wheel_has_every_package": [({LORA: ""}, "llama_sft_helpers.lora is not listed")],
+    "classifiers_are_true": [
+        ({"pyproject.toml": PYTHONS, ".github/workflows/tests.yml": "python: [3.11]"},
+         r"'<3.13,>=3.11', but classifiers name Python \['3.11'\]"),
+        ({"pyproject.toml": PYTHONS, ".github/workflows/tests.yml": "python: [3.12, 3.13]"},
+         "tests.yml name Python \\['3.12', '3.13'\\]"),
+    ],
     "steps_are_complete": [
         ({}, "notebooks/04_lora.ipynb:1: is missing"),
         ({}, "README.md:1: has no row for 04_lora"),

@@ -56,8 +56,9 @@ def test_the_first_failing_cell_stops_the_run_with_its_own_message(write_noteboo
     saved.cells[2].outputs = [nbformat.v4.new_output("stream", text="of an earlier run")]
     nbformat.write(saved, originals / "01_bad.ipynb")
     out = tmp_path / "out"
-    result = run("run", "--profile", "ci-tiny", "--out", out, "--notebooks", originals)
-    assert result.returncode == 1
+    options = ["--profile", "ci-tiny", "--out", str(out), "--notebooks", str(originals)]
+    result = CliRunner().invoke(app, ["run", *options])
+    assert result.exit_code == 1
     assert "01_bad.ipynb: a cell failed with ValueError: the column output is missing" in result.stderr
     assert "Traceback" not in result.stderr
     assert "of an earlier run" not in (out / "01_bad.html").read_text(encoding="utf-8")
@@ -231,6 +232,15 @@ def test_notebooks_are_in_the_language_asked_for_or_the_systems(asked, system, f
         place.mkdir()
         (place / "03_quantization.ipynb").touch()
     assert find_notebooks() == [Path("notebooks", folder, "03_quantization.ipynb")]
+
+
+def test_a_readers_own_notebooks_are_not_taken_for_the_series(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "01_mine.ipynb").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SFT_LANG", "en")
+    series = Path(__file__).parent.parent / "notebooks"
+    assert find_notebooks(only="1, 9") == [series / "01_environment.ipynb", series / "09_your_run.ipynb"]
 
 
 def test_demo_model_command_prints_the_folder_and_refuses_a_foreign_one(tiny_model_dir, tmp_path):

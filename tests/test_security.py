@@ -123,10 +123,9 @@ def test_an_adapter_in_a_pickle_is_refused(adapter, tiny_model_dir):
         PeftModel.from_pretrained(base, adapter)
 
 
-def test_the_chat_command_refuses_a_pickle(adapter):
-    command = [sys.executable, "-m", "llama_sft_helpers.cli", "chat", str(adapter), "--prompt", "hi"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1, done.stderr
+def test_the_chat_command_refuses_a_pickle(adapter, chat_command):
+    done = chat_command(adapter, "--prompt", "hi")
+    assert done.exit_code == 1, done.stderr
     assert "adapter_model.safetensors" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -31,7 +31,8 @@ def run(*command, **options):
 
 
 def test_badges_restamps_every_place_and_refuses_a_bad_name(tmp_path, monkeypatch):
-    for name in ("pyproject.toml", "README.md"):
+    (tmp_path / "docs").mkdir()
+    for name in ("pyproject.toml", "README.md", "docs/commands.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     for name in ("notebooks", "translations"):
         shutil.copytree(ROOT / name, tmp_path / name)
@@ -42,7 +43,8 @@ def test_badges_restamps_every_place_and_refuses_a_bad_name(tmp_path, monkeypatc
     assert {path.relative_to(tmp_path) for path in changed} >= {path.relative_to(ROOT) for path in notebooks}
     assert translation.main(["--check"], tmp_path) == 0, "a translation is stale, or names the old repository"
     assert badges.current_repository() == "someone/fork"
-    assert "llama-sft/llama-sft-notebooks" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+    for name in ("README.md", "docs/commands.md"):
+        assert "llama-sft/llama-sft-notebooks" not in (tmp_path / name).read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="REPO='': expected owner/name"):
         badges.restamp("")
 
@@ -220,28 +222,45 @@ def test_processes_of_the_tests_share_out_physical_cores():
 
 
 @pytest.mark.slow
-def test_the_wheel_installs_in_a_clean_venv_with_data_inside(tmp_path):
+def test_the_wheel_runs_in_a_clean_venv_without_the_checkout(tmp_path):
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT)
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     carried = (
         "datasets/alpaca_mini.jsonl", "profiles/colab-a100.toml", "configs/llama3_8b.json",
         "templates/model_card.md", "results/speed_h200_40gib.json", "models/tiny-llama/model.safetensors",
+        "notebooks/01_environment.ipynb", "notebooks/ko/09_your_run.ipynb",
     )  # fmt: skip
     assert {f"llama_sft_helpers/{name}" for name in carried} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "tools", "notebooks"))]
     run(sys.executable, "-m", "venv", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "install", "-q", "--no-deps", wheel)
-    code = "from llama_sft_helpers.profiles import available_profiles; print(*available_profiles())"
-    assert "colab-a100" in run(python, "-c", code, cwd=tmp_path)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SFT_"))}
+    kept |= {"SFT_MODELS_DIR": "models", "JUPYTER_PATH": str(Path(sys.prefix, "share", "jupyter"))}
+    run(python, "-m", "pip", "install", "-q", "--no-deps", wheel, env=kept)
+    own = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     packages = Path(importlib.util.find_spec("filelock").origin).parents[1]  # what the wheel needs is here
-    code = f"import sys; sys.path.append({str(packages)!r}); "
-    code += "from llama_sft_helpers.demo_model import ensure_model; print(ensure_model('tiny-llama', 'tiny'))"
-    run(python, "-c", code, cwd=tmp_path)
+    (own / "borrowed.pth").write_text(str(packages))  # so a .pth file there, as of this checkout, counts not
+    empty = tmp_path / "empty"
+    empty.mkdir()
+
+    def llama_sft(*words):
+        return run(python.parent / "llama-sft", *words, cwd=empty, env=kept)
+
+    assert str(own) in run(
+        python, "-c", "print(__import__('llama_sft_helpers').__file__)", cwd=empty, env=kept
+    )
+    assert llama_sft("--version").startswith("llama-sft 0.")
+    assert "colab-a100, int8: " in llama_sft("plan", "--profile", "colab-a100")
+    assert "01_environment: done in" in llama_sft("run", "--profile", "ci-tiny", "--only", "01")
+    assert "09_your_run: done in" in llama_sft("train", "--profile", "ci-tiny", "--lang", "ko")
+    assert (empty / "outputs" / "your_run" / "adapter" / "adapter_model.safetensors").is_file()
+    opening = nbformat.read(empty / "outputs" / "09_your_run.ipynb", as_version=4).cells[0].source
+    assert re.search("[가-힣]", opening)
     shipped = ROOT / "llama_sft_helpers" / "models" / "tiny-llama"
     built, theirs = (
-        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path / "tiny", shipped)
+        {path.name: path.read_bytes() for path in folder.iterdir()}
+        for folder in (empty / "models" / "tiny-llama", shipped)
     )
     assert built == theirs
 
@@ -406,7 +425,7 @@ def test_torch_comes_without_cuda_where_no_driver_is(monkeypatch, capsys, given,
 
 def test_make_newest_turns_our_own_deprecations_into_errors(tmp_path):
     """The filter as make hands it to the shell, on a submodule of ours that warns, and on another module."""
-    plan = run("make", "-n", "newest", "ARGS=", cwd=ROOT).splitlines()
+    plan = run("make", "-n", "newest", "ARGS=", "PARALLEL=", cwd=ROOT).splitlines()
     command = next(line for line in plan if " -m pytest " in line)
     option = command[command.index('-o "') :]
     package = tmp_path / "llama_sft_helpers"
@@ -423,9 +442,10 @@ def test_make_newest_turns_our_own_deprecations_into_errors(tmp_path):
         encoding="utf-8",
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
+    lean = {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # plugins take seconds
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -m pytest -q -p no:cacheprovider {option}"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        cwd=tmp_path, env={**os.environ, **lean}, capture_output=True, text=True,
     )  # fmt: skip
     assert "2 failed, 2 passed" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("FAILED test_it.py::test_it[llama_sft_helpers.lora-") == 2

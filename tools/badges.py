@@ -14,6 +14,7 @@ PLACES = (
     "pyproject.toml",
     "README.md",
     "CONTRIBUTING.md",
+    "docs/commands.md",
     "notebooks/*.ipynb",
     "README.ko.md",
     "notebooks/ko/*.ipynb",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from check_notebooks import REAL_CALLS
 from check_package import STEPS
+from packaging.specifiers import SpecifierSet
 from repository import Repository, by_name
 
 COLABS_OWN = {"torch", "numpy", "pandas"}
@@ -18,13 +19,30 @@ README_ROW = (
 
 
 def wheel_has_every_package(repo: Repository) -> Iterator[str]:
-    """``packages`` in pyproject.toml lists the tree's packages, and the results."""
+    """``packages`` in pyproject.toml lists the tree's packages, the notebooks and the results."""
     listed = set(repo.project.get("tool", {}).get("setuptools", {}).get("packages", []))
     folders = [path.parent.relative_to(repo.root) for path in repo.modules if path.name == "__init__.py"]
-    wanted = {".".join(folder.parts) for folder in folders} | {"llama_sft_helpers.results"}
+    wanted = {".".join(folder.parts) for folder in folders}
+    wanted |= {"llama_sft_helpers.notebooks", "llama_sft_helpers.results"}
     for name in sorted(listed ^ wanted):
         what = "is no package; take it out" if name in listed else "is not listed; add it to packages"
         yield repo.at(repo.root / "pyproject.toml", 1, f"{name} {what}")
+
+
+def classifiers_are_true(repo: Repository) -> Iterator[str]:
+    """The classifiers name the Pythons that ``requires-python`` allows, and a workflow tests each."""
+    project = repo.project.get("project", {})
+    allowed = SpecifierSet(project.get("requires-python", ""))
+    wanted = {f"3.{minor}" for minor in range(100) if allowed.contains(f"3.{minor}")}
+    workflow = repo.text(repo.root / ".github" / "workflows" / "tests.yml")
+    named = {
+        "classifiers": re.findall(r":: Python :: (3\.\d+)", "\n".join(project.get("classifiers", []))),
+        "tests.yml": re.findall(r"3\.\d+", "".join(re.findall(r"python: (\[.*\])", workflow))),
+    }
+    for place, versions in named.items():
+        if wanted != set(versions):
+            text = f"requires-python is '{allowed}', but {place} name Python {sorted(versions)}"
+            yield repo.at(repo.root / "pyproject.toml", 1, f"{text}; make them agree")
 
 
 def steps_are_complete(repo: Repository) -> Iterator[str]:
@@ -49,13 +67,13 @@ def steps_are_complete(repo: Repository) -> Iterator[str]:
 
 
 def one_repository_address(repo: Repository) -> Iterator[str]:
-    """Badges, install cells and the site name the repository that pyproject.toml names."""
+    """Badges, install cells, commands and the site name the repository that pyproject.toml names."""
     address = repo.project.get("project", {}).get("urls", {}).get("Repository", "")
     slug = address.removeprefix("https://github.com/")
     site = repo.root / "mkdocs.yml"
     if f"repo_url: {address}\n" not in repo.text(site):
         yield repo.at(site, 1, f"repo_url is not {address}; run make badges")
-    for path in [*repo.notebooks, repo.root / "README.md"]:
+    for path in [*repo.notebooks, repo.root / "README.md", repo.root / "docs" / "commands.md"]:
         text = repo.text(path)
         named = set(re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob", text))
         named |= set(re.findall(r"git\+https://github\.com/([\w.-]+/[\w.-]+)", text))
@@ -207,6 +225,7 @@ def rows_are_of_many_kinds(repo: Repository) -> Iterator[str]:
 
 RULES = (
     wheel_has_every_package,
+    classifiers_are_true,
     steps_are_complete,
     one_repository_address,
     requirements_leave_colab_alone,

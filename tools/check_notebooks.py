@@ -58,7 +58,7 @@ def imports_come_from_packages(repo: Repository) -> Iterator[str]:
     """A notebook imports from steps and from what stands beside them, never from modules in them."""
     for path in repo.notebooks:
         for number, cell in cells(path):
-            for _, name in own_imports(ast.parse(python(cell.source))):
+            for _, name in own_imports(python(cell.source)):
                 parts = name.split(".")
                 if parts[1] not in {*STEPS, *BESIDE} or len(parts) > 3:
                     text = f"imports {name}; import from steps and from {', '.join(BESIDE)}"

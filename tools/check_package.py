@@ -64,7 +64,7 @@ def _imports(repo: Repository) -> dict[str, set[str]]:
     graph.pop("__init__", None)
     for path in repo.modules:
         if path != repo.package / "__init__.py":
-            names = [name.split(".")[1] for _, name in own_imports(ast.parse(repo.text(path)))]
+            names = [name.split(".")[1] for _, name in own_imports(repo.text(path))]
             graph[repo.room(path)] |= set(names) & set(graph) - {repo.room(path)}
     return graph
 
@@ -143,7 +143,7 @@ def no_detours(repo: Repository) -> Iterator[str]:
     }
     folders = [repo.root / name for name in ("tests", "benchmarks", "tools")]
     for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
-        for line, name in own_imports(ast.parse(repo.text(path))):
+        for line, name in own_imports(repo.text(path)):
             if name in offered:
                 yield repo.at(path, line, f"{name}: import it from llama_sft_helpers.{offered[name]}")
 
@@ -177,12 +177,15 @@ def requirements_are_used(repo: Repository) -> Iterator[str]:
         yield repo.at(repo.root / "pyproject.toml", 1, f"requires {name}, which nothing imports; take it out")
 
 
-def _imports_of_others(repo: Repository) -> Iterator[tuple[Path, int, str, set[str]]]:
+@functools.cache  # two rules ask
+def _imports_of_others(repo: Repository) -> list[tuple[Path, int, str, set[str]]]:
     """File, place and name of each import of another project, and the distributions that bring it."""
-    for path in [*repo.modules, *repo.notebooks]:
-        for place, tree in code(path):
-            for line, name in _third_party(tree):
-                yield path, place or line, name, _owners(name)
+    return [
+        (path, place or line, name, _owners(name))
+        for path in [*repo.modules, *repo.notebooks]
+        for place, tree in code(path)
+        for line, name in _third_party(tree)
+    ]
 
 
 def _owners(package: str) -> set[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -79,20 +80,21 @@ def helper_files(code: str) -> list[Path]:
     """
     python = re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.MULTILINE)
     found: set[Path] = set()
-    waiting = _imported(ast.parse(python), ())
+    waiting = set(_imported(python, ()))
     while waiting:
         files = _files(waiting.pop()) - found
         found |= files
         for file in files:
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            waiting |= _imported(tree, (PACKAGE.name, *file.relative_to(PACKAGE).parent.parts))
+            source = file.read_text(encoding="utf-8")
+            waiting |= _imported(source, (PACKAGE.name, *file.relative_to(PACKAGE).parent.parts))
     return sorted(found)
 
 
-def _imported(tree: ast.AST, package: tuple[str, ...]) -> set[str]:
+@functools.cache  # nine notebooks reach the same helpers
+def _imported(code: str, package: tuple[str, ...]) -> set[str]:
     """Dotted names that may be modules; ``package`` is what relative imports start from."""
     names: set[str] = set()
-    for node in _executed(tree):
+    for node in _executed(ast.parse(code)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

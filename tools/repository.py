@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import tomllib
 from functools import cached_property
@@ -119,10 +120,11 @@ def called(call: ast.Call) -> str:
     return function.id if isinstance(function, ast.Name) else ""
 
 
-def own_imports(tree: ast.AST) -> list[tuple[int, str]]:
+@functools.cache  # several rules ask for the same files
+def own_imports(source: str) -> list[tuple[int, str]]:
     """Line and dotted name of what is imported from this package, functions included."""
     found = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llama_sft_helpers"):
             found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
         elif isinstance(node, ast.Import):

@@ -132,17 +132,15 @@ def test_ctrl_c_ends_an_answer_not_the_talk(talk):
     assert "begun and done" in out
 
 
-def test_the_command_answers_and_explains(trained):
-    def command(*arguments):
-        program = [sys.executable, "-m", "llama_sft_helpers.cli", "chat", *map(str, arguments)]
-        return subprocess.run(program, capture_output=True, text=True, timeout=120)
-
-    good = command(trained.adapter, "--prompt", "Name a fruit.", "--max-new-tokens", 12)
+def test_the_command_answers_and_explains(trained, chat_command):
+    program = [sys.executable, "-m", "llama_sft_helpers.cli", "chat", str(trained.adapter)]
+    program += ["--prompt", "Name a fruit.", "--max-new-tokens", "12"]
+    good = subprocess.run(program, capture_output=True, text=True, timeout=120)
     assert (good.returncode, good.stderr) == (0, "")  # no line a product, no progress bars
     prompt = to_prompt_completion({"instruction": "Name a fruit.", "output": "-"})["prompt"]
     assert good.stdout == "".join(stream(trained, prompt, max_new_tokens=12)) + "\n"
-    bad = command(trained.folder / "none")
-    assert bad.returncode == 1
+    bad = chat_command(trained.folder / "none")
+    assert bad.exit_code == 1
     assert "Run notebook 06 first" in bad.stderr
     assert "Traceback" not in bad.stderr
 

@@ -1,6 +1,7 @@
 """A trained adapter in the layout of notebook 06: ``adapter/`` and ``training_summary.json``."""
 
 import json
+import logging
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,3 +60,17 @@ def trained(tmp_path_factory):
     from llama_sft_helpers.profiles import load_profile
 
     return train_adapter(load_profile("ci-tiny"), tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def chat_command(monkeypatch, caplog):
+    """``llama-sft chat`` in this process; what it makes quiet for its own is as before after the test."""
+    import transformers
+    from typer.testing import CliRunner
+
+    from llama_sft_helpers.cli import app
+
+    monkeypatch.setattr(transformers.utils.logging, "disable_progress_bar", lambda: None)
+    for name in ("bitsandbytes", "huggingface_hub", "torch.utils._pytree"):
+        caplog.set_level(logging.ERROR, name)
+    return lambda *arguments: CliRunner().invoke(app, ["chat", *map(str, arguments)])
