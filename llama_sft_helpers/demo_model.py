@@ -7,9 +7,11 @@ this package. Both are ordinary Hugging Face folders.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -125,9 +127,10 @@ def _build_smollm2(folder: Path) -> None:
     text = f"Building SmolLM2-135M-Instruct from {gguf_path.name} (half a minute, once)"
     Console(stderr=True).print(text, style="dim", highlight=False)
     tokenizer = _smollm2_tokenizer(gguf_path)
-    loaded = LlamaForCausalLM.from_pretrained(
-        str(gguf_path.parent), gguf_file=gguf_path.name, dtype=torch.float32
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # the libraries' bars, one of which has no switch
+        loaded = LlamaForCausalLM.from_pretrained(
+            str(gguf_path.parent), gguf_file=gguf_path.name, dtype=torch.float32
+        )
     # The loaded model calls itself GGUF-quantized and refuses to be saved: a fresh one takes its weights.
     config = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
@@ -136,7 +139,8 @@ def _build_smollm2(folder: Path) -> None:
     model = LlamaForCausalLM(type(loaded.config)(**config))
     model.load_state_dict(loaded.state_dict())
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    model.bfloat16().save_pretrained(folder)
+    with contextlib.redirect_stderr(io.StringIO()):
+        model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -185,8 +185,9 @@ def test_smollm2_tokenizer_has_the_right_special_tokens_and_digits():
 
 
 @pytest.mark.slow
-def test_smollm2_answers_a_question(tmp_path):
+def test_smollm2_answers_a_question_and_its_build_shows_no_bars(tmp_path, capsys):
     folder = ensure_model("smollm2-135m-instruct", tmp_path / "smollm2")
+    assert capsys.readouterr().err.count("%|") == 0
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     chat = [{"role": "user", "content": "What is the capital of France?"}]

@@ -45,8 +45,8 @@ def real_calls_are_visible(repo: Repository) -> Iterator[str]:
 
 
 def _visible_calls(code: str) -> set[str]:
-    """What a notebook calls, by dotted name, hands over to be called, or runs in the shell."""
-    names = set(re.findall(r"^\s*!\S* ?\d* ?(nvidia-smi|nvcc)", code, flags=re.MULTILINE))
+    """What a notebook calls, by dotted name, hands over to be called, or runs as a program."""
+    names = set(re.findall(r'subprocess\.run\(\["(nvidia-smi|nvcc)"', code))
     for node in ast.walk(ast.parse(python(code))):
         if isinstance(node, ast.Call):
             names.add(ast.unparse(node.func))

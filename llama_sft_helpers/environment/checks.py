@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from llama_sft_helpers.demo_model import demo_model_fix
-from llama_sft_helpers.environment.machine import NO_ANSWER, Machine, hub_cache, measure
+from llama_sft_helpers.environment.machine import NO_ANSWER, Machine, cpu_slowdown, hub_cache, measure
 from llama_sft_helpers.environment.needs import needed_disk_gib, needed_gpu_gib, needed_ram_gib
 from llama_sft_helpers.environment.versions import (
     PACKAGES,
@@ -38,6 +38,7 @@ MUST_FIX = (
 _OPTIONAL = "torchao"
 _LEAST_CAPABILITY = (7, 5)  # LLM.int8's tensor cores: Turing, https://huggingface.co/docs/bitsandbytes
 _BF16_CAPABILITY = (8, 0)  # Ampere
+_SLOW = 1.5  # times float32's time; what a busy machine adds is less
 _NOT_THERE = ("not there", "")
 _Row = tuple[str, str, str, str, str, str]  # in the order of COLUMNS
 
@@ -50,7 +51,7 @@ def summarize_environment(profile: Profile | None = None) -> pd.DataFrame:
 
     Returns:
         Columns component, installed, tested, post_2025, status, fix. A status in ``MUST_FIX`` stops the
-        series and ``fix`` says what to do; "ok", "other version" and "not there" do not.
+        series and ``fix`` says what to do; "ok", "other version", "slow" and "not there" do not.
     """
     import pandas as pd
 
@@ -167,7 +168,10 @@ def _install(name: str, tested: str, bounds: SpecifierSet) -> str:
 
 
 def _use_profile(name: str) -> str:
-    return f"{_typed('%env', 'export')} SFT_PROFILE={name}"
+    in_shell = f"export SFT_PROFILE={name}"
+    if sys.platform == "win32":
+        in_shell = f'$env:SFT_PROFILE = "{name}" in PowerShell, set SFT_PROFILE={name} in cmd'
+    return _typed(f"%env SFT_PROFILE={name}", in_shell)
 
 
 def _typed(in_notebook: str, in_shell: str) -> str:
@@ -187,8 +191,8 @@ def _judge_gpu(machine: Machine, profile: Profile, chosen: bool) -> list[_Row]:
     wanted = "none needed" if profile.gpu_gib == 0 else f"{profile.gpu_gib:g} GiB card ({profile.name})"
     if machine.gpu is None:
         row = _no_gpu(machine, wanted, needed=profile.gpu_gib > 0 or (machine.colab and not chosen))
-        rest = ("GPU memory", "compute capability", "bf16")
-        return [row, *(_row(name, "", "", False) for name in rest)]
+        rest = (_row(name, "", "", False) for name in ("GPU memory", "compute capability"))
+        return [row, *rest, _judge_cpu(machine, profile)]
     capability, gib = (machine.gpu.major, machine.gpu.minor), machine.gpu.total_memory / 2**30
     here, least = ("{}.{}".format(*pair) for pair in (capability, _LEAST_CAPABILITY))
     newer = ("unsupported", "use a T4, L4, A100 or newer GPU")
@@ -201,6 +205,16 @@ def _judge_gpu(machine: Machine, profile: Profile, chosen: bool) -> list[_Row]:
         _row("compute capability", here, f">= {least}", capability >= _LEAST_CAPABILITY, newer),
         _row("bf16", "yes" if has_bf16 else "no", bf16, has_bf16 or not needs_bf16, fp16),
     ]
+
+
+def _judge_cpu(machine: Machine, profile: Profile) -> _Row:
+    """The row for 16-bit numbers where the profile trains on the CPU: many CPUs have no units for them."""
+    if machine.torch_error or profile.gpu_gib > 0 or profile.dtype == "float32":
+        return _row("bf16", "", "", False)
+    times = cpu_slowdown(profile.dtype)
+    slow = ("slow", 'set dtype = "float32" in the profile')
+    here = f"{profile.dtype} takes {times:.1f} x float32's time"
+    return _row("bf16", here, f"needed ({profile.name})", times < _SLOW, slow)
 
 
 def _no_gpu(machine: Machine, wanted: str, *, needed: bool) -> _Row:

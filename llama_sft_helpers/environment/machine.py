@@ -81,6 +81,26 @@ def _ask_torch(*, driver_hangs: bool) -> tuple[Any, str]:
         return None, ""
 
 
+def cpu_slowdown(dtype: str) -> float:
+    """How many times as long as in float32 this CPU takes for a product in another type.
+
+    PyTorch has no public way to ask a CPU for its 16-bit units, and one that lacks them can still be quick.
+    So two products of small matrices are timed, which takes some tenths of a second.
+
+    Args:
+        dtype: A type of torch's by name, such as ``bfloat16``.
+    """
+    import torch
+    from torch.utils.benchmark import Timer
+
+    def seconds(kind: torch.dtype) -> float:
+        square = torch.ones(256, 256, dtype=kind)
+        timer = Timer("square @ square", globals={"square": square})
+        return float(timer.blocked_autorange(min_run_time=0.02).median)
+
+    return seconds(getattr(torch, dtype)) / seconds(torch.float32)
+
+
 def hub_cache() -> Path:
     """Where the hub's downloads go, as the client that downloads them has worked it out."""
     try:

@@ -18,7 +18,7 @@ _HUB_SECONDS = 5.0  # how long the hub may take to say what is left to download
 
 def needed_ram_gib(profile: Profile) -> float:
     """Main memory that loading and training take."""
-    # Llama 3's largest shard is 5 GB; training on the CPU peaked at 4.7 GB in cpu-demo
+    # Llama 3's largest shard is 5 GB; training on the CPU peaked at 3.3 GiB in cpu-demo
     return 1.0 if profile.name == "ci-tiny" else 5.0
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -81,7 +82,9 @@ def table(monkeypatch):
         for name in [name for name in changes if name.isupper()]:
             monkeypatch.setenv(name, changes.pop(name))
         monkeypatch.setattr(checks, "measure", lambda: dataclasses.replace(A100, **changes))
-        return summarize_environment(read_profile(profile) if profile else None).set_index("component")
+        return summarize_environment(
+            read_profile(profile) if isinstance(profile, str) else profile
+        ).set_index("component")
 
     return build
 
@@ -207,6 +210,40 @@ def test_nothing_to_fix(table, changes, component, status):
     assert problems(summary).empty, summary.to_string()
     assert summary["status"][component] == status
     check_environment(summary.reset_index())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "times", "row"),
+    [
+        (
+            "bfloat16",
+            9.04,
+            ["bfloat16 takes 9.0 x float32's time", "slow", 'set dtype = "float32" in the profile'],
+        ),
+        ("float16", 0.42, ["float16 takes 0.4 x float32's time", "ok", ""]),
+        ("float32", 9.04, ["", "not there", ""]),
+    ],
+)
+def test_a_cpu_that_computes_16_bit_numbers_slowly_is_told_and_does_not_stop(
+    table, monkeypatch, dtype, times, row
+):
+    monkeypatch.setattr(checks, "cpu_slowdown", lambda name: times if name == dtype else pytest.fail(name))
+    summary = table(read_profile("cpu-demo", dtype=dtype), **NO_GPU)
+    assert summary.loc["bf16", ["installed", "status", "fix"]].tolist() == row
+    assert problems(summary).empty
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the limits are those of x86-64")
+def test_a_cpu_without_vector_units_is_slow_in_bfloat16():
+    code = "from llama_sft_helpers.environment.machine import cpu_slowdown; print(cpu_slowdown('bfloat16'))"
+    limits = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+    assert float(python(code, **limits).stdout) > 3 * checks._SLOW
+
+
+def test_a_profile_is_set_as_windows_does_it(table, monkeypatch):
+    monkeypatch.setattr("sys.platform", "win32")
+    fix = problem(table(gpu=card(14.74, 8, 0))).fix
+    assert fix == '$env:SFT_PROFILE = "colab-t4" in PowerShell, set SFT_PROFILE=colab-t4 in cmd'
 
 
 def test_only_a_cpu_runtime_of_colab_that_nobody_chose_is_a_mistake(table, tmp_path, monkeypatch):
