@@ -41,7 +41,7 @@ def classifiers_are_true(repo: Repository) -> Iterator[str]:
     }
     for place, versions in named.items():
         if wanted != set(versions):
-            text = f"requires-python is '{allowed}', but {place} name Python {sorted(versions)}"
+            text = f"requires-python is {project.get('requires-python')!r}, but {place} name Python {sorted(versions)}"
             yield repo.at(repo.root / "pyproject.toml", 1, f"{text}; make them agree")
 
 
