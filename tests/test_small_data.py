@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -168,30 +169,52 @@ def test_a_held_out_loss_is_a_finding_with_advice(losses, rows, kept, verdict, a
 # --- The notebooks ---
 
 
+def start(folder, *runs):
+    """Run notebooks on rows as few as asked for, with a profile's data settings, all in one process.
+
+    Returns for each (profile, rows, notebooks, changes): how it ended, what it printed, where it wrote.
+    """
+    places, arguments = [folder / str(place) for place in range(len(runs))], []
+    for place, (profile_name, count, numbers, changes) in zip(places, runs, strict=True):
+        rows = small_data.write_rows(place / "data" / "rows.jsonl", count)
+        arguments += [profile_name, rows, place / "out", numbers, json.dumps(changes)]
+    command = [sys.executable, small_data.__file__, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=small_data.ROOT)
+    printed = re.split(r"^(ran|failed) [0-9,]+\n", done.stdout, flags=re.MULTILINE)
+    assert len(printed) == 2 * len(runs) + 1, done.stdout[-3000:] + done.stderr[-1000:]
+    return list(zip(printed[1::2], printed[::2], [place / "out" for place in places], strict=False))
+
+
+@pytest.fixture(scope="module")
+def few_rows(tmp_path_factory):
+    """Runs on 1, 3 and 20 rows, by their number."""
+    runs = [("colab-a100", count, "06" if count == 1 else "06,07", {}) for count in (1, 3, 20)]
+    return dict(zip((1, 3, 20), start(tmp_path_factory.mktemp("few"), *runs), strict=True))
+
+
 @pytest.fixture
 def run(tmp_path):
-    """Run notebooks on so many rows with a profile's data settings; returns what was printed and where."""
+    """One run that must reach its end; what it printed, and where it wrote."""
 
-    def start(profile_name, count, numbers, returncode=0, **changes):
-        folder, out = small_data.write_rows(tmp_path / "data" / "rows.jsonl", count), tmp_path / "out"
-        arguments = [small_data.__file__, profile_name, folder, out, numbers, json.dumps(changes)]
-        command = [sys.executable, *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=small_data.ROOT)
-        assert result.returncode == returncode, result.stdout[-3000:] + result.stderr[-1000:]
-        return result.stdout + result.stderr, out
+    def start_one(profile_name, count, numbers, **changes):
+        [(ended, printed, out)] = start(tmp_path, (profile_name, count, numbers, changes))
+        assert ended == "ran", printed[-3000:]
+        return printed, out
 
-    return start
+    return start_one
 
 
 @pytest.mark.parametrize("count", [3, 20])
-def test_training_and_evaluation_run_on_few_rows(run, count):
-    printed, out = run("colab-a100", count, "06,07")
+def test_training_and_evaluation_run_on_few_rows(few_rows, count):
+    ended, printed, out = few_rows[count]
+    assert ended == "ran", printed[-3000:]
     assert f"{count} rows: {count - max(1, count // 10)} to train on" in printed
     assert (out / "training_summary.json").is_file()
 
 
-def test_one_row_is_refused_in_06_by_name(run):
-    printed, _ = run("colab-a100", 1, "06", returncode=1)
+def test_one_row_is_refused_in_06_by_name(few_rows):
+    ended, printed, _ = few_rows[1]
+    assert ended == "failed"
     assert "[too-few-rows] 1 of 1 rows can be used, expected at least 2" in printed
 
 

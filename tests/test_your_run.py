@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -39,21 +40,35 @@ def train(source, out, *options):
     return summary, json.dumps([cell.get("outputs") for cell in notebook.cells])
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tiny_model_dir):
+    """A run on the first form's rows that exports all it can: its options and folder, and what it gave."""
+    folder = tmp_path_factory.mktemp("exported")
+    source, columns, _ = write_form(FORMS[0], folder / "data")
+    options = ["--model", str(tiny_model_dir), "--columns", columns, "--export", "adapter and GGUF", *SHORT]
+    return source, options, folder / "out", train(source, folder / "out", *options)
+
+
 @pytest.mark.parametrize(
     "form", [FORMS[0], *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[1:])]
 )
-def test_a_file_becomes_an_adapter_that_keeps_its_template(form, tmp_path, tiny_model_dir, monkeypatch):
+def test_a_file_becomes_an_adapter_that_keeps_its_template(
+    form, tmp_path, tiny_model_dir, monkeypatch, request
+):
     source, columns, layout = write_form(form, tmp_path / "data")
     if form == "hub":
         (tmp_path / "sitecustomize.py").write_text(HUB.format(path=str(source)), encoding="utf-8")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
         source = "me/own"
-    options = ["--columns", columns] if columns else []
-    summary, shown = train(source, tmp_path / "out", "--model", str(tiny_model_dir), *options, *SHORT)
+    out, options = tmp_path / "out", ["--columns", columns] if columns else []
+    if form == FORMS[0]:
+        source, _, out, (summary, shown) = request.getfixturevalue("exported")
+    else:
+        summary, shown = train(source, out, "--model", str(tiny_model_dir), *options, *SHORT)
     plain = layout == "prompt-completion"
     assert (summary["data"], summary["prompt_format"]) == (str(source), "plain" if plain else "alpaca")
     assert f"layout: {layout}" in shown
-    adapter = tmp_path / "out" / "your_run" / "adapter"
+    adapter = out / "your_run" / "adapter"
     said = "datasets:\n- me/own" if form == "hub" else "The data are the trainer's own"
     assert said in (adapter / "README.md").read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(adapter)
@@ -122,12 +137,10 @@ def test_an_overfitted_run_keeps_everything_and_its_best_adapter(switches, tmp_p
     assert (folder / "adapter.zip").is_file()
 
 
-def test_a_second_run_writes_the_export_anew_and_keeps_an_edited_card(tmp_path):
+def test_a_second_run_writes_the_export_anew_and_keeps_an_edited_card(tmp_path, exported):
     """The tiny model's tokenizer is unknown to llama.cpp: the profile stops before the GGUF file."""
-    options = ["--export", "adapter and GGUF", *SHORT]
-    source = write_rows(tmp_path / "data" / "rows.jsonl", 12)
-    train(source, tmp_path / "out", *options)
-    folder = tmp_path / "out" / "your_run"
+    source, options, out, _ = exported
+    folder = shutil.copytree(out, tmp_path / "out") / "your_run"
     card = folder / "adapter" / "README.md"
     edited = card.read_text(encoding="utf-8") + "The rows are under CC0.\n"
     card.write_text(edited, encoding="utf-8")

@@ -2,11 +2,13 @@
 
 As a script: python tests/support/small_data.py PROFILE DATA OUT 06,07 CHANGES runs these notebooks' cells one
 after the other in one process, each notebook in a namespace of its own; ``load_profile`` gets the changes.
+Several such runs may follow each other, which saves imports; each ends with a line ``ran`` or ``failed``.
 """
 
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import nbformat
@@ -49,8 +51,14 @@ def main(profile_name, folder, out, numbers, changes):
     settings = {name: getattr(profile, name) for name in DATA_SETTINGS} | {"dataset_id": folder} | changes
     for number in numbers:
         run_notebook(number, settings)
-    print("ran", *numbers)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], sys.argv[4].split(","), json.loads(sys.argv[5]))
+    for start in range(1, len(sys.argv), 5):
+        profile_name, folder, out, numbers, changes = sys.argv[start : start + 5]
+        try:
+            main(profile_name, folder, out, numbers.split(","), json.loads(changes))
+            print("ran", numbers, flush=True)
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+            print("failed", numbers, flush=True)
