@@ -32,8 +32,8 @@ def wheel_has_every_package(repo: Repository) -> Iterator[str]:
 def classifiers_are_true(repo: Repository) -> Iterator[str]:
     """The classifiers name the Pythons that ``requires-python`` allows, and a workflow tests each."""
     project = repo.project.get("project", {})
-    allowed = SpecifierSet(project.get("requires-python", ""))
-    wanted = {f"3.{minor}" for minor in range(100) if allowed.contains(f"3.{minor}")}
+    asked = project.get("requires-python", "")
+    wanted = {f"3.{minor}" for minor in range(100) if SpecifierSet(asked).contains(f"3.{minor}")}
     workflow = repo.text(repo.root / ".github" / "workflows" / "tests.yml")
     named = {
         "classifiers": re.findall(r":: Python :: (3\.\d+)", "\n".join(project.get("classifiers", []))),
@@ -41,8 +41,8 @@ def classifiers_are_true(repo: Repository) -> Iterator[str]:
     }
     for place, versions in named.items():
         if wanted != set(versions):
-            text = f"requires-python is '{allowed}', but {place} name Python {sorted(versions)}"
-            yield repo.at(repo.root / "pyproject.toml", 1, f"{text}; make them agree")
+            text = f"{place} name Python {sorted(versions)}, requires-python is {asked!r}; make them agree"
+            yield repo.at(repo.root / "pyproject.toml", 1, text)
 
 
 def steps_are_complete(repo: Repository) -> Iterator[str]:
