@@ -27,8 +27,9 @@ if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // _workers)))
 
-# Files that run whole notebooks, the longest first: what takes minutes must not be what is begun last.
-LONG = ("test_notebooks", "test_small_data", "test_your_run", "test_speed", "test_doctor")
+# Files that start kernels and processes, the longest first: what takes long must not be what is begun last.
+LONG = ("notebooks", "your_run", "colab_journeys", "small_data", "speed", "doctor", "run", "resume")
+LONG = tuple(f"test_{name}" for name in LONG)
 
 
 def pytest_collection_modifyitems(items):
