@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: the environment of the small models, and the tiny Llama itself."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -50,6 +51,19 @@ def tiny_tokenizer(tiny_model_dir):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="session")
+def built_smollm2_tokenizer():
+    from llama_sft_helpers import demo_model
+
+    return demo_model._smollm2_tokenizer(demo_model._smollm2_gguf())
+
+
+@pytest.fixture(scope="module")
+def smollm2_tokenizer(built_smollm2_tokenizer):
+    """The demo model's tokenizer, which takes seconds to build: a copy for each file."""
+    return copy.deepcopy(built_smollm2_tokenizer)
 
 
 @pytest.fixture
