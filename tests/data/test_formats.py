@@ -34,10 +34,8 @@ def chat(*turns):
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    from llama_sft_helpers import demo_model
-
-    return demo_model._smollm2_tokenizer(demo_model._smollm2_gguf())
+def smollm2(smollm2_tokenizer):
+    return smollm2_tokenizer
 
 
 def by_hand(tokenizer, turns):
