@@ -11,8 +11,8 @@ UV     := $(shell command -v uv)
 INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check) --quiet --constraint $(LOCK)
 # Where torch comes from, and torch alone: the address in TORCH_INDEX, else its CPU wheels on a machine without a GPU.
 TORCH_FROM = $$($(BIN)/python tools/torch_index.py $(TORCH_INDEX))
-# A process a core, each with whole files of tests. ARGS="-n 0" runs them in one; the slow tests always are, as they
-# fill disks, kill processes and measure memory, and those of GPU and browser share the one.
+# A process a core and one more (tests/conftest.py), each with whole files of tests. ARGS="-n 0" runs them in one; the
+# slow tests always are, as they fill disks, kill processes and measure memory, and those of GPU and browser share it.
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false

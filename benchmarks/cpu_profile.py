@@ -2,8 +2,9 @@
 
     python benchmarks/cpu_profile.py --out benchmarks/results/cpu_profile.json
 
-SmolLM2 and LoRA as in notebook 06 with profile ``cpu-demo``, on one thread, under each ``--limit`` of the
-instruction sets. A limit holds only if it is set before PyTorch starts, so each runs in a process of its own.
+SmolLM2, LoRA and both switches for CPUs as in notebook 06 with profile ``cpu-demo``, on one thread, under
+each ``--limit`` of the instruction sets. A limit holds only if it is set before PyTorch starts, so each runs
+in a process of its own.
 """
 
 from __future__ import annotations
@@ -247,6 +248,7 @@ def main() -> None:
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
         speed.use_cpu_kernels()
+        speed.score_labels_only()
         report.write(args.out, measure())
         return
     result = {

@@ -22,11 +22,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # not compile where ATEN_CPU_CAPABILITY says `default`: each limit gets a cache of its own.
 if _limit := os.environ.get("ATEN_CPU_CAPABILITY"):
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / f"inductor-{_limit}"))
+# Before its first graph torch.compile tries by compiling whether the compiler knows the CPU's vectors, and
+# starts a process that compiles beside others: ten seconds that tests of a graph or two can do without.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Processes that share the cores share them out: threads that wait for threads without a core wait very long.
 if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     from llama_sft_helpers.run import cores
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // _workers)))
+
+
+def pytest_xdist_auto_num_workers():
+    """One more than cores, as many tests wait: for a kernel to start or end, or for a limit of time."""
+    from llama_sft_helpers.run import cores
+
+    return cores() + 1
+
 
 # Files that start kernels and processes, the longest first: what takes long must not be what is begun last.
 LONG = ("notebooks", "your_run", "colab_journeys", "small_data", "speed", "doctor", "run", "resume")

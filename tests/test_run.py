@@ -114,7 +114,7 @@ def test_two_notebooks_of_the_series_share_the_cores_and_07_waits_for_06(
 
 def test_a_failing_notebook_stops_the_one_beside_it(write_notebooks, tmp_path):
     originals = write_notebooks(
-        n03_quantization=["import time; time.sleep(300); print('never')"], n04_lora=["1 / 0"], n05_data=["1"]
+        n06_training=["import time; time.sleep(300); print('never')"], n04_lora=["1 / 0"], n05_data=["1"]
     )
     out = tmp_path / "out"
     start = time.monotonic()

@@ -17,9 +17,10 @@ from small_data import write_rows
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from llama_sft_helpers import data
 from llama_sft_helpers.cli import app
-from llama_sft_helpers.data import to_prompt_completion
-from llama_sft_helpers.profiles import _CHOICES, read_profile
+from llama_sft_helpers.data import DataError, to_prompt_completion
+from llama_sft_helpers.profiles import _CHOICES, load_profile, read_profile
 
 FORM = Path(__file__).parent.parent / "notebooks" / "09_your_run.ipynb"
 # Runs when the kernel's Python starts: a hub that holds one data set.
@@ -102,16 +103,31 @@ def test_an_empty_field_is_left_out_and_a_setting_that_a_reader_adds_may_be_fals
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--data", "none.csv"], "There is no file or folder"),
-        (["--columns", "question=instruction"], "has no column 'question'"),
         (["--set", "epochs=-1"], "not above 0"),
         (["--export", "gguf"], "'export': 'gguf' is not one of 'adapter', 'adapter and GGUF'"),
     ],
 )
-def test_what_cannot_be_trained_is_one_clear_error(options, told, tmp_path):
+def test_settings_that_cannot_be_are_one_clear_error(options, told, tmp_path):
     result = CliRunner().invoke(app, ["train", "--profile", "ci-tiny", "--out", str(tmp_path), *options])
     assert result.exit_code == 1
     assert told in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"dataset_id": "none.csv"}, "There is no file or folder"),
+        ({"columns": "question=instruction"}, "has no column 'question'"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_stops_09_before_a_model_is_loaded(options, told):
+    """``llama-sft train`` ends with the failing cell's own message, as any run does (``test_run.py``)."""
+    cells = [cell.source for cell in nbformat.read(FORM, as_version=4).cells if cell.cell_type == "code"]
+    (place,) = (n for n, source in enumerate(cells) if "data.load_rows(" in source)
+    assert all("AutoModelForCausalLM.from_pretrained(" not in source for source in cells[:place])
+    names = {"AutoTokenizer": AutoTokenizer, "data": data, "profile": load_profile("ci-tiny", **options)}
+    with pytest.raises((DataError, FileNotFoundError), match=told):
+        exec(cells[place], names)
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def bounds_of_packages() -> dict[str, SpecifierSet]:
     for package in (_PACKAGE, *PACKAGES):
         for requirement in _requirements_of(package):
             name = _normalized(requirement.name)
-            if name in bounds and _applies(requirement):
+            if name in bounds and (_applies(requirement) or _applies(requirement, "widgets")):
                 bounds[name] &= requirement.specifier
     return bounds
 

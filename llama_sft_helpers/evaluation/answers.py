@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from llama_sft_helpers.core.language import translate
 from llama_sft_helpers.core.plots import BLUE, GREEN, ORANGE, PINK, RED, SKY, new_axes
 
 if TYPE_CHECKING:
+    import torch
     from IPython.display import HTML
     from matplotlib.axes import Axes
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +45,8 @@ def summarize_generations(
 
 def _answer_lengths(tokens: torch.Tensor, eos_token_id: int) -> tuple[list[int], list[bool]]:
     """Tokens of each answer up to and with its first EOS, and whether there is one."""
+    import torch
+
     ends = tokens.cpu() == eos_token_id
     first = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, tokens.shape[1])
     return first.tolist(), ends.any(dim=1).tolist()

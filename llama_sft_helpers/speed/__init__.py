@@ -11,6 +11,7 @@ CONTENTS = {
     "use_int8_units": "int8_units",  # switch: int8 inputs too, on the GPU's int8 units
     "use_cpu_kernels": "cpu_kernels",  # switch: int8 layers on a CPU, the same to the bit
     "score_labels_only": "cpu_kernels",  # switch: trl's loss on a CPU, without logits that have no label
+    "use_grouped_attention": "grouped_attention",  # switch: generation on a CPU without copies of keys
     "register_varlen_attention": "varlen",  # switch: attention that skips what packing masks
     "document_bounds": "core.batches",  # where the packed rows begin and end
     "compile_decoder_layers": "compiled_layers",  # switch: each decoder layer compiled

@@ -5,8 +5,8 @@ from llama_sft_helpers.core.contents import load_on_demand
 CONTENTS = {
     "ThroughputCallback": "watching",  # tokens per second, peak memory and time left
     "LiveLossCallback": "watching",  # the losses, drawn while they come
-    "plot_loss": "watching",  # training and held-out loss over the steps
-    "plot_overfitting": "watching",  # both losses, the best step marked
+    "plot_loss": "plots",  # training and held-out loss over the steps
+    "plot_overfitting": "plots",  # both losses, the best step marked
     "peak_memory_gib": "watching",  # the peak so far, of the GPU or of this process
     "check_gradients_reach_adapters": "proofs",  # every A and B got a gradient
     "check_loss_history": "proofs",  # no logged loss is NaN, infinite or 0

@@ -164,6 +164,7 @@ PROBLEMS = [
     # Colab's own datasets, which trl 1.x refuses; transformers has an upper bound on tokenizers
     ({"on_disk": with_package(datasets="4.0.0")}, "datasets", "too old", TESTED["datasets"]),
     ({"on_disk": with_package(tokenizers="0.99.0")}, "tokenizers", "too new", "tokenizers"),
+    ({"on_disk": with_package(ipywidgets="7.6.5")}, "ipywidgets", "too old", "ipywidgets=="),
     ({"on_disk": with_package(torchao="0.10.0")}, "torchao", "too old", '--no-deps -U "torchao'),
     ({"in_memory": {"pyarrow": "18.1.0"}}, "pyarrow", "restart", "Restart session"),
     ({**NO_GPU, "colab": False}, "GPU", "no GPU", "SFT_PROFILE=cpu-demo"),

@@ -81,6 +81,7 @@ def namespace(profile, count=64):
         "held_out": rows(16),
         "profile": profile,
         "every": profile.eval_steps,
+        "save_every": profile.save_steps,
         "before": None,
     }
 

@@ -369,7 +369,9 @@ def test_plot_loss_draws_both_curves(finished):
     assert not plot_loss([]).get_lines()
 
 
-def test_the_live_figure_updates_in_place(tmp_path, monkeypatch):
+@pytest.fixture
+def drawings(monkeypatch):
+    """The figures that are shown, and those that take the place of one."""
     shown, updated = [], []
 
     class Handle:
@@ -382,6 +384,11 @@ def test_the_live_figure_updates_in_place(tmp_path, monkeypatch):
 
     monkeypatch.setattr("IPython.display.display", display)
     monkeypatch.setattr(watching, "_SECONDS_BETWEEN_DRAWINGS", 0)
+    return shown, updated
+
+
+def test_the_live_figure_updates_in_place(tmp_path, drawings):
+    shown, updated = drawings
     throughput = ThroughputCallback()
     callbacks = [throughput, LiveLossCallback(throughput, before=9.0)]
     tiny_training.build_trainer(tmp_path, callbacks, save_strategy="no").train()
@@ -394,6 +401,16 @@ def test_the_live_figure_updates_in_place(tmp_path, monkeypatch):
     assert len({ax.get_xlim() + ax.get_ylim() for ax in axes}) == 1
     assert axes[0].get_ylim() == (0, 18)
     assert not any("left" in ax.get_title() for ax in axes)  # the bar's estimate would differ
+
+
+def test_where_a_program_runs_the_notebook_only_the_finished_curve_is_drawn(tmp_path, monkeypatch, drawings):
+    shown, updated = drawings
+    monkeypatch.setenv("SFT_PROGRESS_FILE", str(tmp_path / "step"))
+    throughput = ThroughputCallback()
+    callbacks = [throughput, LiveLossCallback(throughput, before=9.0)]
+    tiny_training.build_trainer(tmp_path / "out", callbacks, save_strategy="no").train()
+    assert (len(shown), updated) == (1, [])
+    assert shown[0].axes[0].get_title().startswith("4 of 4 steps done, held-out loss 9.00 → ")
 
 
 def test_the_summary_is_written_whole_or_not_at_all_and_reported(tmp_path, capsys):
