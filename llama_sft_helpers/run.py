@@ -11,7 +11,6 @@ import webbrowser
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +28,21 @@ from llama_sft_helpers.training.summary import read_training_summary
 # Where the series may lie: in the reader's own folder, in a wheel, in a checkout.
 _PLACES = tuple(place / "notebooks" for place in (Path(), Path(__file__).parent, Path(__file__).parents[1]))
 
-# notebooks of the series -> those whose results they read; any other notebook waits for all before it. Where
-# several run at a time they are begun in this order: after two short ones the longest, and 07 has 06 in time.
-# 06 and 09 train on whole rows and take most memory, so one begins when the other is done.
+# notebooks of the series -> those whose results they read; any other notebook waits for all before it.
+# Where several run at a time they are begun in this order: 07 has 06 in time, both cores end together, and
+# of those that take 2 GiB of memory or more (06, 08, 09, the end of 03) most run beside 04 or 07.
 _NEEDS: dict[str, tuple[str, ...]] = {
     "01_environment": (),
     "02_login": (),
     "06_training": (),
     "04_lora": (),
+    "08_speed": (),
+    "03_quantization": (),
     "09_your_run": (),
     "07_evaluation": ("06_training",),
     "05_data": (),
-    "08_speed": (),
-    "03_quantization": (),
 }
 _Show = Callable[[Mapping[str, float | None], Collection[str] | None], None]  # seconds, and those at work
-# Of what 08 frees, glibc keeps 0.9 GiB for later use; with this it gives large tensors back, for 12 % more time.
-# Another notebook may take as much at the same time. Other systems' allocators do not know the variable.
-_LEAN = {"08_speed": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}}
 _GIB_FOR_TWO = 6.0  # of free memory: what two of the series' notebooks take on a CPU, and some room
 
 
@@ -234,8 +230,7 @@ def _execute_all(
             while waiting or running:
                 for path in _ready(paths, seconds, waiting)[: jobs - len(running)]:
                     waiting.remove(path)
-                    own = replace(shared, environment=environment | _LEAN.get(path.stem, {}))
-                    running[pool.submit(execute, path, own)] = path
+                    running[pool.submit(execute, path, shared)] = path
                     show(seconds, [path.stem for path in running.values()])
                 for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
                     path = running.pop(future)
