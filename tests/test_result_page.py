@@ -1,6 +1,8 @@
 """The page that ``llama-sft run`` leaves: whole, partly filled, and with what a model may write."""
 
 import json
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -40,6 +42,19 @@ def test_a_finished_run_shows_losses_curve_answers_and_what_to_do_next(folder):
     assert f"llama-sft chat {folder / 'adapter'}" in page
     assert 'href="06_training.html"' in page
     assert "refresh" not in page
+
+
+def test_curve_and_answers_are_drawn_without_pytorch(folder):
+    """The process that runs the notebooks must leave the memory to them."""
+    code = (
+        "import pathlib, sys; from llama_sft_helpers.result_page import result_page; "
+        "seconds = {'06_training': 83.4, '07_evaluation': 60.0}; "
+        "page = result_page(pathlib.Path(sys.argv[1]), 'cpu-demo', 'a model', seconds, None); "
+        "print('svg' in page, '<p>NA</p>' in page, {'torch', 'transformers'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert told == "True True set()\n"
 
 
 def test_what_a_model_wrote_is_text_and_no_page(folder):
