@@ -30,17 +30,17 @@ _PLACES = tuple(place / "notebooks" for place in (Path(), Path(__file__).parent,
 
 # notebooks of the series -> those whose results they read; any other notebook waits for all before it.
 # Where several run at a time they are begun in this order: 07 has 06 in time, both cores end together, and
-# of those that take 2 GiB of memory or more (06, 08, 09, the end of 03) most run beside 04 or 07.
+# of those that take 2 GiB of memory or more (06, 08, 09, the end of 03) each runs beside 04, 05 or 07.
 _NEEDS: dict[str, tuple[str, ...]] = {
     "01_environment": (),
     "02_login": (),
     "06_training": (),
+    "05_data": (),
     "04_lora": (),
     "08_speed": (),
-    "03_quantization": (),
-    "09_your_run": (),
     "07_evaluation": ("06_training",),
-    "05_data": (),
+    "09_your_run": (),
+    "03_quantization": (),
 }
 _Show = Callable[[Mapping[str, float | None], Collection[str] | None], None]  # seconds, and those at work
 _GIB_FOR_TWO = 6.0  # of free memory: what two of the series' notebooks take on a CPU, and some room

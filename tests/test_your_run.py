@@ -21,6 +21,7 @@ from llama_sft_helpers import data
 from llama_sft_helpers.cli import app
 from llama_sft_helpers.data import DataError, to_prompt_completion
 from llama_sft_helpers.profiles import _CHOICES, load_profile, read_profile
+from llama_sft_helpers.settings import environment_settings
 
 FORM = Path(__file__).parent.parent / "notebooks" / "09_your_run.ipynb"
 # Runs when the kernel's Python starts: a hub that holds one data set.
@@ -128,6 +129,32 @@ def test_data_that_cannot_be_trained_on_stops_09_before_a_model_is_loaded(option
     names = {"AutoTokenizer": AutoTokenizer, "data": data, "profile": load_profile("ci-tiny", **options)}
     with pytest.raises((DataError, FileNotFoundError), match=told):
         exec(cells[place], names)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "elsewhere", "own_file", "updates", "epochs"),
+    [
+        ("", {}, "", 6, None),  # ci-tiny has 12: a demonstration on rows that 06 trains on
+        ("rows.csv", {}, "", 12, 3),
+        ("", {"dataset_id": "rows.csv"}, "", 12, None),
+        ("", {"dataset_id": "rows.csv", "epochs": 2}, "", 12, 2),
+        ("", {"max_steps": 9}, "", 9, None),
+        ("", {}, "max_steps = 7", 7, None),
+        ("", {"max_steps": 1}, "", 1, None),
+    ],
+)
+def test_without_data_of_ones_own_09_trains_half_of_the_updates_that_nobody_set(
+    dataset, elsewhere, own_file, updates, epochs, tmp_path, monkeypatch
+):
+    cells = {cell.id: cell.source for cell in nbformat.read(FORM, as_version=4).cells}
+    (tmp_path / "own.toml").write_text(f'profile = "ci-tiny"\n[settings]\n{own_file}\n', encoding="utf-8")
+    monkeypatch.setenv("SFT_PROFILE", str(tmp_path / "own.toml"))
+    monkeypatch.setenv("SFT_SETTINGS", json.dumps(elsewhere))
+    names = {"load_profile": load_profile, "read_profile": read_profile}
+    names["environment_settings"] = environment_settings
+    exec(cells["09-005"], names)
+    exec(cells["09-007"], names | {"dataset": dataset}, found := {})
+    assert (found["profile"].max_steps, found["profile"].epochs) == (updates, epochs)
 
 
 @pytest.mark.slow
