@@ -21,7 +21,6 @@ from llama_sft_helpers import data
 from llama_sft_helpers.cli import app
 from llama_sft_helpers.data import DataError, to_prompt_completion
 from llama_sft_helpers.profiles import _CHOICES, load_profile, read_profile
-from llama_sft_helpers.settings import environment_settings
 
 FORM = Path(__file__).parent.parent / "notebooks" / "09_your_run.ipynb"
 # Runs when the kernel's Python starts: a hub that holds one data set.
@@ -136,8 +135,7 @@ def test_data_that_cannot_be_trained_on_stops_09_before_a_model_is_loaded(option
     [
         ("", {}, "", 6, None),  # ci-tiny has 12: a demonstration on rows that 06 trains on
         ("rows.csv", {}, "", 12, 3),
-        ("", {"dataset_id": "rows.csv"}, "", 12, None),
-        ("", {"dataset_id": "rows.csv", "epochs": 2}, "", 12, 2),
+        ("", {"epochs": 2}, "", 6, 2),  # the epochs count
         ("", {"max_steps": 9}, "", 9, None),
         ("", {}, "max_steps = 7", 7, None),
         ("", {"max_steps": 1}, "", 1, None),
@@ -151,10 +149,33 @@ def test_without_data_of_ones_own_09_trains_half_of_the_updates_that_nobody_set(
     monkeypatch.setenv("SFT_PROFILE", str(tmp_path / "own.toml"))
     monkeypatch.setenv("SFT_SETTINGS", json.dumps(elsewhere))
     names = {"load_profile": load_profile, "read_profile": read_profile}
-    names["environment_settings"] = environment_settings
     exec(cells["09-005"], names)
     exec(cells["09-007"], names | {"dataset": dataset}, found := {})
     assert (found["profile"].max_steps, found["profile"].epochs) == (updates, epochs)
+
+
+@pytest.mark.parametrize(
+    ("options", "own_file", "set_by_train"),
+    [
+        ([], None, {"dataset_id": "rows.csv", "epochs": 3}),
+        (["--set", "max_steps=9"], None, {"dataset_id": "rows.csv", "max_steps": 9}),
+        ([], "", {"dataset_id": "rows.csv", "max_steps": 12}),  # else the form of 09 would halve it
+        ([], "max_steps = 7", {"dataset_id": "rows.csv", "max_steps": 7}),
+        ([], "epochs = 2", {"dataset_id": "rows.csv"}),
+    ],
+)
+def test_train_sees_each_row_three_times_or_as_a_file_of_ones_own_says(
+    options, own_file, set_by_train, tmp_path, monkeypatch
+):
+    profile = "ci-tiny"
+    if own_file is not None:
+        profile = str(tmp_path / "own.toml")
+        Path(profile).write_text(f'profile = "ci-tiny"\n[settings]\n{own_file}\n', encoding="utf-8")
+    runs = []
+    monkeypatch.setattr("llama_sft_helpers.run.run_notebooks", lambda **given: runs.append(given["settings"]))
+    result = CliRunner().invoke(app, ["train", "--data", "rows.csv", "--profile", profile, *options])
+    assert result.exit_code == 0, result.output
+    assert runs == [set_by_train]
 
 
 @pytest.mark.slow
