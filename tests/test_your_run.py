@@ -131,27 +131,28 @@ def test_data_that_cannot_be_trained_on_stops_09_before_a_model_is_loaded(option
 
 
 @pytest.mark.parametrize(
-    ("dataset", "elsewhere", "own_file", "updates", "epochs"),
+    ("dataset", "elsewhere", "length"),
     [
-        ("", {}, "", 6, None),  # ci-tiny has 12: a demonstration on rows that 06 trains on
-        ("rows.csv", {}, "", 12, 3),
-        ("", {"epochs": 2}, "", 6, 2),  # the epochs count
-        ("", {"max_steps": 9}, "", 9, None),
-        ("", {}, "max_steps = 7", 7, None),
-        ("", {"max_steps": 1}, "", 1, None),
+        ("", {}, (6, None)),  # ci-tiny has 12 updates: a demonstration on rows that 06 trains on
+        ("rows.csv", {}, (12, 3)),  # updates, and epochs, which count if there are any
+        ("", {"epochs": 2}, (6, 2)),
+        ("", {"max_steps": 9}, (9, None)),
+        ("", {"max_steps": 1}, (1, None)),
+        ("", "max_steps = 7", (7, None)),  # in a file of one's own
     ],
 )
-def test_without_data_of_ones_own_09_trains_half_of_the_updates_that_nobody_set(
-    dataset, elsewhere, own_file, updates, epochs, tmp_path, monkeypatch
+def test_the_form_of_09_halves_the_updates_where_it_names_no_data(
+    monkeypatch, tmp_path, dataset, elsewhere, length
 ):
     cells = {cell.id: cell.source for cell in nbformat.read(FORM, as_version=4).cells}
-    (tmp_path / "own.toml").write_text(f'profile = "ci-tiny"\n[settings]\n{own_file}\n', encoding="utf-8")
+    in_file, in_settings = (elsewhere, {}) if isinstance(elsewhere, str) else ("", elsewhere)
+    (tmp_path / "own.toml").write_text(f'profile = "ci-tiny"\n[settings]\n{in_file}\n', encoding="utf-8")
     monkeypatch.setenv("SFT_PROFILE", str(tmp_path / "own.toml"))
-    monkeypatch.setenv("SFT_SETTINGS", json.dumps(elsewhere))
+    monkeypatch.setenv("SFT_SETTINGS", json.dumps(in_settings))
     names = {"load_profile": load_profile, "read_profile": read_profile}
     exec(cells["09-005"], names)
     exec(cells["09-007"], names | {"dataset": dataset}, found := {})
-    assert (found["profile"].max_steps, found["profile"].epochs) == (updates, epochs)
+    assert (found["profile"].max_steps, found["profile"].epochs) == length
 
 
 @pytest.mark.parametrize(
