@@ -114,14 +114,14 @@ def test_two_notebooks_of_the_series_share_the_cores_and_07_waits_for_06(
 
 def test_a_failing_notebook_stops_the_one_beside_it(write_notebooks, tmp_path):
     originals = write_notebooks(
-        n06_training=["import time; time.sleep(300); print('never')"], n04_lora=["1 / 0"], n05_data=["1"]
+        n06_training=["import time; time.sleep(300); print('never')"], n04_lora=["1 / 0"], n08_speed=["1"]
     )
     out = tmp_path / "out"
     start = time.monotonic()
     with pytest.raises(RunError, match=r"04_lora.ipynb: a cell failed with ZeroDivisionError"):
         run_notebooks("ci-tiny", only=None, out=out, notebooks=originals, jobs=2)
     assert time.monotonic() - start < 200
-    assert not (out / "05_data.ipynb").exists()
+    assert not (out / "08_speed.ipynb").exists()
     assert (out / "index.html").read_text(encoding="utf-8").count("not done") == 3
 
 

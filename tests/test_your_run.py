@@ -93,7 +93,8 @@ def test_an_empty_field_is_left_out_and_a_setting_that_a_reader_adds_may_be_fals
     fields, load = (next(source for source in code if part in source) for part in ("# @param", "form = "))
     above, line, below = load.partition("profile = load_profile(form=form)")
     added = 'form |= {"packing": False, "train_rows": 0}\n'
-    names = {"load_profile": functools.partial(read_profile, "colab-a100")}
+    read = functools.partial(read_profile, "colab-a100")
+    names = {"load_profile": read, "read_profile": read}
     exec("\n".join([fields, above + added + line + below]), names)
     profile, shipped = names["profile"], read_profile("colab-a100")
     assert (shipped.packing, profile.packing, profile.train_rows) == (True, False, 0)
