@@ -57,11 +57,13 @@ def mount(mountpoint):
 """,
     # Colab's kernel has google.colab in memory before the first cell; /content is no folder of a test's
     "sitecustomize.py": """
+import gc
 import os
 from pathlib import Path
 import google.colab
 from llama_sft_helpers import profiles
 profiles._DRIVE = Path(os.environ["FAKE_CONTENT"]) / "drive"
+gc.disable()  # as tests/startup does, whose place this takes
 """,
 }
 
