@@ -160,3 +160,14 @@ def test_shares_of_a_cpus_time_are_of_the_whole(monkeypatch):
     found = {"limits": {"avx2": {"step": {"seconds": {"attention": 1.0, "products": 3.0}}}}}
     monkeypatch.setattr(docs_results, "read_results", {"cpu_profile": found}.get)
     assert docs_results.cpu_shares("step", "avx2") == [("products", 0.75), ("attention", 0.25)]
+
+
+def test_minutes_stand_in_pairs_before_and_after(monkeypatch):
+    found = {
+        f"minutes_{part}": {"summary": {part: {"minutes_old": 2.0 * n, "minutes_new": 1.0 * n}}}
+        for n, part in enumerate(("demo", "tests"), start=1)
+    }
+    monkeypatch.setattr(docs_results, "read_results", found.get)
+    assert docs_results.pair_minutes() == [
+        ("demo, before", 2.0), ("demo, after", 1.0), ("tests, before", 4.0), ("tests, after", 2.0),
+    ]  # fmt: skip

@@ -139,6 +139,15 @@ def minutes() -> str:
     return _markdown(table, 1)
 
 
+def pair_minutes() -> list[tuple[str, float]]:
+    """The median minutes of the demo and of the tests, at the earlier and at the later commit."""
+    return [
+        (f"{part}, {when}", read_results(f"minutes_{part}")["summary"][part][f"minutes_{key}"])
+        for part in ("demo", "tests")
+        for key, when in (("old", "before"), ("new", "after"))
+    ]
+
+
 def cpu_shares(part: str, limit: str) -> list[tuple[str, float]]:
     """By cause its share of a part's CPU time, the largest first."""
     seconds = read_results("cpu_profile")["limits"][limit][part]["seconds"]
