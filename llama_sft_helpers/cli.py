@@ -23,8 +23,7 @@ from llama_sft_helpers.cli_options import (
     SetOption,
     TimeoutOption,
 )
-from llama_sft_helpers.profiles import EXPORTS, ProfileError, pick_profile, read_profile
-from llama_sft_helpers.settings import SettingsError, parse_settings
+from llama_sft_helpers.profiles import EXPORTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,19 +65,6 @@ def demo_model(
         _fail(error)
 
 
-def _usual_length(profile: str | None, has_data: bool) -> list[str]:
-    """How long ``train`` trains if nothing is set: as a file of one's own says, or each row three times."""
-    picked = pick_profile(profile)
-    if not picked.endswith(".toml"):
-        return ["epochs=3"] if has_data else []
-    try:
-        own = read_profile(picked)
-    except SettingsError as error:
-        _fail(error)
-    # notebook 09 takes half of max_steps where its form names no data
-    return [f"max_steps={own.max_steps}"] if own.epochs is None else []
-
-
 @app.command()
 def train(
     *,
@@ -99,9 +85,12 @@ def train(
 
     Each row is seen three times, unless epochs or max_steps are set, or the profile is a file of your own.
     """
+    from llama_sft_helpers.profiles import pick_profile
+
     settings = list(changes or [])
-    if not any(setting.startswith(("epochs=", "max_steps=")) for setting in settings):
-        settings += _usual_length(profile, bool(data))
+    length_is_set = any(setting.startswith(("epochs=", "max_steps=")) for setting in settings)
+    if data and not length_is_set and not pick_profile(profile).endswith(".toml"):
+        settings.append("epochs=3")
     named = {"dataset_id": data, "columns": columns, "model_id": model, "export": export}
     _run(
         settings,
@@ -162,6 +151,7 @@ def _run(changes: list[str], named: Mapping[str, str | None], cell_timeout: int,
     from llama_sft_helpers.demo_model import ModelBuildError
     from llama_sft_helpers.execution import RunError
     from llama_sft_helpers.run import run_notebooks
+    from llama_sft_helpers.settings import SettingsError, parse_settings
 
     try:
         settings = parse_settings(changes, **named)
@@ -182,6 +172,7 @@ def check(
 ) -> None:
     """Compare this machine with what the series is tested with; exit code 1 if something must be fixed."""
     from llama_sft_helpers.environment.checks import MUST_FIX, list_problems, summarize_environment
+    from llama_sft_helpers.profiles import ProfileError, read_profile
 
     try:
         summary = summarize_environment(read_profile(profile) if profile else None)

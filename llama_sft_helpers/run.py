@@ -94,6 +94,8 @@ def run_notebooks(
         picked = pick_profile(profile_name)
         changes = {**environment_settings(), **(settings or {})}
         profile = load_profile(picked, **changes)
+        if ("dataset_id" in changes or picked.endswith(".toml")) and profile.epochs is None:
+            changes["max_steps"] = profile.max_steps  # which 09's form halves where it names no data
         environment = dict(
             os.environ, SFT_PROFILE=picked, SFT_SETTINGS=json.dumps(changes), SFT_OUTPUT_DIR=str(out)
         )

@@ -157,27 +157,36 @@ def test_the_form_of_09_halves_the_updates_where_it_names_no_data(
 
 
 @pytest.mark.parametrize(
-    ("options", "own_file", "set_by_train"),
+    ("command", "own_file", "length"),
     [
-        ([], None, {"dataset_id": "rows.csv", "epochs": 3}),
-        (["--set", "max_steps=9"], None, {"dataset_id": "rows.csv", "max_steps": 9}),
-        ([], "", {"dataset_id": "rows.csv", "max_steps": 12}),  # else the form of 09 would halve it
-        ([], "max_steps = 7", {"dataset_id": "rows.csv", "max_steps": 7}),
-        ([], "epochs = 2", {"dataset_id": "rows.csv"}),
+        (["train", "--data", "rows.csv"], None, {"epochs": 3}),
+        (["train", "--data", "rows.csv", "--set", "max_steps=9"], None, {"max_steps": 9}),
+        (["train", "--data", "rows.csv", "--set", "epochs=none"], None, {"epochs": None, "max_steps": 12}),
+        (["train", "--data", "rows.csv"], "", {"max_steps": 12}),
+        (["train", "--data", "rows.csv"], "max_steps = 7", {"max_steps": 7}),
+        (["train", "--data", "rows.csv"], "epochs = 2", {}),
+        (["run", "--data", "rows.csv"], None, {"max_steps": 12}),  # else the form of 09 would halve it
+        (["run"], 'dataset_id = "rows.csv"', {"max_steps": 12}),
+        (["run"], None, {}),
     ],
 )
-def test_train_sees_each_row_three_times_or_as_a_file_of_ones_own_says(
-    options, own_file, set_by_train, tmp_path, monkeypatch
+def test_rows_of_ones_own_are_seen_three_times_or_as_profile_and_settings_say(
+    command, own_file, length, tmp_path, monkeypatch
 ):
     profile = "ci-tiny"
     if own_file is not None:
         profile = str(tmp_path / "own.toml")
         Path(profile).write_text(f'profile = "ci-tiny"\n[settings]\n{own_file}\n', encoding="utf-8")
-    runs = []
-    monkeypatch.setattr("llama_sft_helpers.run.run_notebooks", lambda **given: runs.append(given["settings"]))
-    result = CliRunner().invoke(app, ["train", "--data", "rows.csv", "--profile", profile, *options])
+    kernels = []
+    monkeypatch.setattr(
+        "llama_sft_helpers.run._execute_all",
+        lambda paths, out, timeout, environment, **more: kernels.append(environment) or {},
+    )
+    options = ["--profile", profile, "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*command, *options])
     assert result.exit_code == 0, result.output
-    assert runs == [set_by_train]
+    told = json.loads(kernels[0]["SFT_SETTINGS"])
+    assert {name: told[name] for name in ("epochs", "max_steps") if name in told} == length
 
 
 @pytest.mark.slow
