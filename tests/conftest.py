@@ -27,8 +27,8 @@ if _limit := os.environ.get("ATEN_CPU_CAPABILITY"):
 # starts a process that compiles beside others: ten seconds that tests of a graph or two can do without.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-# Kernels and programs that tests start do not look for garbage, and the tests do so less often: imports
-# take a fifth less time.
+# Kernels and programs that tests start do not look for garbage, nor do xdist's workers, which are programs as
+# well; tests in one process do so less often. Imports take a fifth less time.
 _on_path = [str(ROOT / "tests" / "startup"), *filter(None, [os.environ.get("PYTHONPATH")])]
 os.environ["PYTHONPATH"] = os.pathsep.join(_on_path)
 gc.set_threshold(50_000)

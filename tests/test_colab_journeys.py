@@ -57,13 +57,12 @@ def mount(mountpoint):
 """,
     # Colab's kernel has google.colab in memory before the first cell; /content is no folder of a test's
     "sitecustomize.py": """
-import gc
 import os
 from pathlib import Path
 import google.colab
+import no_garbage  # as tests/startup does, whose place this takes
 from llama_sft_helpers import profiles
 profiles._DRIVE = Path(os.environ["FAKE_CONTENT"]) / "drive"
-gc.disable()  # as tests/startup does, whose place this takes
 """,
 }
 
@@ -112,7 +111,8 @@ class GoogleAccount:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(places)}
         empty, resources = nbformat.v4.new_notebook(), {"metadata": {"path": str(home)}}
         client = NotebookClient(empty, timeout=170, kernel_name="python3", resources=resources)
-        own = {"HOME": str(home), "FAKE_CONTENT": str(home), "PYTHONPATH": str(self.folder)}
+        path = os.pathsep.join([str(self.folder), os.environ["PYTHONPATH"]])
+        own = {"HOME": str(home), "FAKE_CONTENT": str(home), "PYTHONPATH": path}
         own |= {"HF_ENDPOINT": self.hub.url, "SFT_PROFILE": profile}
         with client.setup_kernel(env=kept | own):
             yield Machine(client)
