@@ -137,7 +137,7 @@ def earlier_runs(path, commits, limit):
 
 
 def summarize(runs, old, new):
-    """By part, over rounds in which neither run failed: the median ratio and minutes, the largest peaks."""
+    """By part, over rounds in which neither run failed: ratios, their median, minutes, the largest peaks."""
     summary = {}
     for part in dict.fromkeys(run["part"] for run in runs):
         good = {
@@ -149,8 +149,9 @@ def summarize(runs, old, new):
             for commit in (old, new)
         }
         if pairs := [(good[old][number], good[new][number]) for number in good[old] if number in good[new]]:
-            ratio = statistics.median(after["seconds"] / before["seconds"] for before, after in pairs)
-            summary[part] = {"rounds": len(pairs), "new_over_old": round(ratio, 3)}
+            ratios = [after["seconds"] / before["seconds"] for before, after in pairs]
+            summary[part] = {"rounds": len(pairs), "new_over_old": round(statistics.median(ratios), 3)}
+            summary[part]["ratios"] = [round(ratio, 3) for ratio in ratios]
             for name, side in zip(("old", "new"), zip(*pairs, strict=True), strict=True):
                 minutes = statistics.median(run["seconds"] for run in side) / 60
                 summary[part][f"minutes_{name}"] = round(minutes, 2)

@@ -27,7 +27,7 @@ def test_a_summary_leaves_out_rounds_in_which_a_run_failed():
         run_of(4, "a", 100),  # its second run is still to come
     ]  # fmt: skip
     expected = {
-        "rounds": 2, "new_over_old": 0.375, "minutes_old": 2.5, "minutes_new": 0.88,
+        "rounds": 2, "new_over_old": 0.375, "ratios": [0.5, 0.25], "minutes_old": 2.5, "minutes_new": 0.88,
         "peak_gib_old": 4.5, "peak_gib_new": 3.5,
     }  # fmt: skip
     assert minutes.summarize(runs, "a", "b") == {"demo": expected}
