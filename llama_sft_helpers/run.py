@@ -43,6 +43,9 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "03_quantization": (),
 }
 _Show = Callable[[Mapping[str, float | None], Collection[str] | None], None]  # seconds, and those at work
+# In bytes, for glibc on Linux (https://man7.org/linux/man-pages/man3/mallopt.3.html): by itself it learns to
+# keep freed blocks of up to 32 MiB, half a GiB of some notebooks. It gives back those above the first size.
+_GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20)}
 _GIB_FOR_TWO = 6.0  # of free memory: what two of the series' notebooks take on a CPU, and some room
 
 
@@ -103,6 +106,7 @@ def run_notebooks(
         jobs = min(len(paths), jobs or (2 if profile.gpu_gib == 0 and _two_fit() else 1))
         if profile.gpu_gib == 0:  # threads that wait for threads without a core wait long
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
+            environment = _GIVE_BACK | environment
         say(f"profile {profile.name}, model {profile.model_id}, data {profile.dataset_id}, into {out}")
 
         def show(seconds: Mapping[str, float | None], at_work: Collection[str] | None) -> None:
