@@ -33,9 +33,9 @@ _PLACES = tuple(place / "notebooks" for place in (Path(), Path(__file__).parent,
 # of those that take 2 GiB of memory or more (06, 08, 09, the end of 03) each runs beside 04, 05 or 07.
 _NEEDS: dict[str, tuple[str, ...]] = {
     "01_environment": (),
+    "05_data": (),
     "02_login": (),
     "06_training": (),
-    "05_data": (),
     "04_lora": (),
     "08_speed": (),
     "07_evaluation": ("06_training",),
@@ -43,9 +43,14 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "03_quantization": (),
 }
 _Show = Callable[[Mapping[str, float | None], Collection[str] | None], None]  # seconds, and those at work
-# In bytes, for glibc on Linux (https://man7.org/linux/man-pages/man3/mallopt.3.html): by itself it learns to
-# keep freed blocks of up to 32 MiB, half a GiB of some notebooks. It gives back those above the first size.
-_GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20)}
+# For glibc on Linux (https://man7.org/linux/man-pages/man3/mallopt.3.html). By itself it learns to keep freed
+# blocks of up to 32 MiB, half a GiB of some notebooks; above the first size, in bytes, they now go back. To
+# take them anew costs time, less of it in pages of 2 MiB than of 4 KiB (its manual's chapter "Tunables").
+_GIVE_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 _GIB_FOR_TWO = 6.0  # of free memory: what two of the series' notebooks take on a CPU, and some room
 
 
