@@ -229,7 +229,7 @@ def _execute_all(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
     columns = ("{task.description:<18}", BarColumn(), MofNCompleteColumn(), "cells", TimeElapsedColumn())
-    bars = Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
+    bars = Progress(*columns, console=Console(stderr=True), redirect_stdout=False, refresh_per_second=2)
     order = list(_NEEDS) if jobs > 1 else []
     waiting = sorted(paths, key=lambda path: order.index(path.stem) if path.stem in order else len(order))
     stop = threading.Event()

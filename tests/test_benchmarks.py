@@ -1,9 +1,11 @@
 """Scripts in ``benchmarks/``: what they make of what they measured."""
 
 import json
+from types import SimpleNamespace
 
 import cpu_profile
 import minutes
+import psutil
 import pytest
 
 
@@ -50,6 +52,31 @@ def test_a_failed_run_is_told_with_its_output(capsys):
         "FAILED with exit code 3, so this round does not count: demo at b\n[red]why\n"
         in capsys.readouterr().out
     )
+
+
+class FakeProcess:
+    def __init__(self, resident, shared_once, started=()):
+        self.resident, self.shared_once, self.started, self.asked = resident, shared_once, started, 0
+
+    def children(self, *, recursive):
+        return self.started
+
+    def memory_info(self):
+        if self.resident is None:
+            raise psutil.NoSuchProcess(1)
+        return SimpleNamespace(rss=self.resident * 2**30)
+
+    def memory_full_info(self):
+        self.memory_info()
+        self.asked += 1
+        return SimpleNamespace(pss=self.shared_once * 2**30)
+
+
+def test_memory_that_processes_share_is_asked_for_only_where_the_peak_may_rise():
+    started = [FakeProcess(2, 1.5), FakeProcess(None, 0)]
+    process = FakeProcess(1, 0.5, started)
+    assert (minutes.memory_gib(process, above=3), process.asked) == (3, 0)
+    assert (minutes.memory_gib(process, above=2.9), process.asked) == (2, 1)
 
 
 @pytest.mark.parametrize(
