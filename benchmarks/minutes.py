@@ -32,7 +32,8 @@ LIMITS = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
 }
 LINES_OF_A_FAILURE = 30
-RUN = ["-m", "llama_sft_helpers.cli", "run", "--profile", "cpu-demo", "--out"]
+# 04 trains as many adapters as fit in its time; all of them, as a commit that trains fewer would seem faster
+RUN = ["-m", "llama_sft_helpers.cli", "run", "--profile", "cpu-demo", "--set", "sweep_seconds=600", "--out"]
 
 
 def options_of(tree, target):
@@ -85,6 +86,13 @@ def measure(words, tree, environment):
     return {name: round(value, 2) for name, value in found.items()} | {"exit": code}, output
 
 
+def adapters_of(notebook):
+    """How many adapters an executed copy of 04 trained; None where it was not executed so far."""
+    text = notebook.read_text(encoding="utf-8") if notebook.exists() else ""
+    found = re.search(r"(\d+) adapters trained in \d+ s", text)
+    return int(found[1]) if found else None
+
+
 def words_of(part, code, output):
     """What is kept of an output: its end, longer where the run failed; of a demo its notebooks too."""
     last = output.strip().splitlines()[-(LINES_OF_A_FAILURE if code else 3) :]
@@ -104,6 +112,8 @@ def one_run(part, tree, args):
         own |= {"SFT_MODELS_DIR": str(args.models), "TOKENIZERS_PARALLELISM": "false"}
         environment = {**os.environ, **LIMITS[args.limit], **own}
         found, output = measure(command(part, tree, scratch, args.only), tree, environment)
+        if part == "demo":
+            found["adapters"] = adapters_of(scratch / "demo" / "04_lora.ipynb")
     return found | words_of(part, found["exit"], output)
 
 

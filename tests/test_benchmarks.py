@@ -54,6 +54,15 @@ def test_a_failed_run_is_told_with_its_output(capsys):
     )
 
 
+def test_adapters_are_counted_in_what_04_printed(tmp_path):
+    path = tmp_path / "04_lora.ipynb"
+    assert minutes.adapters_of(path) is None
+    path.write_text('"print(f\\"{trained} adapters trained in {seconds:.0f} s\\")\\n"')  # the cell, no output
+    assert minutes.adapters_of(path) is None
+    path.write_text('"21 adapters, about 9 s", "21 adapters trained in 214 s\\n"')
+    assert minutes.adapters_of(path) == 21
+
+
 class FakeProcess:
     def __init__(self, resident, shared_once, started=()):
         self.resident, self.shared_once, self.started, self.asked = resident, shared_once, started, 0
