@@ -89,7 +89,7 @@ def execute(path: Path, run: Run) -> float:
             notebook,
             timeout=run.timeout,
             kernel_name="python3",
-            extra_arguments=[f"--IPKernelApp.exec_lines={_NO_LAST_LOOK}"],
+            extra_arguments=[f"--IPKernelApp.code_to_run={_NO_LAST_LOOK}"],
             resources={"metadata": {"path": str(run.out)}},
             on_cell_executed=cell_done,
         )

@@ -119,7 +119,7 @@ def test_two_notebooks_of_the_series_share_the_cores_and_07_waits_for_06(
 
 
 LAST = """
-import atexit, gc, os, pathlib
+import atexit, gc, pathlib
 path = pathlib.Path("{path}")
 atexit.register(lambda: path.write_text(str(gc.get_freeze_count())))
 """
