@@ -290,9 +290,9 @@ class TestPublishedAdapter:
                 machine.run(source.replace('adapter = ""', f'adapter = "{self.NAME}"'))
             found = machine.run(
                 "print(sorted(p.name for p in adapter_folder.iterdir()), "
-                "evaluation.find_base_model(adapter_folder), training)"
+                "evaluation.find_base_model(adapter_folder), training, profile.output_dir.is_dir())"
             )
-        assert "['adapter_config.json'] tiny-llama {}" in found
+        assert "['adapter_config.json'] tiny-llama {} True" in found
 
     @pytest.mark.slow
     def test_07_runs_to_its_end_with_one(self, account, tiny_model_dir, tmp_path):
@@ -307,7 +307,7 @@ class TestPublishedAdapter:
                 name: machine.run(source.replace('adapter = ""', f'adapter = "{self.NAME}"'))
                 for name, source in code_cells("07").items()
             }
-        assert "nan (06)" in answers["063"]
+        assert "nan (06)" in answers["063a"]
         assert f"lies beside it on the hub: {self.NAME}" in answers["040"]
 
 
